@@ -1,0 +1,364 @@
+"""01  Preference pairs from a vision expert: the better response names nothing that the detector says is absent.
+
+    status(o) = present  if max confidence of class o >= --present       chosen:   no absent mention, most present ones
+                absent   if max confidence of class o <  --absent        rejected: at least one absent mention
+                unsure   between, or a class that the expert does not know
+
+Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
+  1) "not detected" is weak evidence, so there is a band between present and absent in which nothing is decided;
+  2) where no candidate hallucinates, a rejected response is made by swapping one present object of the chosen text for a
+     verified absent one that co-occurs with the scene's objects in this corpus (source: "swapped");
+  3) --expert none is the paper's ablation made exact: the policy's own P(yes) to "is there a ...?" is the only check.
+
+Reads  images (--images) or given pairs (--pairs, jsonl: image, prompt, chosen, rejected).
+Writes 01_preferences/: candidates.jsonl, detections.jsonl, vocabulary.json, contact_sheet.png and
+       preferences.jsonl {id, image, prompt, chosen, rejected, source, split, hallucinated: [object],
+                          evidence: [{object, claimed_by, status, confidence, box}]}
+
+    python 01_build_preferences.py --run runs/demo --images world/images --model world/model --expert world/expert.pt
+    python 01_build_preferences.py --images coco/train2017       # one GPU: Qwen2-VL-7B writes, YOLO11x verifies
+"""
+import argparse
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+import common
+from common import RowWriter, finish_stage, in_chunks, read_jsonl, row_seed, start_stage, stop
+
+PROMPTS = ["Describe this image in detail.", "What objects are in this image?", "Write a caption that names what you see.",
+           "What is happening in this picture?", "Describe the scene and the objects in it."]
+YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: mentions, verification, pairing
+# ---------------------------------------------------------------------------------------------------------------------
+#MENTIONS#
+
+
+def verify(mentions, detections, present, absent, known):
+    """{object: "present" | "absent" | "unsure"} for each mentioned object, from the best detection of its class.
+    detections: list of {"object", "confidence" in [0,1], "box"}; known: the classes that the expert can find."""
+    best = {}
+    for found in detections:
+        best[found["object"]] = max(best.get(found["object"], 0.0), found["confidence"])
+    status = {}
+    for name in mentions:
+        confidence = best.get(name, 0.0)
+        decided = "present" if confidence >= present else "absent" if confidence < absent else "unsure"
+        status[name] = decided if name in known else "unsure"
+    return status
+
+
+def pair_candidates(candidates, status, swaps, vocabulary, rng):
+    """(chosen, rejected, source), or (None, None, reason) where no pair can be made.
+
+    candidates: list of (text, mentions); status: {object: "present" | "absent" | "unsure"} for all of them;
+    swaps: absent objects to put in where no candidate hallucinates, the preferred first; rng: random.Random of this row.
+    chosen names nothing absent and the most present objects; rejected names an absent object and, so that the pair differs
+    in that alone as far as possible, the most present ones. Ties go to the earlier candidate.
+    """
+    def n_with(mentions, wanted):
+        return sum(status[name] == wanted for name in mentions)
+
+    clean = [c for c in candidates if n_with(c[1], "absent") == 0 and n_with(c[1], "present") > 0]
+    faulty = [c for c in candidates if n_with(c[1], "absent") > 0]
+    if not clean:
+        return None, None, "no candidate without hallucination"
+    chosen, mentions = max(clean, key=lambda c: n_with(c[1], "present"))
+    if faulty:
+        return chosen, max(faulty, key=lambda c: n_with(c[1], "present"))[0], "sampled"
+    if not swaps:
+        return None, None, "no candidate hallucinates, no absent object to swap in"
+    old = rng.choice([name for name in mentions if status[name] == "present"])
+    return chosen, swap_object(chosen, old, swaps[0], vocabulary), "swapped"
+
+
+def check_given_pair(chosen, rejected, status):
+    """None where the expert agrees with a given pair, else the reason to drop it. chosen, rejected: lists of mentions."""
+    if not chosen and not rejected:
+        return "names no object of the vocabulary"
+    if any(status[name] == "absent" for name in chosen):
+        return "chosen hallucinates by the expert"
+    if not any(status[name] == "absent" for name in rejected):
+        return "rejected does not hallucinate by the expert"
+    return None
+
+
+def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
+    """n unmentioned classes to ask the expert about, drawn without repeats with weight 1 + how often they are mentioned
+    together with this scene's objects in the corpus: the plausible errors, which a language prior makes."""
+    weight = {c: 1 + sum(co_occurrence[frozenset((c, m))] for m in mentions) for c in classes if c not in mentions}
+    return sorted(weight, key=lambda c: rng.random() ** (1 / weight[c]), reverse=True)[:n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts: examine(image paths, questions: a list of class names per image) -> a list of detections per image
+# ---------------------------------------------------------------------------------------------------------------------
+class Detector:
+    """Any ultralytics detection weights; finds its classes whatever is asked."""
+
+    def __init__(self, weights, absent, device):
+        from ultralytics import YOLO  # AGPL-3.0
+        if not str(weights).endswith(".pt"):
+            stop(f"--expert {weights}: expected ultralytics weights (*.pt) or none")
+        self.model, self.floor, self.device = YOLO(weights), absent, device
+        self.classes = list(self.model.names.values())
+
+    def examine(self, images, questions):
+        # The floor keeps what verify() needs to tell absent from unsure, and no more.
+        results = self.model.predict([str(p) for p in images], conf=min(self.floor, 0.05), device=self.device, verbose=False)
+        return [[{"object": r.names[int(c)], "confidence": round(float(p), 4), "box": [round(v, 1) for v in xyxy]}
+                 for xyxy, p, c in zip(r.boxes.xyxy.tolist(), r.boxes.conf.tolist(), r.boxes.cls.tolist())] for r in results]
+
+
+class OwnAnswers:
+    """--expert none: the policy checks itself; confidence = P(yes) / (P(yes) + P(no)) at the first token of its answer."""
+
+    def __init__(self, model, processor):
+        self.model, self.processor, self.classes = model, processor, None
+        ids = [processor.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no", "Yes", "No")]
+        self.yes, self.no = ids[0::2], ids[1::2]
+
+    @torch.inference_mode()
+    def examine(self, images, questions):
+        found = []
+        for image, names in zip(images, questions):
+            texts = [YES_NO_PROMPT.format(object=name) for name in names]
+            inputs = common.encode_prompts(self.processor, texts, [image] * len(texts)).to(self.model.device)
+            log_p = self.model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)  # (names, V)
+            odds = log_p[:, self.yes].logsumexp(-1) - log_p[:, self.no].logsumexp(-1)  # (names,)
+            found.append([{"object": name, "confidence": round(p, 4), "box": None}
+                          for name, p in zip(names, odds.sigmoid().tolist())])
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: what to verify, candidates, findings, pairs
+# ---------------------------------------------------------------------------------------------------------------------
+def load_items(args):
+    """(rows to verify {id, image, prompt[, chosen, rejected]}, counted skips): a folder of images, or given pairs."""
+    if args.pairs:
+        rows = read_jsonl(args.pairs, ("image", "prompt", "chosen", "rejected"))
+        rows = [{"id": f"{Path(row['image']).stem}-{k}", **row} for k, row in enumerate(rows)]
+    else:
+        prompts = Path(args.prompts).read_text().split("\n") if args.prompts else PROMPTS
+        prompts = [line.strip() for line in prompts if line.strip()]
+        names = sorted(p.relative_to(args.images).as_posix() for p in Path(args.images).rglob("*")
+                       if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not names or not prompts:
+            stop(f"no images under {args.images}" if not names else f"{args.prompts} holds no prompt")
+        rows = [{"id": f"{Path(name).with_suffix('').as_posix()}-0", "image": name,
+                 "prompt": prompts[row_seed(args.seed, "prompt", name) % len(prompts)]} for name in names]
+    readable, broken = [], 0
+    for row in rows[:args.limit]:
+        try:
+            Image.open(Path(args.image_root) / row["image"]).verify()
+            readable.append(row)
+        except OSError as error:
+            broken += 1
+            print(f"skipped row {row['id']}, field image: {error}")
+    if not readable:
+        stop("no row has a readable image; --image-root tells where relative paths start")
+    return readable, {"rows read": len(rows[:args.limit]), "skipped: missing or broken image": broken}
+
+
+def write_candidates(items, model, processor, folder, args):
+    """{id: [text]}: K responses of the policy per image, complete ones only (kept in candidates.jsonl)."""
+    writer = RowWriter(folder / "candidates.jsonl")
+    done = {row["id"] for row in writer.rows}
+    for chunk, bar in in_chunks(items, done, args.batch_size, "candidates"):
+        requests = [{"id": row["id"], "image": Path(args.image_root) / row["image"], "text": row["prompt"]} for row in chunk]
+        answers = common.sample(model, processor, requests, args.candidates, args.temperature, args.max_new_tokens,
+                                args.seed, args.batch_size, bar)
+        for row, texts in zip(chunk, answers):
+            if row["id"] not in done:
+                writer.write({**row, "candidates": [a["text"].strip() for a in texts if a["complete"]]})
+    return {row["id"]: row["candidates"] for row in writer.rows}
+
+
+def examine(images, questions, expert, folder, args):
+    """{image: detections}: each image examined once (kept in detections.jsonl)."""
+    writer = RowWriter(folder / "detections.jsonl")
+    done = {row["id"] for row in writer.rows}
+    for chunk, bar in in_chunks([{"id": image} for image in images], done, 32, "examine"):
+        names = [row["id"] for row in chunk]
+        results = expert.examine([Path(args.image_root) / name for name in names], [questions[name] for name in names])
+        for name, detections in zip(names, results):
+            if name not in done:
+                writer.write({"id": name, "asked": questions[name], "detections": detections})
+        bar.update(len(chunk))
+    return {row["id"]: row["detections"] for row in writer.rows}
+
+
+def build_pair(item, texts, mentions, swaps, detections, vocabulary, known, args):
+    """(preference row, None) or (None, reason for the drop)."""
+    rng = random.Random(row_seed(args.seed, "pair", item["id"]))
+    status = verify(set().union(*mentions, swaps), detections, args.present, args.absent, known)
+    if "chosen" in item:
+        chosen, rejected, source = item["chosen"], item["rejected"], "given"
+        reason = check_given_pair(mentions[0], mentions[1], status)
+        if reason:
+            return None, reason
+    else:
+        absent = [name for name in swaps if status[name] == "absent"]
+        chosen, rejected, source = pair_candidates(list(zip(texts, mentions)), status, absent, vocabulary, rng)
+        if chosen is None:
+            return None, source
+    claims = {"chosen": find_mentions(chosen, vocabulary), "rejected": find_mentions(rejected, vocabulary)}
+    evidence = []
+    for name in dict.fromkeys(claims["chosen"] + claims["rejected"]):
+        best = max((d for d in detections if d["object"] == name), key=lambda d: d["confidence"], default={})
+        claimed_by = "both" if name in claims["chosen"] and name in claims["rejected"] else \
+            "chosen" if name in claims["chosen"] else "rejected"
+        evidence.append({"object": name, "claimed_by": claimed_by, "status": status[name],
+                         "confidence": best.get("confidence", 0.0), "box": best.get("box")})
+    hallucinated = [name for name in claims["rejected"] if status[name] == "absent"]
+    if not hallucinated:  # the swapped-in name merged with its neighbours into another mention
+        return None, "the swap names nothing absent"
+    return {"id": item["id"], "image": item["image"], "prompt": item["prompt"], "chosen": chosen, "rejected": rejected,
+            "source": source, "hallucinated": hallucinated, "evidence": evidence}, None
+
+
+def assign_splits(rows, n_validation, n_train, seed):
+    """Rows with "split": the first n_validation pairs (for 03 and 04 to watch), n_train pairs for critiques (02), the rest
+    the pool of 04. Images are shuffled, and all pairs of an image fall into one split."""
+    by_image = {}
+    for row in rows:
+        by_image.setdefault(row["image"], []).append(row)
+    placed = []
+    for image in sorted(by_image, key=lambda name: row_seed(seed, "split", name)):
+        split = "validation" if len(placed) < n_validation else \
+            "train" if len(placed) < n_validation + n_train else "pool"
+        placed += [{**row, "split": split} for row in by_image[image]]
+    return placed
+
+
+def draw_contact_sheet(rows, detections, image_root, path, n=12, side=260):
+    """The first n pairs with the expert's boxes: what a person should look at before training on them."""
+    columns, text_height = 4, 150
+    rows = rows[:n]
+    sheet = Image.new("RGB", (columns * (side + 10), -(-len(rows) // columns) * (side + text_height)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, row in enumerate(rows):
+        x, y = k % columns * (side + 10) + 5, k // columns * (side + text_height) + 5
+        picture = common.load_image(Path(image_root) / row["image"])
+        scale = side / max(picture.size)
+        sheet.paste(picture.resize((round(picture.width * scale), round(picture.height * scale))), (x, y))
+        for found in detections[row["image"]]:
+            if found["box"] and any(found["object"] == e["object"] for e in row["evidence"]):
+                x1, y1, x2, y2 = (v * scale for v in found["box"])
+                draw.rectangle((x + x1, y + y1, x + x2, y + y2), outline="lime")
+                draw.text((x + x1 + 2, y + y1), f"{found['object']} {found['confidence']:.2f}", fill="lime")
+        lines = [("+ " + row["chosen"], "darkgreen"), ("- " + row["rejected"], "firebrick"),
+                 (f"absent: {', '.join(row['hallucinated'])} ({row['source']})", "black")]
+        below = y + side + 4
+        for text, colour in lines:
+            wrapped = "\n".join(re.findall(r".{1,42}(?:\s|$)", text)[:4])
+            draw.multiline_text((x, below), wrapped, fill=colour)
+            below += 13 * (wrapped.count("\n") + 1)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    # what is read and written
+    add("--run", default="runs/default", help="run directory, shared by all stages")
+    add("--images", help="folder of images for which the policy writes responses")
+    add("--pairs", help="jsonl file of given pairs: image, prompt, chosen, rejected")
+    add("--image-root", help="folder that relative image paths start from; default: --images, or the folder of --pairs")
+    add("--prompts", help="text file, one prompt per line, instead of the built-in ones")
+    add("--limit", type=int, help="read only the first so many rows or images")
+    # models
+    add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="policy that writes the candidates, and the judge to be trained")
+    add("--max-image-tokens", type=int, help="bound on an image's tokens; default: the processor's own")
+    add("--expert", default="yolo11x.pt", help="ultralytics detection weights, or none: the policy's own yes/no")
+    add("--vocabulary", help="json {phrase: class}; default: the expert's class names with plurals and synonyms")
+    add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    # the method
+    add("--candidates", type=int, default=4, help="K, responses per image")
+    add("--temperature", type=float, default=1.0, help="of the candidates")
+    add("--max-new-tokens", type=int, default=256, help="longest candidate; an unfinished one is dropped")
+    add("--present", type=float, default=0.5, help="confidence from which an object counts as present")
+    add("--absent", type=float, default=0.05, help="confidence below which an object counts as absent")
+    add("--validation", type=int, default=200, help="pairs set aside for validation in 03 and 04")
+    add("--train", type=int, default=5000, help="pairs for critiques (02); all further ones are the pool of 04")
+    add("--batch-size", type=int, default=64, help="sequences decoded together")
+    add("--seed", type=int, default=0)
+    add("--overwrite", action="store_true", help="delete this stage's folder first")
+    args = parser.parse_args(argv)
+    if bool(args.images) == bool(args.pairs):
+        parser.error("give --images or --pairs, one of them")
+    if not 0 <= args.absent <= args.present <= 1:
+        parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
+    args.image_root = str(Path(args.image_root or args.images or Path(args.pairs).parent).resolve())
+    return args
+
+
+def main(args):
+    folder = start_stage(args, "01_preferences")
+    if folder is None:
+        return
+    # 1. load -----------------------------------------------------------------------------------------------------
+    items, counts = load_items(args)
+    print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.expert}")
+    model = processor = None
+    if args.images or args.expert == "none":
+        model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
+    expert = OwnAnswers(model, processor) if args.expert == "none" else Detector(args.expert, args.absent, args.device)
+    vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else \
+        build_vocabulary(expert.classes) if expert.classes and set(expert.classes) != set(COCO_CLASSES) else COCO_VOCABULARY
+    known = set(expert.classes or vocabulary.values())
+
+    # 2. candidates, mentions, findings ---------------------------------------------------------------------------
+    if args.images:
+        texts = write_candidates(items, model, processor, folder, args)
+    else:
+        texts = {item["id"]: [item["chosen"], item["rejected"]] for item in items}
+    mentions = {item["id"]: [find_mentions(text, vocabulary) for text in texts[item["id"]]] for item in items}
+    co_occurrence = Counter()
+    for per_text in mentions.values():
+        for names in per_text:
+            co_occurrence.update(frozenset((a, b)) for a in names for b in names if a < b)
+    swaps, questions = {}, {}
+    for item in items:
+        named = dict.fromkeys(name for names in mentions[item["id"]] for name in names)
+        rng = random.Random(row_seed(args.seed, "swap", item["id"]))
+        swaps[item["id"]] = propose_swaps(named, co_occurrence, sorted(set(vocabulary.values())), rng) if args.images else []
+        questions.setdefault(item["image"], {}).update(dict.fromkeys([*named, *swaps[item["id"]]]))
+    questions = {image: list(names) for image, names in questions.items()}
+    detections = examine(list(questions), questions, expert, folder, args)
+
+    # 3. pairs ----------------------------------------------------------------------------------------------------
+    rows, reasons, statuses = [], Counter(), Counter()
+    for item in items:
+        key = item["id"]
+        row, reason = build_pair(item, texts[key], mentions[key], swaps[key], detections[item["image"]], vocabulary, known, args)
+        statuses.update(verify(set().union(*mentions[key]), detections[item["image"]], args.present, args.absent, known).values())
+        reasons[f"dropped: {reason}" if reason else "pairs made"] += 1
+        rows += [row] if row else []
+    if not rows:
+        stop(f"no pair could be made: {dict(reasons)}; mentions were {dict(statuses)}. Check --expert, --vocabulary, --absent")
+    rows = assign_splits(rows, args.validation, args.train, args.seed)
+
+    # 4. save and report ------------------------------------------------------------------------------------------
+    common.write_jsonl(folder / "preferences.jsonl", rows)
+    common.write_json(folder / "vocabulary.json", vocabulary)
+    draw_contact_sheet(rows, detections, args.image_root, folder / "contact_sheet.png")
+    counts |= dict(reasons) | {f"  {k} pairs": v for k, v in Counter(row["source"] for row in rows).items()}
+    counts |= {f"  in split {k}": v for k, v in Counter(row["split"] for row in rows).items()}
+    counts |= {f"mentions {k}": statuses[k] for k in ("present", "absent", "unsure")}
+    finish_stage(folder, args, counts, [args.pairs] if args.pairs else [],
+                 f"look at {folder}/contact_sheet.png, then python 02_generate_critiques.py --run {args.run}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,349 @@
+"""03  Teach the judge to write a critique and a verdict, while it keeps writing correct answers (L_IFT).
+
+    L_IFT = L_SFT(D_critique) + lambda * L_SFT(D_correct)      L_SFT = sum of NLL over response tokens / number of them
+    D_critique: image, judge prompt without reference -> critique + verdict          both over the whole optimizer step
+    D_correct:  image, prompt -> chosen response
+
+Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
+  1) lambda = 1/3 by default, as in generative verifiers;
+  2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is always measured and trained on only if asked
+     (--bt-weight);
+  3) the vision tower stays frozen, with LoRA and with full fine-tuning (--lora-rank 0) alike.
+
+Reads  02_critiques/critiques.jsonl; 01_preferences/preferences.jsonl (split "validation").
+Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), metrics.jsonl, validation.jsonl (the judge's critiques).
+
+    python 03_train_ift.py --run runs/demo --steps 150 --lr 3e-3
+    python 03_train_ift.py                                       # one GPU
+"""
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+from common import both_orders, finish_stage, inherit, read_jsonl, row_seed, start_stage, verdict_log_odds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses
+# ---------------------------------------------------------------------------------------------------------------------
+def nll_sum(logits, labels):
+    """logits (B,T,V) any float, labels (B,T) int with -100 = not supervised -> (summed NLL () in nats, n_tokens () int)."""
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]  # (B,T-1,V), (B,T-1): position t predicts token t+1
+    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")  # (B,V,T-1) vs (B,T-1) -> ()
+    return nll, (labels != -100).sum()  # (), ()
+
+
+def ift_loss(nll_critique, n_critique, nll_correct, n_correct, lam):
+    """L_IFT = nll_critique / n_critique + lam * nll_correct / n_correct, in nats per token.
+
+    nll_*: summed NLL () of the response tokens; n_*: their number. A micro-batch passes its own sums with the counts of the
+    whole optimizer step, so that the losses of the micro-batches add up to the step's; n_correct is unused at lam = 0.
+    """
+    loss = nll_critique / n_critique
+    return loss + lam * nll_correct / n_correct if lam else loss
+
+
+def bradley_terry_loss(log_odds, label_is_a):
+    """-log P(label) = -log sigmoid(+-r) per example: log_odds r (B,) in nats, label_is_a (B,) bool -> (B,) nats."""
+    return F.softplus(torch.where(label_is_a, -log_odds, log_odds))  # (B,); softplus(-x) = -log sigmoid(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measures of validation (here and in 04) and evaluation (05)
+# ---------------------------------------------------------------------------------------------------------------------
+def accuracy_by_order(rows):
+    """rows: {"id" of the pair, "order", "label", "verdict": "A" | "B" | None}, one per pair and order -> {"accuracy": mean
+    over orders, "accuracy_<order>", "both": right in both, "agreement": the same response wins in both, "unparseable",
+    "n_pairs"}. Shares in [0,1]; no verdict counts as wrong and as no agreement."""
+    right, parsed, orders = {}, {}, sorted({row["order"] for row in rows})
+    for row in rows:
+        right.setdefault(row["id"], []).append(row["verdict"] == row["label"])
+        parsed.setdefault(row["id"], []).append(row["verdict"] is not None)
+    result = {}
+    for order in orders:
+        here = [row["verdict"] == row["label"] for row in rows if row["order"] == order]
+        result[f"accuracy_{order}"] = sum(here) / len(here)
+    n = len(right)
+    return {"accuracy": sum(result.values()) / len(orders), **result,
+            "both": sum(map(all, right.values())) / n,
+            "agreement": sum(all(parsed[i]) and len(set(right[i])) == 1 for i in right) / n,
+            "unparseable": sum(row["verdict"] is None for row in rows) / len(rows), "n_pairs": n}
+
+
+def expected_calibration_error(probability, correct, bins=10):
+    """sum over bins of (share of rows in it) * |mean probability - share correct|; bins of equal width on [0,1], closed on
+    the right, the first on both sides. probability: P(the verdict given) per row; correct: bool per row."""
+    probability = torch.as_tensor(probability, dtype=torch.float64)  # (B,)
+    correct = torch.as_tensor(correct, dtype=torch.float64)  # (B,)
+    index = (probability * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (B,) in 0..bins-1
+    error = 0.0
+    for b in range(bins):
+        inside = index == b  # (B,)
+        if inside.any():
+            error += inside.double().mean() * (probability[inside].mean() - correct[inside].mean()).abs()
+    return float(error)
+
+
+def judge(model, processor, questions, image_root, style="critique", votes=1, temperature=0.0, max_new_tokens=512,
+          batch_size=64, seed=0, describe="judge"):
+    """Judgement rows in the order of questions (from both_orders): {id: the pair's, order, label, verdict, probability_a,
+    critique, image}. votes > 1: majority over sampled critiques, mean P(A); a critique without verdict counts .5 there."""
+    requests = [{"id": q["id"], "image": q.get("picture") or Path(image_root) / q["image"], "text": common.build_judge_prompt(
+        q["prompt"], q["response_a"], q["response_b"], style)} for q in questions]
+    with tqdm(total=len(requests), desc=describe, unit="row", dynamic_ncols=True, disable=None) as bar:
+        answers = common.sample(model, processor, requests, votes, temperature, max_new_tokens, seed, batch_size, bar)
+    rows = []
+    for question, samples in zip(questions, answers):
+        log_odds = torch.tensor([s["log_odds"] or 0.0 for s in samples])  # (K,)
+        n_a, n_b = (sum(s["verdict"] == side for s in samples) for side in "AB")
+        probability_a = log_odds.sigmoid().mean().item()
+        verdict = "A" if n_a > n_b else "B" if n_b > n_a else None if n_a == 0 else "A" if probability_a > 0.5 else "B"
+        rows.append({"id": question["pair_id"], "order": question["order"], "image": question["image"],
+                     "label": question["label"], "verdict": verdict, "probability_a": probability_a,
+                     "critique": samples[0]["text"]})
+    return rows
+
+
+def measure(rows):
+    """accuracy_by_order plus Bradley-Terry loss (nats) and expected calibration error of judgement rows."""
+    p = torch.tensor([row["probability_a"] for row in rows]).clamp(1e-6, 1 - 1e-6)  # (B,)
+    label_is_a = torch.tensor([row["label"] == "A" for row in rows])  # (B,)
+    given = [p if row["verdict"] == "A" else 1 - p if row["verdict"] == "B" else 0.5
+             for row, p in zip(rows, p.tolist())]
+    return {**accuracy_by_order(rows), "bradley_terry_loss": bradley_terry_loss(p.logit(), label_is_a).mean().item(),
+            "ece": expected_calibration_error(given, [row["verdict"] == row["label"] for row in rows])}
+
+
+def validate(model, processor, pairs, image_root, style, folder, name, batch_size, max_new_tokens):
+    """Judge the validation pairs in both orders, print the line and one critique, keep both in folder -> measures."""
+    rows = judge(model, processor, [q for pair in pairs for q in both_orders(pair)], image_root, style,
+                 max_new_tokens=max_new_tokens, batch_size=batch_size, describe=f"validation, {name}")
+    result = measure(rows)
+    print(f"validation, {name}: " + " | ".join(f"{k} {result[k]:.3f}" for k in (
+        "accuracy", "both", "agreement", "bradley_terry_loss", "ece", "unparseable")) + f" | {result['n_pairs']} pairs")
+    print(f"{rows[0]['image']}, label {rows[0]['label']}:\n{rows[0]['critique']}\n")
+    common.write_jsonl(folder / "validation.jsonl", rows)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"validation": name, **result}) + "\n")
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+def add_lora(model, rank):
+    """PEFT model with fresh rank-r adapters on the language model's linear layers; rank 0: those layers' own weights."""
+    from peft import LoraConfig, get_peft_model
+    if rank:
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=common.LORA_TARGETS))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("language_model" in name or name.startswith("lm_head"))
+    return model
+
+
+def training_rows(critiques):
+    """(D_critique, D_correct) as rows {id, image, text, response} from critique rows; each pair's chosen response once."""
+    judged = [{"id": row["id"], "image": row["image"], "label": row["label"], "response": row["critique"], "text": common.build_judge_prompt(
+        row["prompt"], row["response_a"], row["response_b"], row["style"])} for row in critiques]
+    correct = {row["pair_id"]: {"id": row["pair_id"], "image": row["image"], "text": row["prompt"],
+                                "response": row["response_a" if row["label"] == "A" else "response_b"]} for row in critiques}
+    return judged, list(correct.values())
+
+
+def stream(rows, size, seed):
+    """Batches of `size` rows forever, one shuffled epoch after another."""
+    epoch, batch = 0, []
+    while True:
+        order = list(rows)
+        random.Random(row_seed(seed, "epoch", epoch)).shuffle(order)
+        for row in order:
+            batch.append(row)
+            if len(batch) == size:
+                yield batch
+                batch = []
+        epoch += 1
+
+
+def micro_batches(rows, size):
+    """The step's rows in micro-batches of like length, so that little is padding."""
+    rows = sorted(rows, key=lambda row: len(row["text"]) + len(row["response"]))
+    return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+def forward(model, inputs, labels):
+    """(logits (B,R+1,V), labels (B,R+1)): only the last R+1 positions hold supervised tokens (see encode_supervised), so
+    only they pass the language head. The last prompt token is among them: it predicts the first response token."""
+    keep = labels.shape[1] - int((labels != -100).any(0).nonzero()[0]) + 1
+    return model(**inputs, logits_to_keep=keep, use_cache=False).logits, labels[:, -keep:]
+
+
+def log_odds_of_verdict(logits, labels, verdict_ids):
+    """r (B,) in nats at the last "A" or "B" of each response, teacher-forced. logits (B,R+1,V), labels (B,R+1)."""
+    ids_a, ids_b = (torch.tensor(ids, device=labels.device) for ids in verdict_ids)  # (2,) each: two spellings
+    rows, places = torch.arange(len(labels), device=labels.device), torch.arange(labels.shape[1], device=labels.device)
+    at = (torch.isin(labels, torch.cat([ids_a, ids_b])) * places).argmax(1)  # (B,): the last letter is the verdict's
+    bare = torch.stack([labels[rows, at] == ids[1] for ids in (ids_a, ids_b)]).any(0).long()  # (B,)
+    return verdict_log_odds(logits[rows, at - 1], ids_a[bare], ids_b[bare])
+
+
+def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weight, batch_size, micro_batch, seed, image_root,
+          max_response_tokens):
+    """Minimise L_IFT for `steps` optimizer steps of batch_size critiques and as many correct responses; in place.
+    Writes one line a step to folder/metrics.jsonl. 04 trains with this same function."""
+    device = common.unwrap(model).device
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # linear up, then linear down to a tenth
+        optimizer, lambda t: min((t + 1) / warmup, 1 - 0.9 * max(0, t - warmup) / max(1, steps - warmup)))
+    verdict_ids = common.verdict_token_ids(processor.tokenizer)
+    batches = zip(stream(judged, batch_size, seed), stream(correct, batch_size, seed))
+    print(f"training: {len(judged)} critiques, {len(correct)} correct responses; {steps} steps of {batch_size} + {batch_size}"
+          f" = {steps * batch_size / len(judged):.1f} epochs of critiques; {sum(map(torch.numel, weights)) / 1e6:.2f} M weights")
+
+    def encode(rows):
+        inputs, labels = common.encode_supervised(
+            processor, [row["text"] for row in rows], [Path(image_root) / row["image"] for row in rows],
+            [row["response"] for row in rows], max_response_tokens)
+        return inputs.to(device), labels.to(device), rows
+
+    model.train()
+    started, n_total, log = time.time(), 0, (folder / "metrics.jsonl").open("a")
+    bar = tqdm(range(1, steps + 1), desc="train", unit="step", dynamic_ncols=True, disable=None)
+    for step in bar:
+        critique_rows, correct_rows = next(batches)
+        # Every token of the step weighs the same, so the counts must be known before the first backward.
+        parts = [("critique", *encode(rows)) for rows in micro_batches(critique_rows, micro_batch)]
+        parts += [("correct", *encode(rows)) for rows in micro_batches(correct_rows, micro_batch)] if lam else []
+        n = {"critique": 0, "correct": 0}
+        for kind, _, labels, _ in parts:
+            n[kind] += int((labels != -100).sum())
+        nll = {"critique": 0.0, "correct": 0.0}  # the step's sums, for the log
+        bt_sum = 0.0
+        for kind, inputs, labels, rows in parts:
+            logits, labels = forward(model, inputs, labels)
+            sums = {"critique": 0.0, "correct": 0.0, kind: nll_sum(logits, labels)[0]}
+            loss = ift_loss(sums["critique"], n["critique"], sums["correct"], n["correct"], lam)
+            if kind == "critique":
+                label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=device)  # (B,)
+                bt = bradley_terry_loss(log_odds_of_verdict(logits, labels, verdict_ids), label_is_a).sum()  # ()
+                loss = loss + bt_weight * bt / batch_size
+                bt_sum += bt.item()
+            loss.backward()
+            nll[kind] += sums[kind].item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+        if not math.isfinite(grad_norm):
+            common.stop(f"step {step}: gradient norm {grad_norm}; rows {[row['id'] for row in critique_rows + correct_rows]}."
+                        " Lower --lr")
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        n_total += sum(n.values())
+        line = {"step": step, "loss": ift_loss(nll["critique"], n["critique"], nll["correct"], n["correct"], lam),
+                "critique": nll["critique"] / n["critique"], "correct": nll["correct"] / n["correct"] if lam else None,
+                "bradley_terry": bt_sum / batch_size, "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0],
+                "tokens_per_s": n_total / (time.time() - started)}
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+        if step % max(1, steps // 10) == 0:
+            bar.write(f"step {step:>5}/{steps} | loss {line['loss']:.3f} | critique {line['critique']:.3f} | correct "
+                      f"{nll['correct'] / max(1, n['correct']):.3f} | bt {line['bradley_terry']:.3f} | grad {grad_norm:.2f} | "
+                      f"{line['tokens_per_s']:.0f} tok/s | {(time.time() - started) / 60:.1f} min")
+    model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+def add_training_arguments(add, steps, lr):
+    """The arguments that 03 and 04 share."""
+    add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    add("--steps", type=int, default=steps, help="optimizer steps")
+    add("--lr", type=float, default=lr, help="peak learning rate")
+    add("--lam", type=float, default=1 / 3, help="lambda, weight of L_SFT on the correct responses")
+    add("--bt-weight", type=float, default=0.0, help="weight of the Bradley-Terry loss on the verdict's log-odds")
+    add("--train-batch", type=int, default=32, help="critiques, and as many correct responses, per optimizer step")
+    add("--micro-batch", type=int, default=8, help="rows per forward and backward pass")
+    add("--max-response-tokens", type=int, default=1024, help="longer correct responses are cut, longer critiques dropped")
+    add("--max-new-tokens", type=int, default=512, help="longest critique written in validation")
+    add("--batch-size", type=int, default=64, help="sequences decoded together")
+    add("--seed", type=int, default=0)
+    add("--overwrite", action="store_true", help="delete this stage's folder first")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--run", default="runs/default", help="run directory, shared by all stages")
+    add("--model", help="default: as in stage 01")
+    add("--max-image-tokens", type=int, help="default: as in stage 01")
+    add("--image-root", help="default: as in stage 01")
+    add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02")
+    add("--lora-rank", type=int, default=16, help="0: full fine-tuning of the language model")
+    add_training_arguments(add, steps=300, lr=1e-4)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    inherit(args, "02_critiques", ("model", "max_image_tokens", "image_root", "style"))
+    folder = start_stage(args, "03_ift")
+    if folder is None:
+        return
+    # 1. load -----------------------------------------------------------------------------------------------------
+    run = Path(args.run)
+    critiques = read_jsonl(run / "02_critiques" / "critiques.jsonl",
+                           ("id", "pair_id", "image", "prompt", "response_a", "response_b", "label", "critique", "style"))
+    validation = [pair for pair in read_jsonl(run / "01_preferences" / "preferences.jsonl", ("id", "chosen", "rejected", "split"))
+                  if pair["split"] == "validation"]
+    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
+    kept = drop_long(critiques, processor, args.max_response_tokens)
+    judged, correct = training_rows(kept)
+    look = (args.image_root, args.style, folder)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts anew
+
+    # 2. train ----------------------------------------------------------------------------------------------------
+    before = validate(model, processor, validation, *look, "before", args.batch_size, args.max_new_tokens)
+    torch.manual_seed(args.seed)  # the adapter's first weights
+    model = add_lora(model, args.lora_rank)
+    train(model, processor, judged, correct, folder, **training_settings(args))
+    after = validate(model, processor, validation, *look, "after 03", args.batch_size, args.max_new_tokens)
+
+    # 3. save and report ------------------------------------------------------------------------------------------
+    save_checkpoint(model, processor, folder)
+    counts = {"critiques read": len(critiques), "dropped: longer than --max-response-tokens": len(critiques) - len(kept),
+              "trained on": len(kept), "correct responses": len(correct), "validation pairs": len(validation)}
+    finish_stage(folder, args, counts, [run / "02_critiques" / "critiques.jsonl"],
+                 f"python 04_rejection_sampling.py --run {args.run}", validation={"before": before, "after": after})
+
+
+def training_settings(args):
+    return {"steps": args.steps, "lr": args.lr, "lam": args.lam, "bt_weight": args.bt_weight, "batch_size": args.train_batch,
+            "micro_batch": args.micro_batch, "seed": args.seed, "image_root": args.image_root,
+            "max_response_tokens": args.max_response_tokens}
+
+
+def drop_long(critiques, processor, max_response_tokens):
+    """A critique cut before its verdict teaches nothing, so the too long ones are left out."""
+    kept = [row for row in critiques if len(processor.tokenizer(row["critique"]).input_ids) < max_response_tokens]
+    if not kept:
+        common.stop(f"all {len(critiques)} critiques are longer than --max-response-tokens {max_response_tokens}: raise it")
+    return kept
+
+
+def save_checkpoint(model, processor, folder):
+    """adapter/ that PeftModel.from_pretrained loads, or model/ that AutoModelForImageTextToText.from_pretrained loads."""
+    if hasattr(model, "get_base_model"):
+        model.save_pretrained(str(folder / "adapter"))
+    else:
+        model.save_pretrained(str(folder / "model"))
+        processor.save_pretrained(str(folder / "model"))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,277 @@
+"""04  Margin-based rejection sampling: the judge learns from its best critiques where it can tell good ones from bad ones.
+
+    S(c)   = P(label | c) = sigmoid(+-r(c))                   confidence in the label after critique c
+    margin = S(c+) - S(c-)    c+: largest S among the critiques that pass stage 02's filters, c-: smallest S of all
+    pair:    mean of its two orders; kept if both orders have a passing critique and the margin is among the top
+             --retention of the pool (or >= --margin). Then L_IFT on the kept c+, from the adapter of iteration t-1.
+
+Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
+  1) S is read from the judge's own log-odds at the verdict, in the same pass that sampled the critique;
+  2) a share of each batch is stage 03's rows (--replay), since a few hundred rows alone make the judge forget its format;
+  3) three controls of the same size and steps: --select random (random pairs, a random passing critique), best (random
+     pairs, the critique with the largest S), continue (stage 03's own rows, trained on for as many steps).
+
+Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterations), 03_ift/, 02_critiques/critiques.jsonl.
+Writes 04_rejection/iter<t>/: samples.jsonl (all critiques), kept.jsonl, margins.png, adapter/, validation.jsonl
+       (04_rejection_<select>/ for the controls)
+
+    python 04_rejection_sampling.py --run runs/demo --iterations 2 --pool 600 --steps 60 --lr 1.5e-3
+    python 04_rejection_sampling.py                              # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
+"""
+import argparse
+import importlib
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import common
+from common import RowWriter, both_orders, finish_stage, in_chunks, inherit, read_jsonl, row_seed, start_stage
+
+critiques_stage = importlib.import_module("02_generate_critiques")
+ift = importlib.import_module("03_train_ift")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: confidence, margin, selection
+# ---------------------------------------------------------------------------------------------------------------------
+def confidence_in_label(log_odds, label_is_a):
+    """S = P(label) = sigmoid(+-r): log_odds r (B,) in nats, label_is_a (B,) bool -> (B,) in [0,1]."""
+    return torch.where(label_is_a, log_odds, -log_odds).sigmoid()  # (B,)
+
+
+def margin(confidences, right):
+    """S(c+) - S(c-) of one question, in [0,1]: c+ has the largest S among the right (passing) critiques, c- the smallest S
+    of all. 0 where none is right: there is nothing to learn from.
+
+    >>> round(margin([0.9, 0.2, 0.97], [True, False, False]), 6), margin([0.9, 0.2], [False, False])
+    (0.7, 0.0)
+    """
+    passing = [s for s, ok in zip(confidences, right, strict=True) if ok]
+    return max(passing) - min(confidences) if passing else 0.0
+
+
+def select_by_margin(margins, threshold=None, retention=None):
+    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the top share `retention` of them,
+    where margin 0 is never kept, even if fewer remain. margins: {id: margin in [0,1]}; give one of the two rules.
+
+    >>> select_by_margin({"a": 0.1, "b": 0.8, "c": 0.8, "d": 0.0, "e": 0.3}, retention=0.4)
+    ['b', 'c']
+    """
+    if (threshold is None) == (retention is None):
+        raise ValueError("give threshold or retention, one of them")
+    ranked = sorted(margins, key=lambda key: (-margins[key], key))
+    if threshold is not None:
+        return [key for key in ranked if margins[key] >= threshold]
+    return [key for key in ranked[:round(retention * len(ranked))] if margins[key] > 0]
+
+
+def select_random(ids, n, seed):
+    """n of the ids, each equally likely: the control of the same size. The order of ids does not matter."""
+    return random.Random(seed).sample(sorted(ids), min(n, len(ids)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling and selection of one iteration
+# ---------------------------------------------------------------------------------------------------------------------
+def cut_pools(pairs, size, iterations):
+    """Disjoint pools of about `size` pairs, all pairs of an image in one of them (01 keeps them together)."""
+    pools, start = [], 0
+    for t in range(iterations):
+        end = min(start + size, len(pairs))
+        while end < len(pairs) and pairs[end]["image"] == pairs[end - 1]["image"]:
+            end += 1
+        if end - start < 2:
+            common.stop(f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool or --iterations, or "
+                        "give stage 01 more images")
+        pools.append(pairs[start:end])
+        start = end
+    return pools
+
+
+def write_samples(pairs, model, processor, vocabulary, folder, args):
+    """Rows of samples.jsonl: N critiques per pair and order with confidence_in_label and "dropped" (the reason, or None)."""
+    evidence = {pair["id"]: pair["evidence"] for pair in pairs}
+    questions = [question for pair in pairs for question in both_orders(pair)]
+    writer = RowWriter(folder / "samples.jsonl")
+    done = {row["id"].rsplit("-", 1)[0] for row in writer.rows if row["id"].endswith(f"-{args.samples - 1}")}
+    present = {row["id"] for row in writer.rows}
+    for chunk, bar in in_chunks(questions, done, args.batch_size, "critiques"):
+        requests = [{"id": q["id"], "image": Path(args.image_root) / q["image"], "text": common.build_judge_prompt(
+            q["prompt"], q["response_a"], q["response_b"], args.style)} for q in chunk]
+        answers = common.sample(model, processor, requests, args.samples, args.temperature, args.max_new_tokens,
+                                row_seed(args.seed, folder.name), args.batch_size, bar)
+        for question, samples in zip(chunk, answers):
+            label_is_a = torch.tensor([question["label"] == "A"] * len(samples))  # (N,)
+            confidence = confidence_in_label(torch.tensor([s["log_odds"] or 0.0 for s in samples]), label_is_a)  # (N,)
+            for k, sample in enumerate(samples):
+                row = {**question, "id": f"{question['id']}-{k}", "critique": sample["text"], "verdict": sample["verdict"],
+                       "style": args.style, "dropped": critiques_stage.reason_to_drop(
+                           sample["text"], sample["complete"], question, evidence[question["pair_id"]], vocabulary, args.style),
+                       "confidence_in_label": None if sample["verdict"] is None else round(confidence[k].item(), 6)}
+                if row["id"] not in present:
+                    writer.write(row)
+    return writer.rows
+
+
+def margins_of_pairs(samples):
+    """{pair id: mean margin of its two orders; 0 where an order has no passing critique}. Critiques without a verdict have
+    no S and do not enter."""
+    questions = {}
+    for row in samples:
+        questions.setdefault(row["pair_id"], {}).setdefault(row["order"], []).append(row)
+    margins = {}
+    for pair_id, orders in questions.items():
+        if all(any(row["dropped"] is None for row in rows) for rows in orders.values()):
+            with_verdict = [[row for row in rows if row["verdict"]] for rows in orders.values()]
+            per_order = [margin([row["confidence_in_label"] for row in rows], [row["dropped"] is None for row in rows])
+                         for rows in with_verdict]
+            margins[pair_id] = sum(per_order) / len(per_order)
+        else:
+            margins[pair_id] = 0.0
+    return margins
+
+
+def keep(samples, margins, args, iteration):
+    """The kept questions (two per pair) with the one critique to train on, by --select."""
+    passing = {}
+    for row in samples:
+        if row["dropped"] is None:
+            passing.setdefault((row["pair_id"], row["order"]), []).append(row)
+    # A threshold of 0 must not let in pairs whose margin is 0 for want of a passing critique.
+    eligible = {key: m for key, m in margins.items() if ((key, "ab") in passing) and ((key, "ba") in passing)}
+    if args.margin is not None:
+        chosen = select_by_margin(eligible, threshold=args.margin)
+    else:
+        chosen = select_by_margin({**dict.fromkeys(margins, 0.0), **eligible}, retention=args.retention)
+    if args.select != "margin":
+        chosen = select_random(eligible, len(chosen), row_seed(args.seed, "select", iteration))
+    rows = []
+    for pair_id in chosen:
+        for order in ("ab", "ba"):
+            candidates = passing[pair_id, order]
+            rng = random.Random(row_seed(args.seed, "critique", iteration, pair_id, order))
+            best = rng.choice(candidates) if args.select == "random" else \
+                max(candidates, key=lambda row: row["confidence_in_label"])
+            rows.append({**best, "margin": margins[pair_id], "iteration": iteration})
+    return rows
+
+
+def draw_margins(margins, kept, path, title):
+    """Histogram of the pool's margins, the kept ones in front."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    bins = [i / 25 for i in range(26)]
+    axis.hist(list(margins.values()), bins, color="lightgrey", label=f"pool, {len(margins)} pairs")
+    axis.hist([margins[key] for key in kept], bins, color="seagreen", label=f"kept, {len(kept)}")
+    axis.set(xlabel="margin of a pair: mean over orders of S(c+) - S(c-)", ylabel="pairs", title=title, yscale="log")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--run", default="runs/default", help="run directory, shared by all stages")
+    add("--model", help="default: as in stage 01")
+    add("--max-image-tokens", type=int, help="default: as in stage 01")
+    add("--image-root", help="default: as in stage 01")
+    add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02")
+    add("--iterations", type=int, default=3, help="T")
+    add("--pool", type=int, default=5000, help="fresh pairs per iteration")
+    add("--samples", type=int, default=8, help="N, critiques per pair and order")
+    add("--temperature", type=float, default=1.0)
+    add("--retention", type=float, default=0.4, help="share of the pool to keep, those with the largest margins")
+    add("--margin", type=float, help="tau: keep the pairs with at least this margin instead of a share")
+    add("--select", choices=("margin", "random", "best", "continue"), default="margin", help="the rule, or a control")
+    add("--replay", type=float, default=0.25, help="share of each batch drawn from stage 03's rows")
+    ift.add_training_arguments(add, steps=125, lr=5e-5)
+    args = parser.parse_args(argv)
+    if not 0 < args.retention <= 1 or not 0 <= args.replay < 1:
+        parser.error("need 0 < --retention <= 1 and 0 <= --replay < 1")
+    return args
+
+
+def run_iteration(t, pool, model, processor, vocabulary, replayed, folder, args):
+    """Sample, select, train, save iteration t in folder -> counts."""
+    counts = {}
+    if args.select == "continue":
+        judged, correct = ift.training_rows(replayed)
+    else:
+        samples = write_samples(pool, model, processor, vocabulary, folder, args)
+        margins = margins_of_pairs(samples)
+        kept = keep(samples, margins, args, t)
+        if not kept:
+            common.stop(f"iteration {t} keeps nothing: {dict(Counter(row['dropped'] for row in samples))}; lower --margin, or "
+                        f"read {folder}/samples.jsonl")
+        common.write_jsonl(folder / "kept.jsonl", kept)
+        pairs_kept = list(dict.fromkeys(row["pair_id"] for row in kept))
+        share = len(pairs_kept) / len(pool)
+        draw_margins(margins, pairs_kept, folder / "margins.png", f"iteration {t}, {args.select}: {share:.0%} kept")
+        counts = {"pairs in the pool": len(pool), "critiques sampled": len(samples)}
+        counts |= {f"dropped: {why}": n for why, n in Counter(row["dropped"] for row in samples).most_common() if why}
+        counts |= {"pairs with margin 0": sum(m == 0 for m in margins.values()), "pairs kept": len(pairs_kept)}
+        print(f"iteration {t}: kept {len(pairs_kept)} of {len(pool)} pairs = {share:.1%}, smallest kept margin "
+              f"{min(margins[key] for key in pairs_kept):.3f}")
+        if not 0.3 <= share <= 0.5:
+            print(f"warning: retention {share:.1%} is outside 30-50 %: change "
+                  + ("--margin" if args.margin is not None else "--retention, or give harder or more pairs (--pool)"))
+        judged, correct = ift.training_rows(kept)
+        if args.replay:  # enough old rows to make up their share of each epoch
+            n_old = round(len(judged) * args.replay / (1 - args.replay))
+            old = select_random([row["id"] for row in replayed], n_old, row_seed(args.seed, "replay", t))
+            more = ift.training_rows([row for row in replayed if row["id"] in set(old)])
+            judged, correct = judged + more[0], correct + more[1]
+    ift.train(model, processor, judged, correct, folder, **{**ift.training_settings(args), "seed": row_seed(args.seed, t)})
+    ift.save_checkpoint(model, processor, folder)
+    return counts
+
+
+def main(args):
+    inherit(args, "03_ift", ("model", "max_image_tokens", "image_root", "style"))
+    folder = start_stage(args, "04_rejection" + ("" if args.select == "margin" else f"_{args.select}"))
+    if folder is None:
+        return
+    # 1. load -----------------------------------------------------------------------------------------------------
+    run = Path(args.run)
+    pairs = read_jsonl(run / "01_preferences" / "preferences.jsonl", ("id", "image", "chosen", "rejected", "split", "evidence"))
+    vocabulary = json.loads((run / "01_preferences" / "vocabulary.json").read_text())
+    replayed = read_jsonl(run / "02_critiques" / "critiques.jsonl", ("id", "pair_id", "critique"))
+    validation = [pair for pair in pairs if pair["split"] == "validation"]
+    pools = cut_pools([pair for pair in pairs if pair["split"] == "pool"], args.pool, args.iterations)
+    finished = [t for t in range(1, args.iterations + 1) if (folder / f"iter{t}" / "done.json").exists()]
+    last = folder / f"iter{finished[-1]}" if finished else run / "03_ift"
+    model, processor = common.load_judge(args.model, common.find_checkpoint(last), args.device, args.max_image_tokens, trainable=True)
+    if not hasattr(model, "get_base_model"):
+        model = ift.add_lora(model, 0)
+    replayed = ift.drop_long(replayed, processor, args.max_response_tokens)
+
+    # 2. iterate --------------------------------------------------------------------------------------------------
+    results = {}
+    for t in range(1, args.iterations + 1):
+        here = folder / f"iter{t}"
+        if t not in finished:
+            here.mkdir(exist_ok=True)
+            (here / "metrics.jsonl").unlink(missing_ok=True)
+            counts = run_iteration(t, pools[t - 1], model, processor, vocabulary, replayed, here, args)
+            result = ift.validate(model, processor, validation, args.image_root, args.style, here, f"iteration {t}",
+                                  args.batch_size, args.max_new_tokens)
+            common.write_json(here / "done.json", {"counts": counts, "validation": result})
+        results[f"iteration {t}"] = json.loads((here / "done.json").read_text())
+
+    # 3. report ---------------------------------------------------------------------------------------------------
+    counts = {f"iteration {t}, {name}": n for t in range(1, args.iterations + 1)
+              for name, n in results[f"iteration {t}"]["counts"].items()}
+    finish_stage(folder, args, counts, [run / "01_preferences" / "preferences.jsonl"],
+                 f"python 05_evaluate.py --run {args.run} --pairs HELD_OUT.jsonl", iterations=results)
+
+
+if __name__ == "__main__":
+    main(parse_args())
