@@ -83,7 +83,8 @@ def expected_calibration_error(probability, correct, bins=10):
     the right, the first on both sides. probability: P(the verdict given) per row; correct: bool per row."""
     probability = torch.as_tensor(probability, dtype=torch.float64)  # (B,)
     correct = torch.as_tensor(correct, dtype=torch.float64)  # (B,)
-    index = (probability * bins).ceil().long().sub(1).clamp(0, bins - 1)  # (B,) in 0..bins-1
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]  # (bins-1,) inner edges
+    index = torch.bucketize(probability, edges)  # (B,) in 0..bins-1
     error = 0.0
     for b in range(bins):
         inside = index == b  # (B,)
