@@ -39,169 +39,106 @@ YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."
 # ---------------------------------------------------------------------------------------------------------------------
 # The method: mentions, verification, pairing
 # ---------------------------------------------------------------------------------------------------------------------
-# "class: other words for it"; plurals are added below. Left out are words that mean something else as often as not:
-# computer (laptop or tv), glass, plant, bag, seat, board, ski, screen, baseball and football (mostly the game).
-COCO_SYNONYMS = """
-person: adult, artist, athlete, attendee, audience, baby, baker, barber, bartender, baseman, batter, bicyclist, biker,
-boy, bride, brother, businessman, businesswoman, butcher, bystander, cameraman, cashier, catcher, chef, child, climber,
-clown, commuter, conductor, cop, couple, cowboy, cowgirl, crew, crowd, customer, cyclist, dad, dancer, daughter,
-dentist, doctor, driver, dude, equestrian, family, farmer, father, fielder, fireman, firefighter, fisherman, friend,
-gentleman, girl, goalie, goalkeeper, golfer, grandfather, grandmother, groom, guest, guitarist, guy, handler, hiker,
-hitter, human, husband, individual, infant, infielder, jockey, jogger, kayaker, kid, kitesurfer, lady, lifeguard,
-mailman, man, member, mom, mother, motorcyclist, motorist, musician, nurse, officer, onlooker, outfielder, owner,
-paddler, parent, participant, passenger, passerby, passersby, patron, pedestrian, people, performer, photographer,
-pilot, pitcher, player, policeman, policewoman, rancher, referee, rider, rower, runner, sailor, security guard, seller,
-shepherd, shopper, singer, sister, skateboarder, skater, skier, snowboarder, soldier, somebody, someone, son, spectator,
-student, surfer, swimmer, teacher, teammate, teen, teenager, toddler, tourist, traveler, traveller, umpire, vendor,
-visitor, waiter, waitress, wakeboarder, walker, wife, windsurfer, woman, worker, youngster; bicycle: bike, tricycle,
-cycle; car: automobile, cab, convertible, coupe, hatchback, jeep, limo, limousine, minivan, sedan, station wagon, suv,
-taxi, van; motorcycle: dirt bike, moped, motor bike, motor cycle, motorbike, motor scooter, scooter, vespa; airplane:
-aeroplane, aircraft, airliner, biplane, jet, jetliner, plane, seaplane; bus: double decker, minibus, motorcoach, school
-bus, schoolbus; train: locomotive, railcar, streetcar, subway car, train car, passenger car, tram; truck: fire engine,
-firetruck, lorry, pickup, tractor trailer; boat: barge, canoe, catamaran, dinghy, ferry, kayak, motorboat, rowboat,
-sailboat, ship, speedboat, tugboat, yacht; traffic light: stop light, stoplight, traffic signal; fire hydrant: hydrant;
-stop sign; parking meter; bench: pew; bird: cockatoo, crow, dove, duck, duckling, eagle, egret, falcon, finch, flamingo,
-fowl, goose, gull, hawk, hen, heron, hummingbird, macaw, ostrich, owl, parakeet, parrot, peacock, pelican, penguin,
-pigeon, raven, robin, rooster, seagull, sparrow, stork, swan, toucan, vulture, woodpecker; cat: feline, kitten, kitty,
-tabby; dog: beagle, border collie, bulldog, canine, chihuahua, collie, corgi, dachshund, dalmatian, german shepherd,
-golden retriever, greyhound, husky, labrador, pit bull, poodle, pug, pup, puppy, retriever, rottweiler, sheep dog,
-sheepdog, spaniel, terrier; horse: colt, equine, foal, mare, mustang, pony, racehorse, stallion; sheep: ewe, goat, lamb,
-ram; cow: bison, buffalo, bull, calf, cattle, heifer, longhorn, ox, oxen; elephant; bear: panda, bear cub; zebra;
-giraffe; backpack: back pack, book bag, knapsack, rucksack; umbrella: parasol; handbag: hand bag, purse, shoulder bag,
-tote, tote bag; tie: bow tie, bowtie, neck tie, necktie; suitcase: briefcase, luggage, suit case; frisbee: flying disc,
-flying disk; skis: snow ski, water ski; snowboard: snow board; sports ball: ball; kite; baseball bat: bat; baseball
-glove: baseball mitt, catcher mitt, mitt; skateboard: skate board; surfboard: body board, boogie board, bodyboard,
-longboard, paddle board, paddleboard, surf board; tennis racket: racket, racquet, tennis racquet; bottle; wine glass:
-champagne flute, champagne glass, glass of champagne, glass of red wine, glass of white wine, glass of wine, wineglass;
-cup: coffee mug, drinking glass, glass of beer, glass of juice, glass of milk, glass of orange juice, glass of water,
-mug, teacup, tumbler; fork; knife: butter knife, cleaver, pocketknife; spoon: tablespoon, teaspoon; bowl; banana; apple;
-sandwich: burger, cheeseburger, hamburger, panini; orange: clementine, mandarin, tangerine; broccoli; carrot; hot dog:
-frankfurter, hotdog; pizza; donut: doughnut; cake: cheesecake, cupcake; chair: armchair, bar stool, barstool, highchair,
-recliner, stool; couch: futon, loveseat, settee, sofa; potted plant: flower pot, flowerpot, hanging plant, house plant,
-houseplant, indoor plant, plant pot, planter, potted cactus, potted fern, potted flower, potted palm, potted tree; bed;
-dining table: coffee table, desk, kitchen table, table; toilet: commode, toilet bowl, urinal; tv: computer monitor,
-computer screen, flat screen, flatscreen, monitor, television, television screen, television set, tv screen, tv set;
-laptop: laptop computer, macbook, netbook, notebook computer; mouse: computer mouse; remote: game controller, remote
-control, remote controller, wii controller; keyboard: computer keyboard; cell phone: cellphone, cellular phone, iphone,
-mobile phone, phone, smart phone, smartphone; microwave: microwave oven; oven: stove, stovetop; toaster; sink: wash
-basin, washbasin; refrigerator: freezer, fridge; book: cookbook, novel, paperback, textbook; clock; vase; scissors:
-shears; teddy bear: plush bear, stuffed bear, stuffed teddy bear, teddy, toy bear; hair drier: blow drier, blow dryer,
-hair dryer, hairdrier, hairdryer; toothbrush: tooth brush"""
-
-# Phrases that hold a class's name and are nothing of the kind: "first words: last words", each with each, "-" for a
-# space. Where the last noun is itself a class ("pizza oven") none is needed: it decides, see `find_mentions`.
-NOT_OBJECTS = """
-aircraft: carrier; apple: cider juice logo orchard pie sauce tree watch; baby: blue carriage monitor shower stroller;
-ball: cap field game gown of park; banana: bread leaf tree; bear: claw hug in-mind spray the witness; bears: a the; bed:
-and-breakfast linen of sheet spread; bench: press; bicycle bike cycle: helmet lane path rack repair route shop track
-trail; bird: bath cage feeder house s-eye s-nest sanctuary seed; boat: dock house launch ramp; book: case club shelf
-store; bus train tram subway taxi truck railway: depot lane platform shelter stand station stop terminal track yard; cab
-cycle pitcher: of; cake pancake: batter mix pan shop stand; car: dealership park port seat show wash; cat dog pet: bed
-carrier collar food house leash litter park show toy treat tree; ceiling: fan; chair: lift; child children kid: s-bed
-s-book s-drawing s-menu s-room s-toy; couch: potato; couple: of; cow: bell pasture s-milk; crystal disco wrecking cotton
-snow: ball; cup: holder; donut pizza sandwich hot-dog: bag board box bun cart cutter parlor place restaurant shop stand;
-dream: catcher; driver passenger: area compartment door s-door s-seat s-side seat side window; duck ducks: tape under;
-cd dvd record music: player; exercise: bike; family: room; flower garden raised river: bed; first third: person; fork:
-in-the-road lift; girl: scout; horse: barn race racing show stable trailer; jet: black lag ski; knife: block; laptop:
-bag case stand; ladies men women: restroom room s-restroom s-room; lifeguard: chair stand tower; man: made; mickey:
-mouse; motorcycle: helmet jacket; mouse: mat pad trap; o: clock; orange: grove juice soda tree; oven: glove mitt;
-person: of-interest; phone: booth call number; piano: keyboard; billiard changing ping-pong pool: table; railroad zip:
-tie; refrigerator: magnet; remote: area beach controlled corner desert island location mountain part place region
-setting village; rubber: duck; sink: hole into; sinks: into; super: bowl; table: lamp runner saw tennis; tie: dye up;
-ties: a her his the up; toilet: brush paper; toothbrush: holder; tv television: cabinet channel show stand station;
-umbrella: stand; glass water: pitcher; wheel: chair; world: cup; zebra: crossing print"""
-
-# (end of a singular, end of its plural): the first that fits; all others take "s"
-PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"), ("child$", "children"),
-           ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"), (r"\box$", "oxen"),
-           ("(kni|li|wi)fe$", r"\1ves"), ("(ca|ea|shel)f$", r"\1ves"), ("(?<=[^aeiou])y$", "ies"),
-           ("(?<=ch|sh|ss|us)$|(?<=x)$", "es"), ("(?<=s)$", ""), ("$", "s")]
+# (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
+PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
+           ("child$", "children"), ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"),
+           (r"\box$", "oxen"), ("(?<=[^s]s)(?<!us)$", ""), ("(kni|li|wi)fe$", r"\1ves"), ("(ca|ea|shel)f$", r"\1ves"),
+           ("(?<=[^aeiou])y$", "ies"), ("(?<=ch|sh|ss|us)$|(?<=x)$", "es"), ("$", "s")]
 
 
 def plural(phrase):
-    """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine'; what is plural stays as it is."""
+    """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'knife' -> 'knives', 'skis' -> 'skis'."""
     noun, of, rest = phrase.partition(" of ")
     end, new = next((end, new) for end, new in PLURALS if re.search(end, noun))
     return re.sub(end, new, noun) + of + rest
 
 
 def parse_table(text):
-    """{key: entries} from "key: entry, entry; key; key: entry", where a line end is a space."""
-    rows = (" ".join(row.split()).partition(":") for row in text.split(";"))
-    return {key.strip(): [entry.strip() for entry in entries.split(",")] if entries else [] for key, _, entries in rows}
+    """{key: entries} from "key: entry, entry; key; key: entry", where a line end is a space and # starts a comment line."""
+    rows = (" ".join(row.split()).partition(":") for row in re.sub("#.*", "", text).split(";"))
+    return {key.strip(): [entry.strip() for entry in entries.split(",") if entry] for key, _, entries in rows}
 
 
 def build_vocabulary(class_names, synonyms=None):
-    """{phrase: class}: each class's name and synonyms with their plurals, lower case, words apart by one space.
+    """{phrase: class}: each class's name and synonyms ({class: [phrases]}) with their plurals, in lower case.
 
-    >>> build_vocabulary(["Fire_Truck"], {"Fire_Truck": ["fire engine"]}).keys()
-    dict_keys(['fire truck', 'fire trucks', 'fire engine', 'fire engines'])
+    >>> build_vocabulary(["Fire_Truck"], {"Fire_Truck": ["pumper"]}).keys()
+    dict_keys(['fire truck', 'fire trucks', 'pumper', 'pumpers'])
     """
-    pairs = ((name, re.findall(r"[^\W_]+", p.lower())) for name in class_names for p in [name, *(synonyms or {}).get(name, [])])
-    return {form: name for name, words in pairs for form in (" ".join(words), plural(" ".join(words)))}
+    pairs = [(phrase, name) for name in class_names for phrase in [name, *(synonyms or {}).get(name, [])]]
+    words = [(" ".join(re.findall(r"[^\W_]+", phrase.lower())), name) for phrase, name in pairs]
+    return {form: name for phrase, name in words for form in (phrase, plural(phrase))}
 
 
-COCO_VOCABULARY = build_vocabulary(parse_table(COCO_SYNONYMS), parse_table(COCO_SYNONYMS))  # the 80 names of YOLO
-COMPOUNDS = {"elephant calf": "elephant", "giraffe calf": "giraffe", "truck bed": "truck"}  # phrase -> class or None
-for first, (last,) in parse_table(NOT_OBJECTS).items():
-    singular = [f"{a} {b}".replace("-", " ") for a in first.split() for b in last.split()]
-    COMPOUNDS.update(dict.fromkeys([*singular, *map(plural, singular)]))
+SYNONYMS, NOT_OBJECTS = map(parse_table, (Path(__file__).parent / "assets/coco_phrases.txt").read_text().split("\n\n"))
+COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
+NONE = [f"{a} {b}".replace("-", " ") for first, (last,) in NOT_OBJECTS.items() for a in first.split() for b in last.split()]
+COMPOUNDS = {**dict.fromkeys(NONE + [plural(phrase) for phrase in NONE]),  # phrase -> class, None for no object at all
+             "child s bed": "bed", "elephant calf": "elephant", "giraffe calf": "giraffe", "sink bowl": "sink",
+             **{f"{name} skis": "person" for name in ("man", "woman", "person", "skier", "boy", "girl")}}  # the verb
 
-# A negation reaches from its cue to whatever opens another thought; a comma does not end it inside "no cars, buses or
-# trucks". What is definite exists ("not looking at the dog"), so after "not" the scope ends there; "without its dog" goes on.
-CUES = (r"no(?! (?:doubt|more|less|fewer|longer|matter|wonder|problem|one)\b)(?! (?:sign|trace|evidence) of)(?= \w)|neither|never|"
-        r"nor(?: (?:is|are|was|were) there| do(?:es)? (?:it|we|i|the image) \w+)?|"
-        r"(?:\w+n't|not|cannot)(?! (?:only|just|merely|simply|to mention|far|too|very|sure|clear|necessarily|all|every|many|much|the "
-        r"only|yet|fully|entirely|completely|quite|directly|limited)\b)|"
-        r"(?:without(?! \w+ing\b)|instead of|rather than|(?:absence|devoid|free|lack|(?:no )(?:sign|trace|evidence)) of|lack(?:s|ing))"
-        r"(?: (?:the|its|his|her|their))?")
-ENDS = (r"but|with|while|although|though|however|except|besides|that|which|who|where|because|since|so|as|is|are|was|were|"
-        r"has|can|there|the|this|these|those|his|her|their|its|it|he|she|they|you|we|just|only|instead(?! of)|on|in|at|near|"
-        r"behind|under|beside|next|around|along|between|from|by|over|through|for|into|and (?:an?|one|two|three|some|several)|"
-        r"to(?! (?:be|have|contain|include|show)\b)")
-NEGATED = re.compile(rf"\b(?:{CUES})\b(?:(?!\b(?:{ENDS})\b(?! any\b))(?:[^,.;:!?\n()—]|,(?=[^.;:]{{0,60}}\b(?:or|nor)\b)))*")
-NOT_THERE = re.compile(r"(?:,? (?:and|or|nor) [\w ]{1,20}?)? (?:is|are|was|were)(?:(?: not|n't)(?: present| visible| seen| shown|"
-                       r" depicted| there| in (?:the|this) (?:image|picture|photo|scene))| absent| nowhere| missing(?! an?\b))\b")
-# "orange" is the fruit after an article or another fruit, unless a noun or a second colour follows
-FRUIT = re.compile(r"(?<![^ ])(?:an|one|the|whole|half|peeled|sliced|fresh|(?:apple|banana|lemon)s?,?(?: and| or)?) orange(?: (?:and (?:an?|"
-                   r"the|one|two|some)|or|is|in|on|at|near|next|beside|with|that|which|from|slices?|sits|lying|sitting)\b|$|(?! )\W)")
+# A negation reaches from its cue to whatever opens another thought (ENDS); a comma ends it too unless "or" follows ("no
+# cars, buses or trucks"). What is definite exists ("not looking at the dog"), except right after "without".
+CUES = (r"no(?! (?:doubt|more|less|fewer|longer|matter|wonder|problem|one|(?:signs?|traces?|evidence) of)\b)(?= \w)|"
+        r"neither|never|nor(?: (?:is|are|was|were) there| do(?:es)? (?:it|the image) \w+)?|"
+        r"(?:\w+n't|not|cannot)(?! (?:only|just|merely|simply|to mention|far|too|very|sure|clear|necessarily|all|every|"
+        r"many|much|yet|fully|entirely|completely|quite|directly)\b)|"
+        r"(?:without(?! \w+ing\b)|instead of|rather than|lack(?:s|ing)|"
+        r"(?:absence|devoid|free|lack|no (?:signs?|traces?|evidence)) of)(?: (?:the|its|his|her|their))?")
+ENDS = (r"but|with|while|although|though|however|except|besides|that|which|who|where|because|since|so|as|is|are|was|"
+        r"were|has|can|there|the|this|these|those|his|her|their|its|it|he|she|they|you|we|just|only|instead(?! of)|on|"
+        r"in|at|near|behind|under|beside|next|around|along|between|from|by|over|through|for|into|"
+        r"and (?:an?|one|two|three|some|several)|to(?! (?:be|have|contain|include|show)\b)|"
+        r"(?<!not )(?<!n't )(?<!be )\w+ing an?")  # "a man with no shirt eating a donut", but "not eating a donut"
+NEGATED = re.compile(rf"\b(?:{CUES})\b(?:(?!\b(?:{ENDS})\b(?! any\b))"
+                     r"(?:[^,.;:!?\n()—]|,(?=[^.;:]{0,60}\b(?:or|nor)\b)))*")
+NOT_THERE = re.compile(
+    r"(?:,? (?:and|or|nor) [\w ]{1,20}?)? (?:is|are|was|were)(?: absent| nowhere| missing(?! an?\b)|"
+    r"(?: not|n't) (?:present|visible|seen|shown|depicted|there|in (?:the|this) (?:image|picture|photo|scene)))\b")
+# A colour or a game more often than a thing: counted after an article or a fruit, unless a noun or a colour follows
+RARELY_THINGS = {"orange", "baseball", "basketball", "football", "volleyball"}
+AS_A_THING = re.compile(
+    r"\b(?:an?|one|the|whole|half|peeled|sliced|fresh|(?:apple|banana|lemon)s?,?(?: and| or)?) (\w+)(?=$| (?:"
+    r"and (?:an?|the|one|two|some)|or|is|in|on|at|near|next|beside|with|that|which|from|to|towards?|into|through|over|"
+    r"under|behind|while|as|across|sits|lying|sitting)\b|(?! |, (?:black|white|red|yellow|brown)\b)\W)")
 
 
 def find_mentions(text, vocabulary):
-    """Classes that the text says are there, by first mention, each once. vocabulary: {lower-case phrase: class}."""
-    return list(dict.fromkeys(name for _, _, name in mention_spans(text, vocabulary)))
-
-
-def mention_spans(text, vocabulary):
-    """(start, end, class) of each mention in the text.
-
-    Whole words, the longest phrase first ("hot dog" is no dog), COMPOUNDS beside the vocabulary's own phrases; negated
-    mentions do not count. Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor", "orange car".
+    """Classes that the text says are there, by first mention, each once. vocabulary: {lower-case phrase: class}.
 
     >>> find_mentions("No cats, only a dog park, two men with a teddy bear and a baby elephant.", COCO_VOCABULARY)
     ['person', 'teddy bear', 'elephant']
     """
-    text = text.lower().replace("’", "'")
-    phrases, known = {**COMPOUNDS, **vocabulary}, {None, *vocabulary.values()}
-    longest = max(len(phrase.split()) for phrase in phrases)
-    words = list(re.finditer(r"[^\W_]+|[^\w\s'-]", text))  # other punctuation is a word, so that no phrase crosses it
+    return list(dict.fromkeys(name for _, _, name in mention_spans(text, vocabulary)))
+
+
+def mention_spans(text, vocabulary):
+    """[(start, end, class)] of each mention in the text, from left to right.
+
+    Whole words, the longest phrase first ("hot dog" is no dog), COMPOUNDS beside the vocabulary's own phrases; negated
+    mentions do not count. Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor", "orange car".
+    """
+    text, phrases = text.lower().replace("’", "'"), COMPOUNDS | vocabulary  # the vocabulary wins
+    known, longest = {*vocabulary.values()}, max(len(phrase.split()) for phrase in phrases)
+    words = list(re.finditer(r"[^\W_]+|[^\w\s'-]", text))  # a comma is a word of its own, so that no phrase crosses it
     found, i = [], 0  # (start, end, phrase), from left to right
     while i < len(words):
-        spans = (" ".join(word.group() for word in words[i:i + n]) for n in range(min(longest, len(words) - i), 0, -1))
-        phrase = next((span for span in spans if span in phrases), None)
-        n = len(phrase.split()) if phrase else 1
+        spans = [words[i:i + n] for n in range(longest, 0, -1)]
+        matches = ((len(span), " ".join(word.group() for word in span)) for span in spans)
+        n, phrase = next((match for match in matches if match[1] in phrases), (1, None))
         if phrase:
             found.append((words[i].start(), words[i + n - 1].end(), phrase))
         i += n
     negated = [match.span() for match in NEGATED.finditer(text)]
+    things = {match.start(1) for match in AS_A_THING.finditer(text)}
     mentions = []
     for (start, end, phrase), (next_start, _, next_phrase) in zip(found, [*found[1:], (-1, -1, "")]):
-        modifier = (text[end:next_start] == " " and " " not in next_phrase) or re.match(r"-\w", text[end:])  # "dog-friendly"
-        colour = phrase == "orange" and not any(m.start() < start < m.end() for m in FRUIT.finditer(text))
+        modifier = (text[end:next_start] == " " and " " not in next_phrase  # "baby" of "baby elephant"
+                    or re.match(r"-\w", text[end:]))  # "dog" of "dog-friendly"
         denied = any(a <= start < b for a, b in negated) or NOT_THERE.match(text, end)
-        if not (modifier or colour or denied) and phrases[phrase] in known:
+        if phrases[phrase] in known and not (modifier or denied or (phrase in RARELY_THINGS and start not in things)):
             mentions.append((start, end, phrases[phrase]))
-    return [mention for mention in mentions if mention[2] is not None]
+    return mentions
 
 
 def swap_object(text, old, new, vocabulary):
@@ -324,12 +261,14 @@ def load_items(args):
     else:
         prompts = Path(args.prompts).read_text().split("\n") if args.prompts else PROMPTS
         prompts = [line.strip() for line in prompts if line.strip()]
-        names = sorted(p.relative_to(args.images).as_posix() for p in Path(args.images).rglob("*")
-                       if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not names or not prompts:
-            stop(f"no images under {args.images}" if not names else f"{args.prompts} holds no prompt")
-        rows = [{"id": f"{Path(name).with_suffix('').as_posix()}-0", "image": name,
-                 "prompt": prompts[row_seed(args.seed, "prompt", name) % len(prompts)]} for name in names]
+        paths = sorted(p.resolve() for p in Path(args.images).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not paths or not prompts:
+            stop(f"no images under {args.images}" if not paths else f"{args.prompts} holds no prompt")
+        if not paths[0].is_relative_to(args.image_root):
+            stop(f"--images {args.images} does not lie under --image-root {args.image_root}")
+        rows = [{"id": f"{path.relative_to(Path(args.images).resolve()).with_suffix('').as_posix()}-0",
+                 "image": path.relative_to(args.image_root).as_posix(),
+                 "prompt": prompts[row_seed(args.seed, "prompt", path.name) % len(prompts)]} for path in paths]
     readable, broken = [], 0
     for row in rows[:args.limit]:
         try:
@@ -488,8 +427,10 @@ def main(args):
     if args.images or args.expert == "none":
         model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
     expert = OwnAnswers(model, processor) if args.expert == "none" else Detector(args.expert, args.absent, args.device)
+    if not args.vocabulary and not expert.classes:
+        stop("--expert none knows no class names: give --vocabulary, such as another run's 01_preferences/vocabulary.json")
     vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else \
-        build_vocabulary(expert.classes) if expert.classes and set(expert.classes) != set(COCO_VOCABULARY.values()) else COCO_VOCABULARY
+        build_vocabulary(expert.classes, SYNONYMS)
     known = set(expert.classes or vocabulary.values())
 
     # 2. candidates, mentions, findings ---------------------------------------------------------------------------

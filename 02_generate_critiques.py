@@ -95,30 +95,29 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 # ---------------------------------------------------------------------------------------------------------------------
-def write_critiques(pairs, model, processor, vocabulary, folder, args):
-    """Rows of samples.jsonl: M critiques per pair and order, each with "dropped": the reason, or None."""
+def write_critiques(pairs, model, processor, vocabulary, path, n, guided, args, seed):
+    """n critiques per pair and order, guided by the reference or not (04 samples by this too), kept in path: rows
+    {question, critique, verdict, style, log_odds: r in nats or None, dropped: the filters' reason or None}."""
     evidence = {pair["id"]: pair["evidence"] for pair in pairs}
     questions = [question for pair in pairs for question in both_orders(pair)]
-    writer = RowWriter(folder / "samples.jsonl")
-    done = {row["id"].rsplit("-", 1)[0] for row in writer.rows if row["id"].endswith(f"-{args.critiques - 1}")}
-    present = {row["id"] for row in writer.rows}
+    writer = RowWriter(path)
+    written = {row["id"] for row in writer.rows}
+    done = {question["id"] for question in questions if f"{question['id']}-{n - 1}" in written}
     for chunk, bar in in_chunks(questions, done, args.batch_size, "critiques"):
         requests = []
         for question in chunk:
             status = {found["object"]: found["status"] for found in evidence[question["pair_id"]]}
             text = common.build_judge_prompt(question["prompt"], question["response_a"], question["response_b"], args.style,
-                                             render_reference(question, status, vocabulary))
+                                             render_reference(question, status, vocabulary) if guided else None)
             requests.append({"id": question["id"], "image": Path(args.image_root) / question["image"], "text": text})
-        answers = common.sample(model, processor, requests, args.critiques, args.temperature, args.max_new_tokens,
-                                args.seed, args.batch_size, bar)
-        for question, texts in zip(chunk, answers):
-            for k, answer in enumerate(texts):
-                row = {**question, "id": f"{question['id']}-{k}", "critique": answer["text"], "verdict": answer["verdict"],
-                       "style": args.style}
-                row["dropped"] = reason_to_drop(answer["text"], answer["complete"], question,
-                                                evidence[question["pair_id"]], vocabulary, args.style)
-                if row["id"] not in present:
-                    writer.write(row)
+        answers = common.sample(model, processor, requests, n, args.temperature, args.max_new_tokens, seed, args.batch_size, bar)
+        for question, samples in zip(chunk, answers):
+            for k, answer in enumerate(samples):
+                if f"{question['id']}-{k}" not in written:
+                    reason = reason_to_drop(answer["text"], answer["complete"], question, evidence[question["pair_id"]],
+                                            vocabulary, args.style)
+                    writer.write({**question, "id": f"{question['id']}-{k}", "critique": answer["text"], "style": args.style,
+                                  "verdict": answer["verdict"], "log_odds": answer["log_odds"], "dropped": reason})
     return writer.rows
 
 
@@ -129,7 +128,7 @@ def keep_distinct(samples):
         key = (row["pair_id"], row["order"], row["critique"])
         if row["dropped"] is None and key not in seen:
             seen.add(key)
-            kept.append({name: value for name, value in row.items() if name != "dropped"})
+            kept.append({name: value for name, value in row.items() if name not in ("dropped", "log_odds")})
     return kept
 
 
@@ -170,7 +169,7 @@ def main(args):
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
 
     # 2. write, filter --------------------------------------------------------------------------------------------
-    samples = write_critiques(pairs, model, processor, vocabulary, folder, args)
+    samples = write_critiques(pairs, model, processor, vocabulary, folder / "samples.jsonl", args.critiques, True, args, args.seed)
     kept = keep_distinct(samples)
     if not kept:
         common.stop(f"no critique was kept: {dict(Counter(row['dropped'] for row in samples))}; read {folder}/samples.jsonl")

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import common
-from common import RowWriter, both_orders, finish_stage, in_chunks, inherit, read_jsonl, row_seed, start_stage
+from common import finish_stage, inherit, read_jsonl, row_seed, start_stage
 
 critiques_stage = importlib.import_module("02_generate_critiques")
 ift = importlib.import_module("03_train_ift")
@@ -91,71 +91,39 @@ def cut_pools(pairs, size, iterations):
     return pools
 
 
-def write_samples(pairs, model, processor, vocabulary, folder, args):
-    """Rows of samples.jsonl: N critiques per pair and order with confidence_in_label and "dropped" (the reason, or None)."""
-    evidence = {pair["id"]: pair["evidence"] for pair in pairs}
-    questions = [question for pair in pairs for question in both_orders(pair)]
-    writer = RowWriter(folder / "samples.jsonl")
-    done = {row["id"].rsplit("-", 1)[0] for row in writer.rows if row["id"].endswith(f"-{args.samples - 1}")}
-    present = {row["id"] for row in writer.rows}
-    for chunk, bar in in_chunks(questions, done, args.batch_size, "critiques"):
-        requests = [{"id": q["id"], "image": Path(args.image_root) / q["image"], "text": common.build_judge_prompt(
-            q["prompt"], q["response_a"], q["response_b"], args.style)} for q in chunk]
-        answers = common.sample(model, processor, requests, args.samples, args.temperature, args.max_new_tokens,
-                                row_seed(args.seed, folder.name), args.batch_size, bar)
-        for question, samples in zip(chunk, answers):
-            label_is_a = torch.tensor([question["label"] == "A"] * len(samples))  # (N,)
-            confidence = confidence_in_label(torch.tensor([s["log_odds"] or 0.0 for s in samples]), label_is_a)  # (N,)
-            for k, sample in enumerate(samples):
-                row = {**question, "id": f"{question['id']}-{k}", "critique": sample["text"], "verdict": sample["verdict"],
-                       "style": args.style, "dropped": critiques_stage.reason_to_drop(
-                           sample["text"], sample["complete"], question, evidence[question["pair_id"]], vocabulary, args.style),
-                       "confidence_in_label": None if sample["verdict"] is None else round(confidence[k].item(), 6)}
-                if row["id"] not in present:
-                    writer.write(row)
-    return writer.rows
-
-
 def margins_of_pairs(samples):
-    """{pair id: mean margin of its two orders; 0 where an order has no passing critique}. Critiques without a verdict have
-    no S and do not enter."""
-    questions = {}
-    for row in samples:
-        questions.setdefault(row["pair_id"], {}).setdefault(row["order"], []).append(row)
-    margins = {}
-    for pair_id, orders in questions.items():
-        if all(any(row["dropped"] is None for row in rows) for rows in orders.values()):
-            with_verdict = [[row for row in rows if row["verdict"]] for rows in orders.values()]
-            per_order = [margin([row["confidence_in_label"] for row in rows], [row["dropped"] is None for row in rows])
-                         for rows in with_verdict]
-            margins[pair_id] = sum(per_order) / len(per_order)
-        else:
-            margins[pair_id] = 0.0
-    return margins
-
-
-def keep(samples, margins, args, iteration):
-    """The kept questions (two per pair) with the one critique to train on, by --select."""
-    passing = {}
-    for row in samples:
+    """({pair id: mean margin of its two orders, 0 where an order has no passing critique}, {(pair id, order): passing
+    critiques}); samples get their "confidence_in_label". A critique without a verdict has no S and does not enter."""
+    questions, passing = {}, {}
+    for row in (row for row in samples if row["verdict"]):
+        label_is_a = torch.tensor([row["label"] == "A"])
+        row["confidence_in_label"] = confidence_in_label(torch.tensor([row["log_odds"]]), label_is_a).item()
+        questions.setdefault((row["pair_id"], row["order"]), []).append(row)
         if row["dropped"] is None:
             passing.setdefault((row["pair_id"], row["order"]), []).append(row)
-    # A threshold of 0 must not let in pairs whose margin is 0 for want of a passing critique.
-    eligible = {key: m for key, m in margins.items() if ((key, "ab") in passing) and ((key, "ba") in passing)}
-    if args.margin is not None:
-        chosen = select_by_margin(eligible, threshold=args.margin)
-    else:
-        chosen = select_by_margin({**dict.fromkeys(margins, 0.0), **eligible}, retention=args.retention)
+    margins = {}
+    for pair_id in dict.fromkeys(row["pair_id"] for row in samples):
+        keys = [(pair_id, "ab"), (pair_id, "ba")]
+        margins[pair_id] = sum(margin([row["confidence_in_label"] for row in questions[key]],
+                                      [row["dropped"] is None for row in questions[key]])
+                               for key in keys) / 2 if all(key in passing for key in keys) else 0.0
+    return margins, passing
+
+
+def keep(margins, passing, args, iteration):
+    """The kept questions, two per pair, each with the one critique to train on, by --select."""
+    eligible = {key: m for key, m in margins.items() if (key, "ab") in passing and (key, "ba") in passing}
+    # The share counts from the whole pool; a threshold of 0 must not let in pairs that have no passing critique.
+    chosen = select_by_margin(margins, retention=args.retention) if args.margin is None else \
+        select_by_margin(eligible, threshold=args.margin)
     if args.select != "margin":
         chosen = select_random(eligible, len(chosen), row_seed(args.seed, "select", iteration))
     rows = []
-    for pair_id in chosen:
-        for order in ("ab", "ba"):
-            candidates = passing[pair_id, order]
-            rng = random.Random(row_seed(args.seed, "critique", iteration, pair_id, order))
-            best = rng.choice(candidates) if args.select == "random" else \
-                max(candidates, key=lambda row: row["confidence_in_label"])
-            rows.append({**best, "margin": margins[pair_id], "iteration": iteration})
+    for key in ((pair_id, order) for pair_id in chosen for order in ("ab", "ba")):
+        rng = random.Random(row_seed(args.seed, "critique", iteration, *key))
+        best = rng.choice(passing[key]) if args.select == "random" else \
+            max(passing[key], key=lambda row: row["confidence_in_label"])
+        rows.append({**best, "margin": margins[key[0]], "iteration": iteration})
     return rows
 
 
@@ -205,9 +173,10 @@ def run_iteration(t, pool, model, processor, vocabulary, replayed, folder, args)
     if args.select == "continue":
         judged, correct = ift.training_rows(replayed)
     else:
-        samples = write_samples(pool, model, processor, vocabulary, folder, args)
-        margins = margins_of_pairs(samples)
-        kept = keep(samples, margins, args, t)
+        samples = critiques_stage.write_critiques(pool, model, processor, vocabulary, folder / "samples.jsonl", args.samples,
+                                                  False, args, row_seed(args.seed, t))
+        margins, passing = margins_of_pairs(samples)
+        kept = keep(margins, passing, args, t)
         if not kept:
             common.stop(f"iteration {t} keeps nothing: {dict(Counter(row['dropped'] for row in samples))}; lower --margin, or "
                         f"read {folder}/samples.jsonl")

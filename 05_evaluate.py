@@ -364,10 +364,7 @@ def main(args):
     for name in (n for n in conditions if n != last):
         gain = [a - b for a, b in zip(right_per_pair(judged[last]).values(), right_per_pair(judged[name]).values())]
         differences[f"{last} - {name}"] = (float(np.mean(gain)), *cluster_bootstrap(gain, images))
-    # Stage 01's images may have the same names as the held-out ones; its truth is looked up under its own folder's name.
-    root = Path(json.loads((run / "01_preferences" / "args.json").read_text())["image_root"])
-    local = {str(Path(name).relative_to(root.name)): objects for name, objects in truth.items() if Path(name).parts[0] == root.name}
-    expert = expert_against_truth(read_jsonl(run / "01_preferences" / "preferences.jsonl"), local)
+    expert = expert_against_truth(read_jsonl(run / "01_preferences" / "preferences.jsonl"), truth)
     best_of = run_best_of_n(pairs, {name: conditions[name] for name in ("base", last)}, truth, vocabulary, folder, args) \
         if args.best_of else {}
 
