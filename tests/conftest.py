@@ -16,7 +16,7 @@ stage = importlib.import_module  # stage("03_train_ift"): a name that starts wit
 
 def pytest_configure(config):
     config.addinivalue_line("markers", 'slow: runs stages on a toy world; leave out with -m "not slow"')
-    torch.set_num_threads(1)  # models are tiny: a second thread gains nothing, and waits for its turn where the other core is busy
+    torch.set_num_threads(1)  # the model is tiny; a second thread waits for its turn where the other core is busy
 
 
 @pytest.fixture(scope="session")
@@ -72,5 +72,6 @@ def judged_rows():
 
 def correct_rows():
     """Four training rows of D_correct."""
+    responses = ("red circle.", "blue star, red ring, green heart.", "nothing.", "red cross.")
     return [{"id": f"correct-{i}", "image": f"{i}.png", "text": "List the objects in the image.", "response": response}
-            for i, response in enumerate(("red circle.", "blue star, red ring, green heart.", "nothing.", "red cross."))]
+            for i, response in enumerate(responses)]

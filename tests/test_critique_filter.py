@@ -15,12 +15,14 @@ def test_reference():
     assert reference == "A: dog: yes\nA: cat: yes\nB: dog: yes\nB: bus: no\nB: hat: unsure\nVerdict: A"
     assert parse_verdict(reference) == "A" and ("B", "bus", False) in parse_checks(reference)
     flipped = {"response_a": QUESTION["response_b"], "response_b": QUESTION["response_a"], "label": "B"}
-    assert two.render_reference(flipped, STATUS, VOCABULARY) == "A: dog: yes\nA: bus: no\nA: hat: unsure\nB: dog: yes\nB: cat: yes\nVerdict: B"
+    assert two.render_reference(flipped, STATUS, VOCABULARY) == (
+        "A: dog: yes\nA: bus: no\nA: hat: unsure\nB: dog: yes\nB: cat: yes\nVerdict: B")
     assert two.render_reference(QUESTION, {}, VOCABULARY) == "Verdict: A"  # a pair without findings
 
 
 @pytest.mark.parametrize("text, verdict", [
-    ("B: bus: no", "A"), ("A: bus: no", "B"), ("A: bus: no\nB: bus: no\nB: hat: no", "A"), ("A: bus: no\nB: bus: no", None),
+    ("B: bus: no", "A"), ("A: bus: no", "B"), ("A: bus: no\nB: bus: no\nB: hat: no", "A"),
+    ("A: bus: no\nB: bus: no", None),
     ("A: dog: yes\nB: dog: yes", None), ("A: dog: yes\nA: cat: yes\nB: dog: yes", None), ("", None)])
 def test_verdict_of_checks(text, verdict):
     assert two.verdict_of_checks(parse_checks(text)) == verdict
@@ -69,7 +71,8 @@ GOOD = "A: dog: yes\nA: cat: yes\nB: dog: yes\nB: bus: no\nB: hat: yes\nB names 
     (GOOD.replace("A: cat", "A: hat"), "checks what the response does not say")])
 def test_reason_to_drop(critique, reason):
     assert two.reason_to_drop(critique, True, QUESTION, EVIDENCE, VOCABULARY, "critique") == reason
-    assert two.reason_to_drop(critique, False, QUESTION, EVIDENCE, VOCABULARY, "critique") == "malformed: no verdict line"
+    unfinished = two.reason_to_drop(critique, False, QUESTION, EVIDENCE, VOCABULARY, "critique")
+    assert unfinished == "malformed: no verdict line"
 
 
 @pytest.mark.parametrize("style", ["descriptive", "none"])

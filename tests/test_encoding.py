@@ -32,7 +32,8 @@ def test_label_mask_is_response_and_stop_token(tiny, pictures):
     assert supervised(processor, labels) == [row["response"] + stop for row in ROWS]
     assert torch.equal(inputs["input_ids"][labels != -100], labels[labels != -100])
     assert inputs["attention_mask"][labels != -100].all() and len({len(x) for x in supervised(processor, labels)}) > 4
-    for row, mask in zip(labels, inputs["attention_mask"]):  # supervised tokens follow each other, nothing after them is seen
+    # Supervised tokens follow each other, and nothing after them is seen.
+    for row, mask in zip(labels, inputs["attention_mask"]):
         places = (row != -100).nonzero()[:, 0]
         assert places.tolist() == list(range(places[0], places[0] + len(places))) and not mask[places[-1] + 1:].any()
 
@@ -42,8 +43,8 @@ def test_padding_with_the_stop_token_does_not_mask_it(tiny, pictures):
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
     inputs, labels = encode(processor, pictures)
     assert supervised(processor, labels) == [row["response"] + processor.tokenizer.eos_token for row in ROWS]
-    _, expected = encode(tiny[1], pictures)
-    assert torch.equal(labels, expected) and torch.equal(inputs["attention_mask"], encode(tiny[1], pictures)[0]["attention_mask"])
+    expected, expected_labels = encode(tiny[1], pictures)
+    assert torch.equal(labels, expected_labels) and torch.equal(inputs["attention_mask"], expected["attention_mask"])
 
 
 @pytest.mark.parametrize("limit", [1, 4, 6])
@@ -66,7 +67,7 @@ def test_prompt_is_the_one_that_is_sampled_from(tiny, pictures):
     assert torch.equal(inputs["pixel_values"], prompts["pixel_values"])
     for row, ids, mask in zip(ROWS, prompts["input_ids"], prompts["attention_mask"]):
         text = processor.tokenizer.decode(ids[mask == 1])
-        assert row["text"] in text and text.endswith("<|im_start|>assistant\n") and row["response"] not in text.split(row["text"])[1]
+        assert row["text"] in text and text.endswith("<|im_start|>assistant\n")
 
 
 @torch.no_grad()
@@ -76,8 +77,8 @@ def test_batch_gives_the_log_probs_of_single_rows(tiny, pictures):
     assert len(set(inputs["attention_mask"].sum(1).tolist())) > 4  # rows of many lengths: the batch is padded
     logits = model(**inputs).logits.log_softmax(-1)
     short, short_labels = three.forward(model, inputs, labels)
-    assert short.shape[1] < logits.shape[1] and torch.allclose(three.nll_sum(short, short_labels)[0], three.nll_sum(logits, labels)[0],
-                                                               rtol=1e-5)
+    nll, short_nll = three.nll_sum(logits, labels)[0], three.nll_sum(short, short_labels)[0]
+    assert short.shape[1] < logits.shape[1] and torch.allclose(nll, short_nll, rtol=1e-5)
     for i, row in enumerate(ROWS):
         alone, alone_labels = encode(processor, pictures, [row])
         at, alone_at = ((x != -100).nonzero()[:, 0] for x in (labels[i], alone_labels[0]))
@@ -95,19 +96,22 @@ def test_log_odds_of_the_verdict(tiny, pictures):
     id_a, id_b = (processor.tokenizer.convert_tokens_to_ids(f" {letter}") for letter in "AB")
     for i, row in enumerate(judged_rows()):  # the text up to its verdict, and what comes next
         inputs, _ = encode(processor, pictures, [{**row, "response": row["response"][:-2]}])
-        inputs = {name: x[:, :-1] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else x for name, x in inputs.items()}
+        inputs = {name: x[:, :-1] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else x
+                  for name, x in inputs.items()}
         log_p = model(**inputs).logits[0, -1].log_softmax(-1)
         assert r[i].item() == pytest.approx((log_p[id_a] - log_p[id_b]).item(), abs=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason='the last "A" or "B" of the response is taken for the verdict, also in a sentence after it')
+@pytest.mark.xfail(strict=True, reason='the last "A" or "B" counts as the verdict, also in a sentence after it')
 @torch.no_grad()
 def test_log_odds_of_the_verdict_with_a_sentence_after_it(tiny, pictures):
     model, processor = tiny
     row = {**judged_rows()[0], "response": "A: red circle: yes\nVerdict: A"}
     ids = common.verdict_token_ids(processor.tokenizer)
-    r = [three.log_odds_of_verdict(*three.forward(model, *encode(processor, pictures, [{**row, "response": text}])), ids).item()
-         for text in (row["response"], row["response"] + "\nB in the image")]
+    r = []
+    for text in (row["response"], row["response"] + "\nB in the image"):
+        inputs, labels = encode(processor, pictures, [{**row, "response": text}])
+        r.append(three.log_odds_of_verdict(*three.forward(model, inputs, labels), ids).item())
     assert common.parse_verdict(row["response"] + "\nB in the image") == "A" and r[0] == pytest.approx(r[1], abs=1e-4)
 
 
@@ -136,7 +140,8 @@ def test_step_has_the_same_gradient_for_all_micro_batches(tiny, pictures, tmp_pa
     steps, lines = [], []
     for micro_batch in (1, 3, 4):
         changed = three.add_lora(copy.deepcopy(model), 0)
-        lines += train(changed, processor, pictures, tmp_path / str(micro_batch), lr=1.0, lam=lam, bt_weight=bt_weight, micro_batch=micro_batch)
+        lines += train(changed, processor, pictures, tmp_path / str(micro_batch), lr=1.0, lam=lam, bt_weight=bt_weight,
+                       micro_batch=micro_batch)
         steps.append(gradient(changed.parameters()))
     # the definition, row by row
     slow, loss = three.add_lora(copy.deepcopy(model), 0), {}
@@ -153,10 +158,12 @@ def test_step_has_the_same_gradient_for_all_micro_batches(tiny, pictures, tmp_pa
         torch.tensor([row["label"] == "A"])).sum() for row in judged_rows()) / 4
     ift = loss["critique"] + lam * loss["correct"]
     (ift + bt_weight * bt).backward()
-    expected = torch.cat([torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in slow.parameters()])
+    expected = torch.cat([torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten()
+                          for w in slow.parameters()])
     for step, line in zip(steps, lines):
         assert torch.allclose(step, expected, atol=1e-4 * expected.abs().max())
-        assert line["loss"] == pytest.approx(ift.item(), rel=1e-4) and line["critique"] == pytest.approx(loss["critique"].item(), rel=1e-4)
+        assert line["loss"] == pytest.approx(ift.item(), rel=1e-4)
+        assert line["critique"] == pytest.approx(loss["critique"].item(), rel=1e-4)
         assert line["bradley_terry"] == pytest.approx(bt.item(), rel=1e-4)
         assert line["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
 
@@ -178,7 +185,8 @@ def test_lora_touches_the_language_model_only(tiny):
         "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
     assert expected < linear and any("visual" in name for name in linear)
     model = three.add_lora(copy.deepcopy(base), 4)
-    adapted = {name.removeprefix("base_model.model.").split(".lora_")[0] for name, w in model.named_parameters() if w.requires_grad}
+    adapted = {name.removeprefix("base_model.model.").split(".lora_")[0]
+               for name, w in model.named_parameters() if w.requires_grad}
     assert adapted == expected
     full = three.add_lora(copy.deepcopy(base), 0)
     assert {name for name, w in full.named_parameters() if w.requires_grad} == {
@@ -210,12 +218,13 @@ def test_saved_adapter_loads_with_plain_peft(tiny, pictures, adapter):
 def test_adapter_that_does_not_fit_is_refused(tiny, adapter, tmp_path):
     shutil.copytree(adapter[1], tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({name.replace("layers.0.self_attn.q_proj", "blocks.0.query"): w for name, w in load_file(file).items()}, file)
+    save_file({name.replace("layers.0.self_attn.q_proj", "blocks.0.query"): w
+               for name, w in load_file(file).items()}, file)
     with pytest.raises(SystemExit) as error:
         common.load_adapter(copy.deepcopy(tiny[0]), tmp_path / "adapter")
     message = str(error.value)
     assert str(tmp_path) in message and "only in the adapter" in message and "blocks.0.query.lora_A" in message
-    assert "only in the model" in message and "layers.0.self_attn.q_proj.lora_A" in message.split("only in the model")[1]
+    assert "layers.0.self_attn.q_proj.lora_A" in message.split("only in the model")[1]
 
 
 @torch.no_grad()

@@ -28,11 +28,13 @@ def test_row_writer_cuts_a_half_written_line_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (None, ["does not exist", "run the stage that writes it"]), ("", ["empty"]),
-    ('{"id": 1, "image": "x"}\n{"id": 2, "ima\n', ["line 2", "not JSON"]), ('{"id": 1, "image": "x"}\n\n', ["line 2", "not JSON"]),
-    ('{"id": 1, "image": "x"}\n{"id": 2}\n', ["line 2", "field 'image'"]), ('{"id": 1, "image": null}\n', ["line 1", "field 'image'"]),
+    ('{"id": 1, "image": "x"}\n{"id": 2, "ima\n', ["line 2", "not JSON"]),
+    ('{"id": 1, "image": "x"}\n\n', ["line 2", "not JSON"]),
+    ('{"id": 1, "image": "x"}\n{"id": 2}\n', ["line 2", "field 'image'"]),
+    ('{"id": 1, "image": null}\n', ["line 1", "field 'image'"]),
     ('{"id": 1, "image": "x"}\n{"id": 3, "image": "x"}\n{"id": 1, "image": "y"}\n', ["line 3", "id 1 occurs twice"]),
     pytest.param('{"id": 1, "image": "x"}\n[1, 2]\n', ["line 2"], marks=pytest.mark.xfail(
-        raises=AttributeError, strict=True, reason="a row that is no object ends in an AttributeError without file and line"))])
+        raises=AttributeError, strict=True, reason="a row that is no object: AttributeError without file and line"))])
 def test_read_jsonl_names_file_line_and_field(tmp_path, content, words):
     path = tmp_path / "rows.jsonl"
     if content is not None:
@@ -42,8 +44,9 @@ def test_read_jsonl_names_file_line_and_field(tmp_path, content, words):
     assert all(word in str(error.value) for word in [str(path), *words])
 
 
-@pytest.mark.parametrize("text", ["plain", "é 图", 'quote " and \\ and \n line', pytest.param("line\u2028separator\x85", marks=pytest.mark.xfail(
-    strict=True, reason="splitlines() splits at U+2028 and U+0085, which json.dumps(ensure_ascii=False) writes as they are"))])
+@pytest.mark.parametrize("text", ["plain", "é 图", 'quote " and \\ and \n line',
+                                  pytest.param("line\u2028separator\x85", marks=pytest.mark.xfail(
+    strict=True, reason="splitlines() splits at U+2028 and U+0085, which json.dumps writes as they are"))])
 def test_rows_come_back_as_written(tmp_path, text):
     rows = [{"id": "1", "text": text}, {"id": "2", "text": text, "empty": [], "zero": 0}]
     write_jsonl(tmp_path / "a.jsonl", rows)
@@ -77,21 +80,25 @@ def test_chunks_are_fixed():
 
 
 def arguments(tmp_path, **changed):
-    return Namespace(**{"run": str(tmp_path), "lr": 0.1, "images": tmp_path / "x", "withhold": ["blank"], "batch_size": 8,
+    return Namespace(**{"run": str(tmp_path), "lr": 0.1, "images": tmp_path / "x", "withhold": ["blank"],
+                        "batch_size": 8,
                         "device": None, "overwrite": False, **changed})
 
 
 def test_start_stage(tmp_path, capsys):
     folder = start_stage(arguments(tmp_path), "03_ift")
     (folder / "rows.jsonl").write_text("x")
-    assert start_stage(arguments(tmp_path, batch_size=4, device="cpu"), "03_ift") == folder and (folder / "rows.jsonl").exists()
+    assert start_stage(arguments(tmp_path, batch_size=4, device="cpu"), "03_ift") == folder
+    assert (folder / "rows.jsonl").exists()
     for changed in ({"lr": 0.2}, {"withhold": []}, {"images": tmp_path / "y"}):
         with pytest.raises(SystemExit) as error:
             start_stage(arguments(tmp_path, **changed), "03_ift")
         (name, value), = changed.items()
-        assert all(str(word) in str(error.value) for word in (folder, f"--{name}", value, getattr(arguments(tmp_path), name)))
+        words = (folder, f"--{name}", value, getattr(arguments(tmp_path), name))
+        assert all(str(word) in str(error.value) for word in words)
     args = arguments(tmp_path)
-    common.finish_stage(start_stage(args, "03_ift"), args, {"rows": 3}, [folder / "rows.jsonl"], "python 04.py", best=0.5)
+    common.finish_stage(start_stage(args, "03_ift"), args, {"rows": 3}, [folder / "rows.jsonl"],
+                        "python 04.py", best=0.5)
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["counts"] == {"rows": 3} and meta["args"]["lr"] == 0.1 and meta["best"] == 0.5 and meta["seconds"] >= 0
     assert len(meta["inputs"][str(folder / "rows.jsonl")]) == 16 and "next: python 04.py" in capsys.readouterr().out
@@ -116,7 +123,8 @@ def test_inherit(tmp_path):
 
 
 def test_images(tmp_path, pictures):
-    assert common.load_image(pictures / "0.png").mode == "RGB" and common.load_image(common.Image.new("L", (3, 4))).size == (3, 4)
+    assert common.load_image(pictures / "0.png").mode == "RGB"
+    assert common.load_image(common.Image.new("L", (3, 4))).size == (3, 4)
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "half.png").write_bytes((pictures / "0.png").read_bytes()[:60])
     for name in ("missing.png", "text.png", "half.png"):
@@ -130,8 +138,9 @@ def test_images(tmp_path, pictures):
 def flags(source):
     """Names of the arguments that a script adds, as attributes of args."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args]
-    return {node.args[0].value[2:].replace("-", "_") for node in calls if isinstance(node.args[0], ast.Constant) and
-            str(node.args[0].value).startswith("--") and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("add", "add_argument")}
+    calls = [node for node in calls if getattr(node.func, "id", None) == "add" and
+             isinstance(node.args[0], ast.Constant)]
+    return {node.args[0].value[2:].replace("-", "_") for node in calls if node.args[0].value.startswith("--")}
 
 
 def attributes_read(source):
@@ -145,7 +154,8 @@ def test_every_flag_is_read(name):
     sources = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
     added, read = flags(sources[name]), attributes_read(sources[name]) | attributes_read(sources["common"])
     if "add_training_arguments(" in sources[name]:
-        added, read = added | flags(sources["03_train_ift"]) - {"lora_rank"}, read | attributes_read(sources["03_train_ift"])
+        added |= flags(sources["03_train_ift"]) - {"lora_rank"}
+        read |= attributes_read(sources["03_train_ift"])
     if "write_critiques(" in sources[name]:
         read |= attributes_read(sources["02_generate_critiques"])
     assert len(added) > 8 and added <= read, f"never read: {sorted(added - read)}"
@@ -161,11 +171,14 @@ def test_help(name, capsys):
 
 
 @pytest.mark.parametrize("name, given, word", [
-    ("01_build_preferences", [], "--images or --pairs"), ("01_build_preferences", ["--images", "x", "--pairs", "y"], "--images or --pairs"),
+    ("01_build_preferences", [], "--images or --pairs"),
+    ("01_build_preferences", ["--images", "x", "--pairs", "y"], "--images or --pairs"),
     ("01_build_preferences", ["--images", "x", "--absent", ".6"], "--absent 0.6 <= --present 0.5"),
-    ("02_generate_critiques", ["--style", "poem"], "poem"), ("04_rejection_sampling", ["--retention", "0"], "--retention"),
+    ("02_generate_critiques", ["--style", "poem"], "poem"),
+    ("04_rejection_sampling", ["--retention", "0"], "--retention"),
     ("04_rejection_sampling", ["--replay", "1"], "--replay"), ("05_evaluate", [], "--pairs"),
-    ("05_evaluate", ["--pairs", "x", "--best-of", "4"], "--truth"), ("05_evaluate", ["--pairs", "x", "--truth", "y", "--best-of", "3"], "power of 2")])
+    ("05_evaluate", ["--pairs", "x", "--best-of", "4"], "--truth"),
+    ("05_evaluate", ["--pairs", "x", "--truth", "y", "--best-of", "3"], "power of 2")])
 def test_contradictory_arguments_are_refused(name, given, word, capsys):
     with pytest.raises(SystemExit) as end:
         stage(name).parse_args(given)

@@ -31,7 +31,8 @@ def slow_nll(logits, labels):
 
 
 def test_nll_by_hand():
-    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0], [9.0, 0.0]]])  # P = (1/4, 3/4), (4/5, 1/5), unused
+    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0], [9.0, 0.0]]])
+    # P = (1/4, 3/4), (4/5, 1/5), unused
     nll, n = three.nll_sum(logits, torch.tensor([[-100, 1, 1]]))
     assert n == 2 and nll.item() == pytest.approx(-math.log(3 / 4) - math.log(1 / 5))
     nll, n = three.nll_sum(logits, torch.tensor([[1, -100, 0]]))  # the first label has no predecessor
@@ -69,7 +70,8 @@ def test_bradley_terry():
     loss = three.bradley_terry_loss(torch.tensor([0.0, math.log(3), math.log(3)]), torch.tensor([True, True, False]))
     assert loss.tolist() == pytest.approx([math.log(2), -math.log(3 / 4), -math.log(1 / 4)])
     r, label_is_a = randn(50).requires_grad_(), randn(50, seed=1) > 0
-    slow = [-math.log(1 / (1 + math.exp(-x))) if a else -math.log(1 / (1 + math.exp(x))) for x, a in zip(r.tolist(), label_is_a)]
+    slow = [-math.log(1 / (1 + math.exp(-x))) if a else -math.log(1 / (1 + math.exp(x)))
+            for x, a in zip(r.tolist(), label_is_a)]
     assert three.bradley_terry_loss(r, label_is_a).tolist() == pytest.approx(slow, rel=1e-4)
     assert torch.equal(three.bradley_terry_loss(-r, ~label_is_a), three.bradley_terry_loss(r, label_is_a))
     three.bradley_terry_loss(r, label_is_a).sum().backward()
@@ -96,7 +98,8 @@ def fake_sample(quality, verdicts=None):
     def sample(model, processor, requests, n=1, *_, **__):
         answers = []
         for request in requests:
-            a, b = (next(line.split(": ", 1)[1] for line in request["text"].splitlines() if line.startswith(f"Response {side}"))
+            a, b = (next(line.split(": ", 1)[1] for line in request["text"].splitlines()
+                    if line.startswith(f"Response {side}"))
                     for side in "AB")
             logits = torch.full((1, 5), 2.5)
             logits[0, 0], logits[0, 1] = quality[a], quality[b]
@@ -111,7 +114,8 @@ def test_order_swap_flips_the_sign(monkeypatch):
     """A judge that looks at the texts alone gives the same response the same probability in both orders."""
     quality = {f"text {i}": x for i, x in enumerate(randn(8).tolist())}
     monkeypatch.setattr(three.common, "sample", fake_sample(quality))
-    pairs = [{"id": str(i), "image": "x.png", "prompt": "q", "chosen": f"text {i}", "rejected": f"text {i + 1}"} for i in range(7)]
+    pairs = [{"id": str(i), "image": "x.png", "prompt": "q", "chosen": f"text {i}", "rejected": f"text {i + 1}"}
+             for i in range(7)]
     rows = three.judge(None, None, [q for pair in pairs for q in both_orders(pair)], ".")
     for ab, ba, pair in zip(rows[::2], rows[1::2], pairs):
         gap = quality[pair["chosen"]] - quality[pair["rejected"]]
@@ -217,8 +221,10 @@ def sampled(pair, order, k, s, dropped=None, verdict="A"):
 SAMPLES = [
     sampled("p", "ab", 0, 0.9), sampled("p", "ab", 1, 0.7), sampled("p", "ab", 2, 0.1, "wrong verdict", "B"),
     sampled("p", "ba", 0, 0.8), sampled("p", "ba", 1, 0.95, "cites the reference"),
-    sampled("q", "ab", 0, 0.9), sampled("q", "ab", 1, 0.1, "wrong verdict"), sampled("q", "ba", 0, 0.4, "wrong verdict"),
-    sampled("r", "ab", 0, 0.6), sampled("r", "ab", 1, None, "malformed: no verdict line", None), sampled("r", "ba", 0, 0.6)]
+    sampled("q", "ab", 0, 0.9), sampled("q", "ab", 1, 0.1, "wrong verdict"),
+    sampled("q", "ba", 0, 0.4, "wrong verdict"),
+    sampled("r", "ab", 0, 0.6), sampled("r", "ab", 1, None, "malformed: no verdict line", None),
+    sampled("r", "ba", 0, 0.6)]
 
 
 def test_margins_of_pairs():
@@ -246,7 +252,8 @@ def test_keep(rule, kept):
 def test_cut_pools():
     pairs = [{"id": i, "image": f"{i // 2}.png"} for i in range(20)]
     pools = four.cut_pools(pairs, 5, 3)
-    assert [[pair["id"] for pair in pool] for pool in pools] == [list(range(6)), list(range(6, 12)), list(range(12, 18))]
+    assert [[pair["id"] for pair in pool] for pool in pools] == [
+        list(range(6)), list(range(6, 12)), list(range(12, 18))]
     with pytest.raises(SystemExit, match="used up after iteration 4"):
         four.cut_pools(pairs, 6, 5)
 
@@ -255,13 +262,16 @@ def test_cut_pools():
 # 05: the measures
 # ---------------------------------------------------------------------------------------------------------------------
 def judged(key, ab, ba):
-    return [{"id": key, "order": "ab", "label": "A", "verdict": ab}, {"id": key, "order": "ba", "label": "B", "verdict": ba}]
+    return [{"id": key, "order": "ab", "label": "A", "verdict": ab},
+            {"id": key, "order": "ba", "label": "B", "verdict": ba}]
 
 
 def test_accuracy_by_order():
-    rows = judged("1", "A", "B") + judged("2", "A", "A") + judged("3", "B", "A") + judged("4", None, None) + judged("5", None, "B")
+    rows = judged("1", "A", "B") + judged("2", "A", "A") + judged("3", "B", "A")
+    rows += judged("4", None, None) + judged("5", None, "B")
     assert five.accuracy_by_order(rows) == pytest.approx({
-        "accuracy_ab": 2 / 5, "accuracy_ba": 2 / 5, "accuracy": 2 / 5, "both": 1 / 5, "agreement": 2 / 5, "unparseable": 3 / 10,
+        "accuracy_ab": 2 / 5, "accuracy_ba": 2 / 5, "accuracy": 2 / 5, "both": 1 / 5, "agreement": 2 / 5,
+        "unparseable": 3 / 10,
         "n_pairs": 5})
     assert five.accuracy_by_order(rows[::-1]) == five.accuracy_by_order(rows)
     always_a = [row for key in "123" for row in judged(key, "A", "A")]
@@ -280,13 +290,15 @@ def slow_ece(probability, correct, bins):
 
 def test_calibration_error():
     #           (.6, .7]: mean .65, half right      (.9, 1]: mean .95, all right
-    assert five.expected_calibration_error([0.62, 0.68, 0.92, 0.98], [True, False, True, True]) == pytest.approx(0.5 * 0.15 + 0.5 * 0.05)
+    error = five.expected_calibration_error([0.62, 0.68, 0.92, 0.98], [True, False, True, True])
+    assert error == pytest.approx(0.5 * 0.15 + 0.5 * 0.05)
     assert five.expected_calibration_error([1.0, 1.0, 0.0], [True, True, False]) == 0.0
     rng = random.Random(0)
     for bins in (1, 2, 7, 10, 15):
         probability = [rng.random() for _ in range(150)] + [k / bins for k in range(bins + 1)]
         correct = [rng.random() < p for p in probability]
-        assert five.expected_calibration_error(probability, correct, bins) == pytest.approx(slow_ece(probability, correct, bins))
+        error = five.expected_calibration_error(probability, correct, bins)
+        assert error == pytest.approx(slow_ece(probability, correct, bins))
 
 
 @pytest.mark.parametrize("edge", range(1, 10))
@@ -299,7 +311,8 @@ def test_calibration_bins_are_closed_on_the_right(edge):
 @pytest.mark.xfail(strict=True, reason="linspace(0, 1, 21)[11] = .5499999999999999 < .55, so .55 falls into (.55, .6]")
 def test_calibration_bins_of_a_twentieth():
     probability, correct = [0.52, 0.55, 0.58], [False, True, True]
-    assert five.expected_calibration_error(probability, correct, 20) == pytest.approx(slow_ece(probability, correct, 20))
+    error = five.expected_calibration_error(probability, correct, 20)
+    assert error == pytest.approx(slow_ece(probability, correct, 20))
 
 
 def slow_bootstrap(values, clusters, n, seed):
@@ -317,8 +330,10 @@ def test_bootstrap_is_close_to_the_normal_interval():
     values = randn(400).tolist()
     low, high = five.cluster_bootstrap(values, range(400))
     half = 1.96 * np.std(values) / 20
-    assert (low, high) == (pytest.approx(np.mean(values) - half, abs=0.1 * half), pytest.approx(np.mean(values) + half, abs=0.1 * half))
-    assert five.cluster_bootstrap(values, range(400)) == (low, high) != five.cluster_bootstrap(values, range(400), seed=1)
+    assert (low, high) == (pytest.approx(np.mean(values) - half, abs=0.1 * half),
+                           pytest.approx(np.mean(values) + half, abs=0.1 * half))
+    assert five.cluster_bootstrap(values, range(400)) == (low, high)
+    assert five.cluster_bootstrap(values, range(400), seed=1) != (low, high)
 
 
 def test_bootstrap_of_clusters():
@@ -330,7 +345,8 @@ def test_bootstrap_of_clusters():
     assert fast == pytest.approx(slow, abs=0.012)
     width = lambda interval: interval[1] - interval[0]
     copied, groups = [v for v in (0.0, 1.0) * 20 for _ in range(5)], [i for i in range(40) for _ in range(5)]
-    assert width(five.cluster_bootstrap(copied, groups)) > 2 * width(five.cluster_bootstrap(copied, range(200)))  # sqrt(5)
+    clustered, independent = five.cluster_bootstrap(copied, groups), five.cluster_bootstrap(copied, range(200))
+    assert width(clustered) > 2 * width(independent)  # sqrt(5)
     assert five.cluster_bootstrap([0.25] * 9, [0, 0, 1, 1, 1, 2, 3, 4, 4]) == (0.25, 0.25)
     assert all(isinstance(x, float) for x in fast)
 

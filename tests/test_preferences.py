@@ -15,7 +15,8 @@ def found(name, confidence):
 
 
 @pytest.mark.parametrize("confidences, status", [
-    ([0.5], "present"), ([0.51], "present"), ([0.4999], "unsure"), ([0.05], "unsure"), ([0.0499], "absent"), ([], "absent"),
+    ([0.5], "present"), ([0.51], "present"), ([0.4999], "unsure"), ([0.05], "unsure"), ([0.0499], "absent"),
+    ([], "absent"),
     ([0.01, 0.9, 0.3], "present"), ([0.01, 0.2], "unsure"), ([0.01, 0.02], "absent")])
 def test_verify(confidences, status):
     detections = [found("cat", 0.99), *(found("dog", c) for c in confidences)]
@@ -29,7 +30,8 @@ def test_verify_many():
     assert one.verify([], [found("dog", 0.7)], 0.5, 0.05, {"dog"}) == {}
 
 
-STATUS = {"dog": "present", "cat": "present", "apple": "present", "bus": "absent", "umbrella": "absent", "person": "unsure"}
+STATUS = {"dog": "present", "cat": "present", "apple": "present", "bus": "absent", "umbrella": "absent",
+          "person": "unsure"}
 
 
 def candidates(*texts):
@@ -48,15 +50,16 @@ def test_pair_sampled(texts, chosen, rejected):
 
 
 def test_pair_swapped():
-    pairs = {one.pair_candidates(candidates("A dog and a cat, a man."), STATUS, ["umbrella", "bus"], VOCABULARY, random.Random(s))
+    pairs = {one.pair_candidates(candidates("A dog and a cat, a man."), STATUS, ["umbrella", "bus"], VOCABULARY,
+                                 random.Random(s))
              for s in range(20)}
-    assert pairs == {("A dog and a cat, a man.", "An umbrella and a cat, a man.", "swapped"),  # the first swap, either object
-                     ("A dog and a cat, a man.", "A dog and an umbrella, a man.", "swapped")}
+    assert pairs == {("A dog and a cat, a man.", "An umbrella and a cat, a man.", "swapped"),
+                     ("A dog and a cat, a man.", "A dog and an umbrella, a man.", "swapped")}  # either object
 
 
 @pytest.mark.parametrize("texts, swaps, reason", [
     (["A bus.", "A dog and a bus."], ["umbrella"], "no candidate without hallucination"),
-    (["A man."], ["umbrella"], "no candidate without hallucination"),                  # names nothing that is surely there
+    (["A man."], ["umbrella"], "no candidate without hallucination"),  # names nothing that is surely there
     ([], ["umbrella"], "no candidate without hallucination"),
     (["A dog."], [], "no candidate hallucinates, no absent object to swap in")])
 def test_pair_impossible(texts, swaps, reason):
@@ -87,8 +90,8 @@ def test_swap_object(text, old, new, swapped):
     assert one.swap_object(text, old, new, VOCABULARY) == swapped
 
 
-@pytest.mark.xfail(strict=True, reason="plural(plural) is compared with the word: irregular plurals count as singular, and a "
-                   "word that is its own plural counts as plural")
+@pytest.mark.xfail(strict=True, reason="plural(plural) is compared with the word: irregular plurals count as singular, "
+                   "and a word that is its own plural counts as plural")
 @pytest.mark.parametrize("text, old, swapped", [
     ("two men", "person", "two apples"), ("Mice and a dog", "mouse", "apples and a dog"),
     ("A sheep stands there.", "sheep", "An apple stands there.")])
@@ -99,7 +102,7 @@ def test_swap_object_irregular(text, old, swapped):
 def test_propose_swaps():
     classes = [f"c{i}" for i in range(12)]
     often, sometimes = frozenset(("c3", "c0")), frozenset(("c4", "c1"))
-    counts = Counter({often: 8, sometimes: 2, frozenset(("c5", "c6")): 100})  # c5 and c6 go together, but neither is here
+    counts = Counter({often: 8, sometimes: 2, frozenset(("c5", "c6")): 100})  # c5 and c6: not here
 
     def draw(seed, n=8):
         return one.propose_swaps(["c0", "c1"], counts, classes, random.Random(seed), n)
@@ -117,10 +120,11 @@ def test_propose_swaps():
 
 
 def test_assign_splits():
-    rows = [{"id": f"{i}-{k}", "image": f"{i}.png"} for i in range(60) for k in range(1 + i % 3)]  # 120 pairs, 60 images
+    rows = [{"id": f"{i}-{k}", "image": f"{i}.png"} for i in range(60) for k in range(1 + i % 3)]  # 120 pairs
     placed = one.assign_splits(rows, 20, 50, seed=3)
     assert sorted(row["id"] for row in placed) == sorted(row["id"] for row in rows)
-    images = {split: {row["image"] for row in placed if row["split"] == split} for split in ("validation", "train", "pool")}
+    images = {split: {row["image"] for row in placed if row["split"] == split}
+              for split in ("validation", "train", "pool")}
     assert sum(map(len, images.values())) == 60 and len(set.union(*images.values())) == 60  # no image in two splits
     sizes = Counter(row["split"] for row in placed)
     assert 20 <= sizes["validation"] < 23 and 70 <= sizes["validation"] + sizes["train"] < 73
@@ -135,7 +139,8 @@ def test_build_pair_carries_its_evidence():
     item = {"id": "7", "image": "7.png", "prompt": "What is there?"}
     texts = ["A dog and a man.", "A dog and a bus."]
     detections = [found("dog", 0.9), found("dog", 0.6), found("person", 0.3)]
-    row, reason = one.build_pair(item, texts, [one.find_mentions(t, VOCABULARY) for t in texts], [], detections, VOCABULARY,
+    row, reason = one.build_pair(item, texts, [one.find_mentions(t, VOCABULARY) for t in texts], [], detections,
+                                 VOCABULARY,
                                  {"dog", "bus", "person"}, args)
     assert reason is None and (row["chosen"], row["rejected"], row["hallucinated"]) == (*texts, ["bus"])
     assert [(e["object"], e["claimed_by"], e["status"], e["confidence"]) for e in row["evidence"]] == [

@@ -10,8 +10,10 @@ from conftest import STAGES, stage
 @pytest.mark.parametrize("text", [
     "Verdict: {}", "verdict: {}", "VERDICT: {}", "Verdict:{}", "  Verdict :  {}  ", "Verdict: {}\n", "Verdict: {}\r\n",
     "**Verdict: {}**", "**Verdict:** {}", "*Verdict*: {}", "Verdict: **{}**.", "`Verdict: {}`", "### Verdict: {} ###",
-    "- Verdict: {}", "> Verdict: {}", "_Verdict: {}_", 'Verdict: "{}"', "Verdict: '{}'", "“Verdict: {}”", "Verdict: ({})",
-    "Verdict: [{}]", "Verdict: {}!", "Final verdict: {}", "Verdict: Response {}.", "A: dog: yes\nB: cat: no\nVerdict: {}",
+    "- Verdict: {}", "> Verdict: {}", "_Verdict: {}_", 'Verdict: "{}"', "Verdict: '{}'", "“Verdict: {}”",
+    "Verdict: ({})",
+    "Verdict: [{}]", "Verdict: {}!", "Final verdict: {}", "Verdict: Response {}.",
+    "A: dog: yes\nB: cat: no\nVerdict: {}",
     "Verdict: A\nOn second thought.\nVerdict: {}", "Verdict: B\nVerdict: {}", "Verdict: {}\nThe other one names a dog.",
     'You ask for "Verdict: A" or "Verdict: B".\nVerdict: {}'])
 @pytest.mark.parametrize("letter", "ABab")
@@ -23,8 +25,10 @@ def test_verdict_is_read(text, letter):
 
 @pytest.mark.parametrize("text", [
     "", "Verdict", "Verdict:", "A", "Verdict A", "Verdict:\nA", "The verdict is A", "I say Verdict: A", "Verdict: C",
-    "Verdict: both", "Verdict: AB", "Verdict: Apple", "Verdict: A or B", "Verdict: A and B", "Verdict: A/B", "Verdict: A, B",
-    "Verdict: not A", "Verdict: B because A lies", "Verdict: A better", "Verdict: A Verdict: B", "A: dog: yes\nB: cat: no",
+    "Verdict: both", "Verdict: AB", "Verdict: Apple", "Verdict: A or B", "Verdict: A and B", "Verdict: A/B",
+    "Verdict: A, B",
+    "Verdict: not A", "Verdict: B because A lies", "Verdict: A better", "Verdict: A Verdict: B",
+    "A: dog: yes\nB: cat: no",
     "Verdict: A\nVerdict: unclear", "Verdict: А (Cyrillic)", '"Verdict: A" or "Verdict: B"',
     *(f"{instruction}" for instruction in INSTRUCTIONS.values()), build_judge_prompt("x", "y", "z")])
 def test_no_verdict(text):
@@ -52,7 +56,8 @@ def test_no_verdict(text):
     ("B: the sign says: stop: no", [("B", "the sign says: stop", False)]),
     ("A: a dog, a cat: yes", [("A", "a dog, a cat", True)]),
     ("A: dog: yesterday", []), ("A: dog: unsure", []), ("A: yes", []), ("dog: yes", []), ("a dog: yes", []),
-    ("A is better than B", []), ("Verdict: A", []), ("**Verdict: B**", []), ("Verdict: yes", []), ("Verdict: no: yes", []), ("", []),
+    ("A is better than B", []), ("Verdict: A", []), ("**Verdict: B**", []), ("Verdict: yes", []),
+    ("Verdict: no: yes", []), ("", []),
     ("A: dog: yes\nB: cat: no\nB names a cat.\nVerdict: A", [("A", "dog", True), ("B", "cat", False)])])
 def test_checks(text, checks):
     assert parse_checks(text) == checks
@@ -77,9 +82,9 @@ def test_prompt(style):
 
 def test_both_orders():
     ab, ba = both_orders({"id": "7", "image": "x.png", "prompt": "q", "chosen": "good", "rejected": "bad"})
-    assert (ab["id"], ab["order"], ab["label"], ab["response_a"], ab["response_b"]) == ("7-ab", "ab", "A", "good", "bad")
-    assert (ba["id"], ba["order"], ba["label"], ba["response_a"], ba["response_b"]) == ("7-ba", "ba", "B", "bad", "good")
-    assert ab["pair_id"] == ba["pair_id"] == "7" and ab["image"] == ba["image"] == "x.png" and ab["prompt"] == ba["prompt"] == "q"
+    both = {"pair_id": "7", "image": "x.png", "prompt": "q"}
+    assert ab == {**both, "id": "7-ab", "order": "ab", "label": "A", "response_a": "good", "response_b": "bad"}
+    assert ba == {**both, "id": "7-ba", "order": "ba", "label": "B", "response_a": "bad", "response_b": "good"}
 
 
 @pytest.mark.parametrize("name", ("common", *STAGES))
