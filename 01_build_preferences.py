@@ -22,11 +22,12 @@ import argparse
 import json
 import random
 import re
+import textwrap
 from collections import Counter
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import common
 from common import RowWriter, finish_stage, in_chunks, read_jsonl, row_seed, start_stage, stop
@@ -37,7 +38,66 @@ YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The method: mentions, verification, pairing
+# The method: verification and pairing (mentions below)
+# ---------------------------------------------------------------------------------------------------------------------
+def verify(mentions, detections, present, absent, known):
+    """{object: "present" | "absent" | "unsure"} for each mentioned object, from the best detection of its class.
+    detections: list of {"object", "confidence" in [0,1], "box"}; known: the classes that the expert can find."""
+    best = {}
+    for found in detections:
+        best[found["object"]] = max(best.get(found["object"], 0.0), found["confidence"])
+    status = {}
+    for name in mentions:
+        confidence = best.get(name, 0.0)
+        decided = "present" if confidence >= present else "absent" if confidence < absent else "unsure"
+        status[name] = decided if name in known else "unsure"
+    return status
+
+
+def pair_candidates(candidates, status, swaps, vocabulary, rng):
+    """(chosen, rejected, source), or (None, None, reason) where no pair can be made.
+
+    candidates: list of (text, mentions); status: {object: "present" | "absent" | "unsure"} for all of them;
+    swaps: absent objects to put in where no candidate hallucinates, the preferred first; rng: random.Random of this row.
+    chosen names nothing absent and the most present objects; rejected names an absent object and, so that the pair differs
+    in that alone as far as possible, the most present ones. Ties go to the earlier candidate.
+    """
+    def n_with(mentions, wanted):
+        return sum(status[name] == wanted for name in mentions)
+
+    clean = [c for c in candidates if n_with(c[1], "absent") == 0 and n_with(c[1], "present") > 0]
+    faulty = [c for c in candidates if n_with(c[1], "absent") > 0]
+    if not clean:
+        return None, None, "no candidate without hallucination"
+    chosen, mentions = max(clean, key=lambda c: n_with(c[1], "present"))
+    if faulty:
+        return chosen, max(faulty, key=lambda c: n_with(c[1], "present"))[0], "sampled"
+    if not swaps:
+        return None, None, "no candidate hallucinates, no absent object to swap in"
+    old = rng.choice([name for name in mentions if status[name] == "present"])
+    return chosen, swap_object(chosen, old, swaps[0], vocabulary), "swapped"
+
+
+def check_given_pair(chosen, rejected, status):
+    """None where the expert agrees with a given pair, else the reason to drop it. chosen, rejected: lists of mentions."""
+    if not chosen and not rejected:
+        return "names no object of the vocabulary"
+    if any(status[name] == "absent" for name in chosen):
+        return "chosen hallucinates by the expert"
+    if not any(status[name] == "absent" for name in rejected):
+        return "rejected does not hallucinate by the expert"
+    return None
+
+
+def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
+    """n unmentioned classes to ask the expert about, drawn without repeats with weight 1 + how often they are mentioned
+    together with this scene's objects in the corpus: the plausible errors, which a language prior makes."""
+    weight = {c: 1 + sum(co_occurrence[frozenset((c, m))] for m in mentions) for c in classes if c not in mentions}
+    return sorted(weight, key=lambda c: rng.random() ** (1 / weight[c]), reverse=True)[:n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mentions: which of the vocabulary's objects a text says are there
 # ---------------------------------------------------------------------------------------------------------------------
 # (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
 PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
@@ -142,71 +202,16 @@ def mention_spans(text, vocabulary):
 
 
 def swap_object(text, old, new, vocabulary):
-    """The text with every mention of class `old` replaced by `new`, in the plural where the mention is; "a"/"an" follow."""
+    """The text with every mention of class `old` replaced by `new`: in the plural where the mention is, with "a" or "an"
+    and a capital as needed."""
+    plurals = {plural(phrase) for phrase in vocabulary if plural(phrase) != phrase}
     for start, end, name in reversed(mention_spans(text, vocabulary)):
         if name == old:
-            single = plural(text[start:end].lower()) != text[start:end].lower()
-            before = text[:start]
-            if single:
+            before, word = text[:start], plural(new) if text[start:end].lower() in plurals else new
+            if word == new:
                 before = re.sub(r"\b([Aa])n?( )$", lambda m: m[1] + ("n" if new[0] in "aeiou" else "") + m[2], before)
-            text = before + (new if single else plural(new)) + text[end:]
+            text = before + (word[0].upper() + word[1:] if text[start].isupper() else word) + text[end:]
     return text
-
-
-def verify(mentions, detections, present, absent, known):
-    """{object: "present" | "absent" | "unsure"} for each mentioned object, from the best detection of its class.
-    detections: list of {"object", "confidence" in [0,1], "box"}; known: the classes that the expert can find."""
-    best = {}
-    for found in detections:
-        best[found["object"]] = max(best.get(found["object"], 0.0), found["confidence"])
-    status = {}
-    for name in mentions:
-        confidence = best.get(name, 0.0)
-        decided = "present" if confidence >= present else "absent" if confidence < absent else "unsure"
-        status[name] = decided if name in known else "unsure"
-    return status
-
-
-def pair_candidates(candidates, status, swaps, vocabulary, rng):
-    """(chosen, rejected, source), or (None, None, reason) where no pair can be made.
-
-    candidates: list of (text, mentions); status: {object: "present" | "absent" | "unsure"} for all of them;
-    swaps: absent objects to put in where no candidate hallucinates, the preferred first; rng: random.Random of this row.
-    chosen names nothing absent and the most present objects; rejected names an absent object and, so that the pair differs
-    in that alone as far as possible, the most present ones. Ties go to the earlier candidate.
-    """
-    def n_with(mentions, wanted):
-        return sum(status[name] == wanted for name in mentions)
-
-    clean = [c for c in candidates if n_with(c[1], "absent") == 0 and n_with(c[1], "present") > 0]
-    faulty = [c for c in candidates if n_with(c[1], "absent") > 0]
-    if not clean:
-        return None, None, "no candidate without hallucination"
-    chosen, mentions = max(clean, key=lambda c: n_with(c[1], "present"))
-    if faulty:
-        return chosen, max(faulty, key=lambda c: n_with(c[1], "present"))[0], "sampled"
-    if not swaps:
-        return None, None, "no candidate hallucinates, no absent object to swap in"
-    old = rng.choice([name for name in mentions if status[name] == "present"])
-    return chosen, swap_object(chosen, old, swaps[0], vocabulary), "swapped"
-
-
-def check_given_pair(chosen, rejected, status):
-    """None where the expert agrees with a given pair, else the reason to drop it. chosen, rejected: lists of mentions."""
-    if not chosen and not rejected:
-        return "names no object of the vocabulary"
-    if any(status[name] == "absent" for name in chosen):
-        return "chosen hallucinates by the expert"
-    if not any(status[name] == "absent" for name in rejected):
-        return "rejected does not hallucinate by the expert"
-    return None
-
-
-def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
-    """n unmentioned classes to ask the expert about, drawn without repeats with weight 1 + how often they are mentioned
-    together with this scene's objects in the corpus: the plausible errors, which a language prior makes."""
-    weight = {c: 1 + sum(co_occurrence[frozenset((c, m))] for m in mentions) for c in classes if c not in mentions}
-    return sorted(weight, key=lambda c: rng.random() ** (1 / weight[c]), reverse=True)[:n]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,30 +358,28 @@ def assign_splits(rows, n_validation, n_train, seed):
     return placed
 
 
-def draw_contact_sheet(rows, detections, image_root, path, n=12, side=260):
+def draw_contact_sheet(rows, detections, image_root, path, n=12):
     """The first n pairs with the expert's boxes: what a person should look at before training on them."""
-    columns, text_height = 4, 150
-    rows = rows[:n]
-    sheet = Image.new("RGB", (columns * (side + 10), -(-len(rows) // columns) * (side + text_height)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for k, row in enumerate(rows):
-        x, y = k % columns * (side + 10) + 5, k // columns * (side + text_height) + 5
-        picture = common.load_image(Path(image_root) / row["image"])
-        scale = side / max(picture.size)
-        sheet.paste(picture.resize((round(picture.width * scale), round(picture.height * scale))), (x, y))
-        for found in detections[row["image"]]:
-            if found["box"] and any(found["object"] == e["object"] for e in row["evidence"]):
-                x1, y1, x2, y2 = (v * scale for v in found["box"])
-                draw.rectangle((x + x1, y + y1, x + x2, y + y2), outline="lime")
-                draw.text((x + x1 + 2, y + y1), f"{found['object']} {found['confidence']:.2f}", fill="lime")
-        lines = [("+ " + row["chosen"], "darkgreen"), ("- " + row["rejected"], "firebrick"),
-                 (f"absent: {', '.join(row['hallucinated'])} ({row['source']})", "black")]
-        below = y + side + 4
-        for text, colour in lines:
-            wrapped = "\n".join(re.findall(r".{1,42}(?:\s|$)", text)[:4])
-            draw.multiline_text((x, below), wrapped, fill=colour)
-            below += 13 * (wrapped.count("\n") + 1)
-    sheet.save(path)
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(-(-n // 4), 4, figsize=(14, 4.2 * -(-n // 4)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, row in zip(axes.flat, rows):
+        axis.imshow(common.load_image(Path(image_root) / row["image"]))
+        named = {found["object"] for found in row["evidence"]}
+        for found in (found for found in detections[row["image"]] if found["box"] and found["object"] in named):
+            x1, y1, x2, y2 = found["box"]
+            axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime"))
+            axis.text(x1, y1, f"{found['object']} {found['confidence']:.2f}", fontsize=7, color="lime", va="bottom")
+        for place, colour, text in ((0, "darkgreen", "+ " + row["chosen"]), (0.13, "firebrick", "- " + row["rejected"]),
+                                    (0.26, "black", f"absent: {', '.join(row['hallucinated'])} ({row['source']})")):
+            axis.text(0, -0.03 - place, "\n".join(textwrap.wrap(text, 52)[:2]), fontsize=8, color=colour, va="top",
+                      transform=axis.transAxes)
+    figure.subplots_adjust(0.01, 0.08, 0.99, 0.97, hspace=0.45)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

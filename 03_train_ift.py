@@ -6,8 +6,8 @@
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) lambda = 1/3 by default, as in generative verifiers;
-  2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is always measured and trained on only if asked
-     (--bt-weight);
+  2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is measured in each validation and trained on only
+     if asked (--bt-weight);
   3) the vision tower stays frozen, with LoRA and with full fine-tuning (--lora-rank 0) alike.
 
 Reads  02_critiques/critiques.jsonl; 01_preferences/preferences.jsonl (split "validation").
@@ -83,7 +83,7 @@ def expected_calibration_error(probability, correct, bins=10):
     the right, the first on both sides. probability: P(the verdict given) per row; correct: bool per row."""
     probability = torch.as_tensor(probability, dtype=torch.float64)  # (B,)
     correct = torch.as_tensor(correct, dtype=torch.float64)  # (B,)
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]  # (bins-1,) inner edges
+    edges = torch.arange(1, bins, dtype=torch.float64) / bins  # (bins-1,) inner edges
     index = torch.bucketize(probability, edges)  # (B,) in 0..bins-1
     error = 0.0
     for b in range(bins):
@@ -179,6 +179,24 @@ def micro_batches(rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
+def encode_supervised(processor, texts, images, responses, max_response_tokens=None):
+    """(inputs, labels): left-padded prompts (B, P), then the responses and their stop token, right-padded (B, R).
+    labels (B, P+R) are -100 except on response and stop token. So the last R+1 positions hold all that is supervised and
+    the language head can skip the rest. A response cut at max_response_tokens has no stop token: it does not end there."""
+    inputs = common.encode_prompts(processor, texts, images)
+    tokenizer = processor.tokenizer
+    rows = [tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for response in responses]
+    rows = [torch.tensor(row[:max_response_tokens]) for row in rows]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, R)
+    targets = pad(rows, batch_first=True, padding_value=-100)  # (B, R); by length, so pad = eos cannot mask the stop token
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), targets], 1)  # (B, P+R)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], (targets != -100).long()], 1)
+    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1)  # 0 = text
+    return inputs, labels
+
+
 def forward(model, inputs, labels):
     """(logits (B,R+1,V), labels (B,R+1)): only the last R+1 positions hold supervised tokens (see encode_supervised), so
     only they pass the language head. The last prompt token is among them: it predicts the first response token."""
@@ -186,13 +204,14 @@ def forward(model, inputs, labels):
     return model(**inputs, logits_to_keep=keep, use_cache=False).logits, labels[:, -keep:]
 
 
-def log_odds_of_verdict(logits, labels, verdict_ids):
-    """r (B,) in nats at the last "A" or "B" of each response, teacher-forced. logits (B,R+1,V), labels (B,R+1)."""
-    ids_a, ids_b = (torch.tensor(ids, device=labels.device) for ids in verdict_ids)  # (2,) each: two spellings
-    rows, places = torch.arange(len(labels), device=labels.device), torch.arange(labels.shape[1], device=labels.device)
-    at = (torch.isin(labels, torch.cat([ids_a, ids_b])) * places).argmax(1)  # (B,): the last letter is the verdict's
-    bare = torch.stack([labels[rows, at] == ids[1] for ids in (ids_a, ids_b)]).any(0).long()  # (B,)
-    return verdict_log_odds(logits[rows, at - 1], ids_a[bare], ids_b[bare])
+def log_odds_of_verdict(logits, labels, tokenizer, verdict_ids):
+    """r (B,) in nats at each response's verdict, teacher-forced. logits (B,R+1,V), labels (B,R+1)."""
+    responses = [row[row != -100].tolist() for row in labels]
+    at = torch.tensor([1 + common.find_verdict_token(tokenizer, ids)[2] for ids in responses])  # (B,): labels[:, 0] is prompt
+    rows = torch.arange(len(labels))
+    bare = torch.isin(labels[rows, at].cpu(), torch.tensor([ids[1] for ids in verdict_ids])).long()  # (B,): "A", not " A"
+    ids_a, ids_b = (torch.tensor(ids)[bare].to(logits.device) for ids in verdict_ids)  # (B,) each
+    return verdict_log_odds(logits[rows, at - 1], ids_a, ids_b)
 
 
 def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weight, batch_size, micro_batch, seed, image_root,
@@ -211,7 +230,7 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
           f" = {steps * batch_size / len(judged):.1f} epochs of critiques; {sum(map(torch.numel, weights)) / 1e6:.2f} M weights")
 
     def encode(rows):
-        inputs, labels = common.encode_supervised(
+        inputs, labels = encode_supervised(
             processor, [row["text"] for row in rows], [Path(image_root) / row["image"] for row in rows],
             [row["response"] for row in rows], max_response_tokens)
         return inputs.to(device), labels.to(device), rows
@@ -233,9 +252,10 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
             logits, labels = forward(model, inputs, labels)
             sums = {"critique": 0.0, "correct": 0.0, kind: nll_sum(logits, labels)[0]}
             loss = ift_loss(sums["critique"], n["critique"], sums["correct"], n["correct"], lam)
-            if kind == "critique":
+            if kind == "critique" and bt_weight:
                 label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=device)  # (B,)
-                bt = bradley_terry_loss(log_odds_of_verdict(logits, labels, verdict_ids), label_is_a).sum()  # ()
+                log_odds = log_odds_of_verdict(logits, labels, processor.tokenizer, verdict_ids)  # (B,)
+                bt = bradley_terry_loss(log_odds, label_is_a).sum()  # ()
                 loss = loss + bt_weight * bt / batch_size
                 bt_sum += bt.item()
             loss.backward()
@@ -250,13 +270,13 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
         n_total += sum(n.values())
         line = {"step": step, "loss": ift_loss(nll["critique"], n["critique"], nll["correct"], n["correct"], lam),
                 "critique": nll["critique"] / n["critique"], "correct": nll["correct"] / n["correct"] if lam else None,
-                "bradley_terry": bt_sum / batch_size, "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0],
+                "bradley_terry": bt_sum / batch_size if bt_weight else None, "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0],
                 "tokens_per_s": n_total / (time.time() - started)}
         log.write(json.dumps(line) + "\n")
         log.flush()
         if step % max(1, steps // 10) == 0:
             bar.write(f"step {step:>5}/{steps} | loss {line['loss']:.3f} | critique {line['critique']:.3f} | correct "
-                      f"{nll['correct'] / max(1, n['correct']):.3f} | bt {line['bradley_terry']:.3f} | grad {grad_norm:.2f} | "
+                      f"{nll['correct'] / max(1, n['correct']):.3f} | bt {bt_sum / batch_size:.3f} | grad {grad_norm:.2f} | "
                       f"{line['tokens_per_s']:.0f} tok/s | {(time.time() - started) / 60:.1f} min")
     model.eval()
 

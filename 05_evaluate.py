@@ -127,6 +127,8 @@ def find_conditions(run):
 def withheld(questions, how, image_root, seed):
     """The same questions with a blank picture (uniform grey, same size), or with the picture of another row."""
     names = sorted({q["image"] for q in questions})
+    if how == "other" and len(names) < 2:
+        common.stop("--withhold other needs pairs of at least two images")
     changed = []
     for q in questions:
         if how == "blank":

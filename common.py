@@ -1,5 +1,5 @@
 """What the five stages must agree on byte for byte, and plumbing: the judge's prompt and verdict, model loading,
-encoding and label masks, batched sampling with the verdict's log-odds, and resumable run directories.
+encoding, batched sampling with the verdict's log-odds, and resumable run directories.
 
 None of the method's ideas live here; they stand in the stage that introduces them. Letters used in all files:
 B sequences, T tokens, V vocabulary entries, P prompt tokens (image included), R response tokens.
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()  # a bar of its own per loaded checkpoint hides ours
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the name that transformers left
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The judge's prompt, verdict and checks
@@ -49,9 +54,10 @@ def both_orders(pair):
 
 
 _MARK = r"(?:[^\w\n]|_)*"  # markdown, quotes, brackets, punctuation: anything on this line that is no word
-_VERDICT_LINE = re.compile(rf"^{_MARK}(?:final +)?verdict{_MARK}:(.*)$", re.IGNORECASE | re.MULTILINE)
+_VERDICT_LINE = re.compile(rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}:(.*)$", re.IGNORECASE | re.MULTILINE)
 _VERDICT = re.compile(rf"^{_MARK}(?:response +)?([ab]){_MARK}$", re.IGNORECASE)
-_CHECK = re.compile(rf"^{_MARK}(?:\d+{_MARK})?(?:(?:response +)?([AB]){_MARK}: *)?(.+?){_MARK}:{_MARK}(yes|no)\b", re.IGNORECASE)
+_ANSWER = re.compile(r":(?:[^\w\n:]|_)*(yes|no)\b", re.IGNORECASE)  # ends a check; before it stand "A:" and the claim
+_CLAIM = re.compile(r"^[\W_]*(?:\d+[\W_]+)?(?:(?:response +)?([AB])\b[^\w:]*:)?(.+)$", re.IGNORECASE)
 
 
 def find_verdict(text):
@@ -80,9 +86,10 @@ def parse_checks(text):
     for line in text.splitlines():
         side = None  # a clause without a letter speaks of the response that its line named last
         for clause in re.split(r";|(?:(?<=: yes)|(?<=: no))[.,]? +", line):
-            match = _CHECK.match(clause)
-            if match and (side := (match.group(1) or side or "").upper()):
-                checks.append((side, match.group(2).strip(" *_\"'`"), match.group(3).lower() == "yes"))
+            answer = _ANSWER.search(clause)
+            claim = answer and _CLAIM.match(clause[:answer.start()])
+            if claim and (side := (claim.group(1) or side or "").upper()):
+                checks.append((side, claim.group(2).strip(" *_\"'`"), answer.group(1).lower() == "yes"))
     return checks
 
 
@@ -166,7 +173,7 @@ def unwrap(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Encoding and label masks
+# Encoding
 # ---------------------------------------------------------------------------------------------------------------------
 def load_image(image):
     """RGB picture from a path or a PIL image."""
@@ -182,24 +189,6 @@ def encode_prompts(processor, texts, images):
     chats = [processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     return processor(text=chats, images=[[load_image(image)] for image in images], padding=True, padding_side="left",
                      return_tensors="pt", return_mm_token_type_ids=True)
-
-
-def encode_supervised(processor, texts, images, responses, max_response_tokens=None):
-    """(inputs, labels): left-padded prompts (B, P), then the responses and their stop token, right-padded (B, R).
-    labels (B, P+R) are -100 except on response and stop token. So the last R+1 positions hold all that is supervised and
-    the language head can skip the rest. A response cut at max_response_tokens has no stop token: it does not end there."""
-    inputs = encode_prompts(processor, texts, images)
-    tokenizer = processor.tokenizer
-    rows = [tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for response in responses]
-    rows = [torch.tensor(row[:max_response_tokens]) for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, R)
-    targets = pad(rows, batch_first=True, padding_value=-100)  # (B, R); by length, so pad = eos cannot mask the stop token
-    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), targets], 1)  # (B, P+R)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], (targets != -100).long()], 1)
-    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1)  # 0 = text
-    return inputs, labels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +232,16 @@ def verdict_token_ids(tokenizer):
     return ids
 
 
+def find_verdict_token(tokenizer, ids):
+    """(text, verdict, place): the decoded response, "A", "B" or None, and the index in ids of the token that holds it."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    verdict, index = find_verdict(text)
+    place = len(ids) - 1 if verdict else None
+    while verdict and len(tokenizer.decode(ids[:place], skip_special_tokens=True)) > index:  # the token that covers text[index]
+        place -= 1
+    return text, verdict, place
+
+
 @torch.inference_mode()
 def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     """Encode B prompts once, decode n samples of each. uniforms (B, n, R) in [0,1): the only randomness, one per token.
@@ -258,7 +257,8 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     uniforms = uniforms.reshape(B * n, R).to(logits.device)
     tokens = torch.full((B * n, R), -1)
     log_odds = torch.zeros(B * n, R, 2)
-    rows = torch.arange(B * n)  # the samples still being written
+    rows = torch.arange(B * n)  # the samples in the batch
+    going = torch.ones(B * n, dtype=torch.bool, device=logits.device)  # those of them that have not stopped
     for t in range(R):
         if temperature == 0:
             new = logits.argmax(-1)  # (rows,)
@@ -267,14 +267,15 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
             new = torch.searchsorted(cdf, uniforms[:, t:t + 1].double() * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
         tokens[rows, t] = new.cpu()
         log_odds[rows, t] = torch.stack([verdict_log_odds(logits, a, b) for a, b in zip(*verdict_ids)], -1).cpu()
-        going = ~torch.isin(new, stop_ids)  # (rows,)
+        going &= ~torch.isin(new, stop_ids)  # (rows,)
         if t + 1 == R or not going.any():
             break
         mask = F.pad(mask, (0, 1), value=1)
         if going.float().mean() < 0.75:  # finished samples leave the batch
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, new, mask, position, uniforms = rows[keep.cpu()], new[keep], mask[keep], position[keep], uniforms[keep]
+            rows, new, mask, position, uniforms, going = (x[keep.to(x.device)] for x in (
+                rows, new, mask, position, uniforms, going))
         # A finished sample that has not left yet keeps writing; tokens after the stop are cut off by the caller.
         where = position if deltas is None else position.expand(3, -1, -1)  # (3, rows, 1): time, height, width
         logits = model(input_ids=new[:, None], attention_mask=mask, position_ids=where, past_key_values=cache,
@@ -324,16 +325,9 @@ def _finish(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
     """One sample from its tokens (R,) and log-odds (R, 2): text, verdict, and r at the token that holds the verdict."""
     ends = torch.isin(tokens, stop_ids.cpu()).nonzero()
     length = int(ends[0]) if len(ends) else int((tokens >= 0).sum())
-    ids = tokens[:length].tolist()
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    verdict, index = find_verdict(text)
-    if verdict is not None:
-        at = length - 1
-        while len(tokenizer.decode(ids[:at], skip_special_tokens=True)) > index:  # the token that covers text[index]
-            at -= 1
-        bare = ids[at] in (verdict_ids[0][1], verdict_ids[1][1])
-    return {"text": text, "complete": bool(len(ends)), "verdict": verdict,
-            "log_odds": None if verdict is None else log_odds[at, int(bare)].item()}
+    text, verdict, place = find_verdict_token(tokenizer, tokens[:length].tolist())
+    r = None if verdict is None else log_odds[place, int(tokens[place] in (verdict_ids[0][1], verdict_ids[1][1]))].item()
+    return {"text": text, "complete": bool(len(ends)), "verdict": verdict, "log_odds": r}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,11 +338,13 @@ def read_jsonl(path, fields=()):
     path, rows, ids = Path(path), [], set()
     if not path.exists():
         stop(f"{path} does not exist: run the stage that writes it first, or name another file")
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().removesuffix("\n").split("\n") if path.stat().st_size else (), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             stop(f"{path} line {number}: not JSON ({error})")
+        if not isinstance(row, dict):
+            stop(f"{path} line {number}: a JSON object is expected, not {line[:40]}")
         for field in fields:
             if row.get(field) is None:
                 stop(f"{path} line {number}: field {field!r} is missing")
@@ -380,7 +376,7 @@ class RowWriter:
             whole = data[:data.rfind(b"\n") + 1]
             if whole != data:
                 self.path.write_bytes(whole)
-            self.rows = [json.loads(line) for line in whole.decode().splitlines()]
+            self.rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
         self.file = self.path.open("a")
 
     def write(self, row):

@@ -308,7 +308,6 @@ def test_calibration_bins_are_closed_on_the_right(edge):
     assert error == pytest.approx((abs(p - 1 + p - 0.05) + abs(p + 0.05 - 1)) / 3)
 
 
-@pytest.mark.xfail(strict=True, reason="linspace(0, 1, 21)[11] = .5499999999999999 < .55, so .55 falls into (.55, .6]")
 def test_calibration_bins_of_a_twentieth():
     probability, correct = [0.52, 0.55, 0.58], [False, True, True]
     error = five.expected_calibration_error(probability, correct, 20)

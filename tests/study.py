@@ -1,0 +1,96 @@
+"""The README's table: the whole method with every control on three worlds, differences paired over all their questions.
+
+    python tests/study.py --out runs/study                  # the table; about an hour on two cores
+    python tests/study.py --out runs/study --ablations      # and a run without expert, and one with --style descriptive
+
+A finished step is not repeated, so an interrupted study goes on where it stopped; --report only prints the table again.
+"""
+import argparse
+import importlib
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests import demo  # noqa: E402
+
+evaluate = importlib.import_module("05_evaluate")
+HELDOUT = ["--heldout", "1200"]
+CONTROLS = ("random", "best", "continue")
+
+
+def seed_steps(out, seed, ablations):
+    """All command lines of one world."""
+    world = out / f"world{seed}"
+    yield from demo.commands(world, out / f"seed{seed}", seed, CONTROLS, HELDOUT)
+    if ablations:
+        vocabulary = ["--vocabulary", str(out / f"seed{seed}" / "01_preferences" / "vocabulary.json")]
+        for name, expert, style in (("none", "none", "critique"), ("descriptive", None, "descriptive")):
+            for step, command in demo.commands(world, out / f"seed{seed}-{name}", seed, (), HELDOUT, expert, style):
+                if step in ("01", "02", "03", "05"):
+                    yield f"{step} {name}", command + (vocabulary if step == "01" else [])
+
+
+def pooled(out, seeds, suffix=""):
+    """{condition: (right per question (N,), right in both (N,), unparseable share, clusters (N,))} over the seeds' held-out pairs."""
+    result = {}
+    for seed in seeds:
+        rows = evaluate.read_jsonl(out / f"seed{seed}{suffix}" / "05_evaluation" / "judgements.jsonl")
+        for condition in dict.fromkeys(row["condition"] for row in rows):
+            here = [row for row in rows if row["condition"] == condition]
+            right = evaluate.right_per_pair(here)
+            image = {row["id"]: f"{seed}/{row['image']}" for row in here}
+            entry = result.setdefault(condition, {"right": [], "clusters": [], "seeds": [], "unparseable": []})
+            entry["right"] += right.values()
+            entry["clusters"] += [image[key] for key in right]
+            entry["seeds"].append(float(np.mean(list(right.values()))))
+            entry["unparseable"] += [row["verdict"] is None for row in here]
+    return result
+
+
+def print_table(title, result):
+    print(f"\n| {title} | accuracy | 95 % interval | per seed | both orders | unparseable | n |\n|---|---|---|---|---|---|---|")
+    for name, entry in result.items():
+        low, high = evaluate.cluster_bootstrap(entry["right"], entry["clusters"])
+        seeds = " ".join(f"{value:.3f}" for value in entry["seeds"])
+        print(f"| {name} | {np.mean(entry['right']):.3f} | {low:.3f}-{high:.3f} | {seeds} | {np.mean(np.array(entry['right']) == 1):.3f} | "
+              f"{np.mean(entry['unparseable']):.3f} | {len(entry['right'])} |")
+
+
+def print_differences(result):
+    margins = [name for name in result if name.startswith("margin") and "image" not in name]
+    last = margins[-1]
+    print(f"\n| {last} minus | difference | 95 % interval, paired over {len(result[last]['seeds'])} seeds |\n|---|---|---|")
+    for name in result:
+        if name == last or "image" in name or name == "shorter response":
+            continue
+        gain = np.array(result[last]["right"]) - np.array(result[name]["right"])
+        low, high = evaluate.cluster_bootstrap(gain, result[last]["clusters"])
+        print(f"| {name} | {gain.mean():+.3f} | {low:+.3f} to {high:+.3f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ablations", action="store_true", help="also --expert none and --style descriptive")
+    parser.add_argument("--parallel", type=int, default=2, help="worlds worked on at the same time")
+    parser.add_argument("--report", action="store_true", help="run nothing, print the tables of what is there")
+    args = parser.parse_args()
+    if not args.report:
+        with ThreadPoolExecutor(args.parallel) as pool:
+            seconds = list(pool.map(lambda seed: demo.run_all(seed_steps(args.out, seed, args.ablations)), args.seeds))
+        (args.out / "seconds.json").write_text(json.dumps(dict(zip(args.seeds, seconds)), indent=1))
+    result = pooled(args.out, args.seeds)
+    print_table("judge", result)
+    print_differences(result)
+    for name in ("none", "descriptive"):
+        if all((args.out / f"seed{seed}-{name}" / "05_evaluation" / "metrics.json").exists() for seed in args.seeds):
+            print_table(f"ablation: {'--expert' if name == 'none' else '--style'} {name}", pooled(args.out, args.seeds, f"-{name}"))
+
+
+if __name__ == "__main__":
+    main()
