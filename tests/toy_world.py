@@ -120,15 +120,15 @@ def draw_ordinary_scene(rng):
     return draw_scene(rng, sample_kinds(rng, rng.choice([2, 3, 4], p=[0.3, 0.45, 0.25])))
 
 
-def pick_absent(rng, near, present):
+def pick_absent(rng, near, present, mix=(0.4, 0.4, 0.2)):
     """(absent kind, category): a near miss of `near`, by preference one that goes with what is in the scene."""
     colour, shape = near.split()
-    category = rng.choice(["colour", "shape", "other"], p=[0.4, 0.4, 0.2])
+    category = rng.choice(["colour", "shape", "other"], p=mix)
     candidates = [kind for kind in KINDS if kind not in present and {
         "colour": kind.split()[1] == shape, "shape": kind.split()[0] == colour,
         "other": kind.split()[0] != colour and kind.split()[1] != shape}[category]]
     if not candidates:
-        return pick_absent(rng, near, present)
+        return pick_absent(rng, near, present, mix)
     _, companions = kind_prior()
     weights = companions[[KINDS.index(kind) for kind in present]].mean(0)[[KINDS.index(kind) for kind in candidates]]
     return str(rng.choice(candidates, p=weights / weights.sum())), str(category)
@@ -163,12 +163,13 @@ def check_lines(claims):
 # The tiny checkpoint: tokenizer, processor, configuration
 # ---------------------------------------------------------------------------------------------------------------------
 def build_processor():
-    """A Qwen2VLProcessor with a lossless word-level tokenizer: decode(encode(text)) == text for all text of the world."""
+    """A Qwen2VLProcessor; its word-level tokenizer is lossless: decode(encode(text)) == text for all text used here."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
     pattern = r" ?\w+|\n| ?[^\w\s]"  # leading spaces belong to the word, as in real BPE: " A" and "A" differ
-    texts = [*KINDS, *PROMPTS, YES_NO_PROMPT.format(object="red"), "system user assistant nothing unsure a an and the in is",
-             *(build_judge_prompt(PROMPTS[0], "red.", "red.", style, "A: red: yes\nVerdict: A") for style in INSTRUCTIONS)]
+    judge_prompts = [build_judge_prompt(PROMPTS[0], "red.", "red.", style, "Verdict: A") for style in INSTRUCTIONS]
+    texts = [*KINDS, *PROMPTS, *judge_prompts, YES_NO_PROMPT.format(object="red"),
+             "system user assistant nothing unsure a an and the in is"]
     words = sorted({re.sub("^ ", "", piece) for text in texts for piece in re.findall(pattern, text)} - {"\n"})
     pieces = ["<unk>", *SPECIAL, "\n", *words, *(" " + word for word in words)]
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
@@ -180,6 +181,29 @@ def build_processor():
     size = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
     return Qwen2VLProcessor(Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size),
                             chat_template=CHAT_TEMPLATE)
+
+
+@torch.no_grad()
+def mimetic_init(layers, strength=5.0, gain=0.2):
+    """Starts attention near what comparing and copying need (after "mimetic initialization", arXiv 2305.09828); found
+    by gradient alone these take longer than all the rest. Values and outputs start as projections (o = gain * v^T), the
+    queries and keys of later layers alike (a token looks at tokens like it). In the first layer, head h looks h + 1
+    tokens back for h < 2: through the biases the score is strength^2 * sum over the rotary angles f of
+    cos(f (query place - key place - offset)) / sqrt(head size)."""
+    for depth, layer in enumerate(layers):
+        attention, size = layer.self_attn, layer.self_attn.head_dim
+        torch.nn.init.orthogonal_(attention.v_proj.weight)
+        attention.o_proj.weight.copy_(gain * attention.v_proj.weight.T)
+        layer.mlp.down_proj.weight.mul_(gain)
+        if depth > 0:
+            torch.nn.init.orthogonal_(attention.q_proj.weight)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+            continue
+        frequency = 1e4 ** -(torch.arange(0, size, 2) / size)
+        for head in range(2):
+            place, angle = slice(head * size, (head + 1) * size), -(head + 1) * frequency
+            attention.q_proj.bias[place] = strength * torch.cat([angle.cos(), angle.sin()])
+            attention.k_proj.bias[place] = strength * torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
 
 
 def build_model(tokenizer):
@@ -197,6 +221,7 @@ def build_model(tokenizer):
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True)
     model = Qwen2VLForConditionalGeneration(config)
+    mimetic_init(model.model.language_model.layers)
     model.generation_config = GenerationConfig(eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
     return model
 
@@ -224,6 +249,8 @@ class Trainer:
         self.cell_words = torch.tensor([[words[kind] for kind in cells] for _, _, cells in scenes])  # (N, 9, 2)
         self.decisive = torch.tensor([token(word) for word in (" yes", " no", "yes", "no", " A", " B", "<|im_end|>")])
         self.yes_no = token([" yes", " no"])
+        self.verdict = token("Verdict")
+        self.colours = torch.tensor(token([f" {colour}" for colour in COLOURS]))
         chat = processor.apply_chat_template([{"role": "user", "content": [
             {"type": "image"}, {"type": "text", "text": "@"}]}], add_generation_prompt=True, tokenize=False)
         self.head, self.tail = chat.replace("<|image_pad|>", "<|image_pad|>" * N_CELLS).split("@")
@@ -264,8 +291,8 @@ class Trainer:
             weights[i, target] = torch.where(torch.isin(ids[i, target], self.decisive), 1.0, row.copy_weight)
         return ids, weights
 
-    def hidden(self, ids, visual_tokens):
-        """Last hidden states (B, T, 128). Right padding behind a causal mask needs no attention mask."""
+    def run(self, ids, visual_tokens, attentions=False):
+        """The language model's output. Right padding behind a causal mask needs no attention mask."""
         start, end = self.image_start, self.image_start + N_CELLS
         embeds = self.model.get_input_embeddings()(ids)
         embeds = torch.cat([embeds[:, :start], visual_tokens, embeds[:, end:]], 1)
@@ -273,21 +300,72 @@ class Trainer:
         text = torch.arange(ids.shape[1] - end) + start + 3  # a 3x3 grid takes three positions
         positions = torch.stack([torch.cat([torch.arange(start), start + p, text])
                                  for p in (cell * 0, cell // 3, cell % 3)])
-        return self.model.model.language_model(inputs_embeds=embeds, use_cache=False, position_ids=positions[:, None]
-                                               .expand(3, len(ids), -1)).last_hidden_state
+        return self.model.model.language_model(
+            inputs_embeds=embeds, use_cache=False, position_ids=positions[:, None].expand(3, len(ids), -1),
+            output_attentions=attentions)
 
     def shortcut_logits(self, rows):
         """(ids (B, T), logits (B, T, V)) by the fast path; the ordinary forward must give the same."""
         ids, _ = self.encode(rows)
-        return ids, self.model.lm_head(self.hidden(ids, self.look([row.image for row in rows])))
+        return ids, self.model.lm_head(self.run(ids, self.look([row.image for row in rows])).last_hidden_state)
 
     def loss(self, rows):
         """(weighted sum of the negative log-likelihoods, sum of the weights)"""
         ids, weights = self.encode(rows)
-        hidden = self.hidden(ids, self.look([row.image for row in rows]))[:, :-1]
+        return self.nll(self.run(ids, self.look([row.image for row in rows])), ids, weights)
+
+    def nll(self, output, ids, weights):
         used = weights[:, 1:] > 0
-        nll = F.cross_entropy(self.model.lm_head(hidden[used]), ids[:, 1:][used], reduction="none")
+        logits = self.model.lm_head(output.last_hidden_state[:, :-1][used])
+        nll = F.cross_entropy(logits, ids[:, 1:][used], reduction="none")
         return (nll * weights[:, 1:][used]).sum(), weights.sum()
+
+    def pointing_loss(self, rows, look=True):
+        """Loss per unit of weight, plus hints where to attend. Look: where a claim is true, heads 0 and 1 of the second
+        layer attend from its last token to its cell. Copy: heads 2 and 3 of the last layer attend from a claim's word
+        in the critique to the same claim's in the prompt. With them comparing and copying take some 100 steps each;
+        without, comparison knew colours only after 400, and copying mixed up the claims."""
+        ids, weights = self.encode(rows)
+        images = [row.image for row in rows]
+        self.model.set_attn_implementation("eager")  # the only one that returns its weights
+        output = self.run(ids, self.look(images), attentions=True)
+        self.model.set_attn_implementation("sdpa")
+        nll, weight = self.nll(output, ids, weights)
+        loss = nll / weight
+        if look:
+            claim, place = ((weights[:, 1:] > 0) & torch.isin(ids[:, 1:], torch.tensor(self.yes_no))).nonzero().T
+            words = torch.stack([ids[claim, place - 2], ids[claim, place - 1]], -1)         # (claims, 2)
+            right_cell = (self.cell_words[images][claim] == words[:, None]).all(-1)         # (claims, 9)
+            seen = right_cell.any(-1)
+            cells = slice(self.image_start, self.image_start + N_CELLS)
+            attention = output.attentions[1][claim, :2, place][:, :, cells]                 # (claims, 2 heads, 9)
+            loss = loss - 0.3 * ((attention * right_cell[:, None]).sum(-1)[seen] + 1e-6).log().mean()
+        row, query, source = self.copies(rows, ids, weights > 0)
+        if len(row):
+            attention = output.attentions[-1][row, 2:, query]                               # (words, 2 heads, T)
+            loss = loss - 0.3 * ((attention * source[:, None]).sum(-1) + 1e-6).log().mean()
+        return loss
+
+    def copies(self, rows, ids, is_response):
+        """For each word of a critique's claims, and for a guided verdict: its row, the token before it, and where in the
+        prompt it stands (mask over T). Claims come in the same order in the responses, in the reference if there is one
+        and in the critique; a colour word marks the start of each."""
+        row, query, source = [], [], []
+        for i, place in enumerate(torch.isin(ids, self.colours)):
+            critique, prompt = (place & is_response[i]).nonzero()[:, 0], (place & ~is_response[i]).nonzero()[:, 0]
+            if not rows[i].response.startswith("A: ") or len(prompt) == 0:
+                continue
+            for k, start in enumerate(critique.tolist()):
+                for word in (0, 1):
+                    row.append(i)
+                    query.append(start - 1 + word)
+                    source.append(F.one_hot(prompt[k::len(critique)] + word, ids.shape[1]).sum(0))
+            if len(prompt) > len(critique):  # guided: the verdict is in the reference, whose "Verdict" comes first
+                lines = (ids[i] == self.verdict).nonzero()[:, 0]
+                row.append(i)
+                query.append(int(lines[-1]) + 1)
+                source.append(F.one_hot(lines[0] + 2, ids.shape[1]))
+        return row, query, torch.stack(source) if source else None
 
     def align_loss(self, indices):
         """Each visual token against the embeddings of the colour word and the shape word of its cell."""
@@ -298,7 +376,7 @@ class Trainer:
     def check_accuracy(self, rows):
         """Share of right answers in packed checks, balanced over yes and no."""
         ids, _ = self.encode(rows)
-        logits = self.model.lm_head(self.hidden(ids, self.look([row.image for row in rows]))[:, :-1])
+        logits = self.shortcut_logits(rows)[1][:, :-1]
         says_yes = logits[..., self.yes_no[0]] > logits[..., self.yes_no[1]]
         shares = [(says_yes[ids[:, 1:] == t] == (t == self.yes_no[0])).float().mean().item() for t in self.yes_no]
         return sum(shares) / 2
@@ -312,7 +390,7 @@ class Rows:
 
     def __init__(self, rng, present, indices):
         self.rng, self.present, self.indices = rng, present, indices
-        self.wrong_absent = WRONG_ABSENT
+        self.wrong_absent, self.near_misses, self.copy_weight = WRONG_ABSENT, (0.4, 0.4, 0.2), 0.3
 
     def image(self):
         return int(self.rng.choice(self.indices))
@@ -322,20 +400,31 @@ class Rows:
         return Row(image, str(self.rng.choice(PROMPTS)), caption(self.rng.permutation(self.present[image])), 1.0)
 
     def questions(self, image, n):
-        """n kinds, about half of them present, the others near misses, in random order: [(kind, is present)]."""
+        """n kinds, about half of them present, the others absent, in random order: [(kind, is present)]."""
         present = self.present[image]
         near = present or sample_kinds(self.rng, 2)
         asked = [(kind, True) for kind in present[:n // 2]]
         while len(asked) < n:
-            asked.append((pick_absent(self.rng, near[self.rng.integers(len(near))], near)[0], False))
+            kind, _ = pick_absent(self.rng, near[self.rng.integers(len(near))], near, self.near_misses)
+            asked.append((kind, False))
         return [asked[i] for i in self.rng.permutation(n)]
 
-    def packed_checks(self):
-        """Eight claims in the critique's own line format, behind no prompt; only yes/no (and the stop) are learnt."""
-        image = self.image()
-        lines = check_lines((self.rng.choice(["A", "B"]), kind, "yes" if is_present else "no")
-                            for kind, is_present in self.questions(image, 8))
-        return Row(image, "", lines, 0.0)
+    def checks(self, listed):
+        """Claims in the critique's own line format with true answers; listed: as a critique of two lists in the prompt
+        (so that it also learns to copy what the picture does not show), else behind no prompt, learning yes/no only."""
+        image, rng = self.image(), self.rng
+        asked = self.questions(image, min(8, 2 * len(self.present[image]) or 4))
+        if listed:  # each kind is named by A, by B or by both, each in an order of its own
+            side = rng.choice(3, len(asked), p=[0.25, 0.25, 0.5])
+            named = [[asked[i] for i in rng.permutation(len(asked)) if side[i] != other][:5] for other in (1, 0)]
+        else:
+            cut = rng.integers(1, len(asked))
+            named = asked[:cut], asked[cut:]
+        lines = check_lines((letter, kind, "yes" if is_present else "no")
+                            for letter, part in zip("AB", named) for kind, is_present in part)
+        a, b = (caption([kind for kind, _ in part]) for part in named)
+        prompt = f"Response A: {a}\nResponse B: {b}\n" if listed else ""
+        return Row(image, prompt, lines, self.copy_weight if listed else 0.0)
 
     def question(self):
         image = self.image()
@@ -467,7 +556,7 @@ def train_steps(trainer, name, steps, lr, loss_of_step, final=0.1, stop=None):
 
 
 def train_model(trainer, rng, train, validation):
-    """Align, caption, check, mix. train and validation are indices into the bank. Returns seconds by phase, history."""
+    """Align, check, caption, mix. train and validation are indices into the bank. Returns seconds by phase, history."""
     rows, seconds, clock = Rows(rng, trainer.present, train), {}, time.time()
 
     def mean_loss(*draws):
@@ -482,21 +571,22 @@ def train_model(trainer, rng, train, validation):
         nonlocal clock
         seconds[name], clock = round(time.time() - clock, 1), time.time()
 
-    train_steps(trainer, "align", 120, 2e-3, lambda: align(128), final=0.5)
-    lap("align")
-    train_steps(trainer, "caption", 180, 2e-3, lambda: mean_loss((48, rows.caption)) + 0.2 * align(32), final=0.3)
-    lap("caption")
-    held = Rows(np.random.default_rng(1), trainer.present, validation)
-    held = [held.packed_checks() for _ in range(200)]
+    def pointed(n_packed, n_listed):
+        parts = (n_packed, False), (n_listed, True)
+        return sum(trainer.pointing_loss([rows.checks(listed) for _ in range(n)]) for n, listed in parts) / 2
 
-    def learnt():
-        accuracy = trainer.check_accuracy(held)
-        print(f"check | balanced accuracy on validation scenes {accuracy:.3f}", flush=True)
-        return accuracy > 0.95
-    # the ability to compare arrives suddenly, after 100-300 steps at chance: no decay before it is there
-    train_steps(trainer, "check", 400, 2e-3, lambda: mean_loss(
-        (40, rows.packed_checks), (24, rows.question), (12, rows.caption)), final=0.5, stop=learnt)
+    train_steps(trainer, "align", 90, 2e-3, lambda: align(128), final=0.5)
+    lap("align")
+    rows.near_misses = (0.3, 0.3, 0.4)  # easier ones among them, or it starts at chance
+    train_steps(trainer, "check", 220, 1.5e-3, lambda: pointed(14, 10) + 0.2 * align(16), final=0.5)
     lap("check")
+    held = Rows(np.random.default_rng(1), trainer.present, validation)
+    held = [held.checks(listed=False) for _ in range(200)]
+    rows.near_misses = (0.4, 0.4, 0.2)
+    train_steps(trainer, "caption", 150, 1.5e-3, lambda: mean_loss((48, rows.caption)) + 0.1 * align(16)
+                + 0.3 * (mean_loss((8, rows.question)) + pointed(8, 8)), final=0.3)
+    lap("caption")
+    print(f"checks after the caption phase: balanced accuracy {trainer.check_accuracy(held):.3f}", flush=True)
     for parameter in trainer.model.model.visual.parameters():  # frozen from here on, so its features are computed once
         parameter.requires_grad_(False)
     with torch.no_grad():
@@ -511,8 +601,10 @@ def train_mix(trainer, rows, validation, mean_loss, band=(0.47, 0.585), correcti
     """Captions, checks, judgements with wrong facts, guided judgements; then measure the base judge on validation
     scenes and, while it is outside the band, raise or lower the rate of wrong facts and go on for a few steps."""
     def step():
-        return mean_loss((16, rows.caption), (12, rows.packed_checks), (8, rows.question),
-                         (16, lambda: rows.judge(guided=False)), (16, lambda: rows.judge(guided=True)))
+        judged = [trainer.pointing_loss([rows.judge(guided) for _ in range(16)], look=False)
+                  for guided in (False, True)]
+        return (sum(judged) / 2 + mean_loss((24, rows.caption))
+                + 0.5 * mean_loss((8, lambda: rows.checks(listed=False)), (8, rows.question)))
     rng, history = np.random.default_rng(2), []
     scenes = [(trainer.images[i], [{"object": kind} for kind in trainer.present[i]], None) for i in validation]
     pairs = [make_pair(rng, trainer.present[i]) for i in validation]
@@ -539,7 +631,7 @@ def train_mix(trainer, rows, validation, mean_loss, band=(0.47, 0.585), correcti
 # ---------------------------------------------------------------------------------------------------------------------
 # The expert, in a process of its own with one thread: small operations do not gain from a second one
 # ---------------------------------------------------------------------------------------------------------------------
-def train_expert(folder, seed, n_scenes=1500, epochs=6):
+def train_expert(folder, seed, n_scenes=1500, epochs=7):
     """YOLO11n from scratch on dense scenes -> folder/expert.pt, folder/expert.json (precision and recall)."""
     folder = Path(folder)
     torch.set_num_threads(1)
@@ -560,9 +652,10 @@ def train_expert(folder, seed, n_scenes=1500, epochs=6):
     names = "\n".join(f"  {i}: {kind}" for i, kind in enumerate(KINDS))
     (folder / "data.yaml").write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
     YOLO("yolo11n.yaml", verbose=False).train(
-        data=str(folder / "data.yaml"), epochs=epochs, imgsz=96, batch=32, optimizer="AdamW", lr0=2e-3, mosaic=0,
-        hsv_h=0, hsv_s=0, hsv_v=0.1, fliplr=0, flipud=0, erasing=0, auto_augment=None, amp=False, plots=False, val=False,
-        cache="ram", workers=0, device="cpu", seed=seed, project=str(folder), name="run", verbose=False)
+        data=str(folder / "data.yaml"), epochs=epochs, imgsz=96, batch=32, nbs=32, optimizer="AdamW", lr0=2e-3,
+        warmup_epochs=1, mosaic=0, hsv_h=0, hsv_s=0, hsv_v=0.1, fliplr=0, flipud=0, erasing=0, auto_augment=None,
+        amp=False, plots=False, val=False, cache="ram", workers=0, device="cpu", seed=seed, project=str(folder),
+        name="run", verbose=False)
     shutil.copy(folder / "run" / "weights" / "last.pt", folder / "expert.pt")
     expert, scores, truths = YOLO(folder / "expert.pt"), [], []
     scenes = [draw_ordinary_scene(rng) for _ in range(300)]
@@ -674,7 +767,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, default=400, help="held-out pairs (default %(default)s)")
     parser.add_argument("--images", type=int, default=2200, help="pictures for all other uses (default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="delete a world with other arguments, or a partial one")
+    parser.add_argument("--overwrite", action="store_true", help="delete a world with other arguments")
     return parser.parse_args(argv)
 
 
