@@ -27,6 +27,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 import common
@@ -228,8 +230,8 @@ class Detector:
         self.classes = list(self.model.names.values())
 
     def examine(self, images, questions):
-        # The floor keeps what verify() needs to tell absent from unsure, and no more.
-        results = self.model.predict([str(p) for p in images], conf=min(self.floor, 0.05), device=self.device, verbose=False)
+        results = self.model.predict([str(path) for path in images], conf=self.floor, batch=len(images), device=self.device,
+                                     verbose=False)  # below --absent no box can matter
         return [[{"object": r.names[int(c)], "confidence": round(float(p), 4), "box": [round(v, 1) for v in xyxy]}
                  for xyxy, p, c in zip(r.boxes.xyxy.tolist(), r.boxes.conf.tolist(), r.boxes.cls.tolist())] for r in results]
 
@@ -259,32 +261,28 @@ class OwnAnswers:
 # Data: what to verify, candidates, findings, pairs
 # ---------------------------------------------------------------------------------------------------------------------
 def load_items(args):
-    """(rows to verify {id, image, prompt[, chosen, rejected]}, counted skips): a folder of images, or given pairs."""
+    """(rows to verify {id, image, prompt[, chosen, rejected]}, counts): given pairs, or one row for each picture of a folder."""
     if args.pairs:
-        rows = read_jsonl(args.pairs, ("image", "prompt", "chosen", "rejected"))
-        rows = [{"id": f"{Path(row['image']).stem}-{k}", **row} for k, row in enumerate(rows)]
+        rows = [{"id": f"{Path(row['image']).stem}-{k}", **row} for k, row in enumerate(
+            read_jsonl(args.pairs, ("image", "prompt", "chosen", "rejected")))]
     else:
-        prompts = Path(args.prompts).read_text().split("\n") if args.prompts else PROMPTS
-        prompts = [line.strip() for line in prompts if line.strip()]
-        paths = sorted(p.resolve() for p in Path(args.images).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not paths or not prompts:
-            stop(f"no images under {args.images}" if not paths else f"{args.prompts} holds no prompt")
-        if not paths[0].is_relative_to(args.image_root):
-            stop(f"--images {args.images} does not lie under --image-root {args.image_root}")
-        rows = [{"id": f"{path.relative_to(Path(args.images).resolve()).with_suffix('').as_posix()}-0",
-                 "image": path.relative_to(args.image_root).as_posix(),
-                 "prompt": prompts[row_seed(args.seed, "prompt", path.name) % len(prompts)]} for path in paths]
-    readable, broken = [], 0
+        prompts = [line.strip() for line in Path(args.prompts).read_text().split("\n") if line.strip()] if args.prompts else PROMPTS
+        folder = Path(args.images).resolve()
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not prompts or not paths or not folder.is_relative_to(args.image_root):
+            stop(f"{args.prompts} holds no prompt" if not prompts else f"no images under {folder}" if not paths else
+                 f"--images {folder} does not lie under --image-root {args.image_root}")
+        rows = [{"id": f"{path.relative_to(folder).with_suffix('').as_posix()}-0", "image": path.relative_to(args.image_root)
+                 .as_posix(), "prompt": prompts[row_seed(args.seed, "prompt", path.name) % len(prompts)]} for path in paths]
+    readable, counts = [], Counter({"rows read": len(rows[:args.limit]), "skipped: missing or broken image": 0})
     for row in rows[:args.limit]:
         try:
             Image.open(Path(args.image_root) / row["image"]).verify()
             readable.append(row)
         except OSError as error:
-            broken += 1
+            counts["skipped: missing or broken image"] += 1
             print(f"skipped row {row['id']}, field image: {error}")
-    if not readable:
-        stop("no row has a readable image; --image-root tells where relative paths start")
-    return readable, {"rows read": len(rows[:args.limit]), "skipped: missing or broken image": broken}
+    return readable or stop("no row has a readable image; --image-root tells where relative paths start"), counts
 
 
 def write_candidates(items, model, processor, folder, args):
@@ -315,14 +313,12 @@ def examine(images, questions, expert, folder, args):
     return {row["id"]: row["detections"] for row in writer.rows}
 
 
-def build_pair(item, texts, mentions, swaps, detections, vocabulary, known, args):
+def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, seed):
     """(preference row, None) or (None, reason for the drop)."""
-    rng = random.Random(row_seed(args.seed, "pair", item["id"]))
-    status = verify(set().union(*mentions, swaps), detections, args.present, args.absent, known)
+    rng = random.Random(row_seed(seed, "pair", item["id"]))
     if "chosen" in item:
         chosen, rejected, source = item["chosen"], item["rejected"], "given"
-        reason = check_given_pair(mentions[0], mentions[1], status)
-        if reason:
+        if reason := check_given_pair(mentions[0], mentions[1], status):
             return None, reason
     else:
         absent = [name for name in swaps if status[name] == "absent"]
@@ -333,9 +329,8 @@ def build_pair(item, texts, mentions, swaps, detections, vocabulary, known, args
     evidence = []
     for name in dict.fromkeys(claims["chosen"] + claims["rejected"]):
         best = max((d for d in detections if d["object"] == name), key=lambda d: d["confidence"], default={})
-        claimed_by = "both" if name in claims["chosen"] and name in claims["rejected"] else \
-            "chosen" if name in claims["chosen"] else "rejected"
-        evidence.append({"object": name, "claimed_by": claimed_by, "status": status[name],
+        sides = [side for side in ("chosen", "rejected") if name in claims[side]]
+        evidence.append({"object": name, "claimed_by": sides[0] if len(sides) == 1 else "both", "status": status[name],
                          "confidence": best.get("confidence", 0.0), "box": best.get("box")})
     hallucinated = [name for name in claims["rejected"] if status[name] == "absent"]
     if not hallucinated:  # the swapped-in name merged with its neighbours into another mention
@@ -360,10 +355,8 @@ def assign_splits(rows, n_validation, n_train, seed):
 
 def draw_contact_sheet(rows, detections, image_root, path, n=12):
     """The first n pairs with the expert's boxes: what a person should look at before training on them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(-(-n // 4), 4, figsize=(14, 4.2 * -(-n // 4)), squeeze=False)
+    figure = Figure((14, 4.2 * -(-n // 4)))
+    axes = figure.subplots(-(-n // 4), 4, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, row in zip(axes.flat, rows):
@@ -371,7 +364,7 @@ def draw_contact_sheet(rows, detections, image_root, path, n=12):
         named = {found["object"] for found in row["evidence"]}
         for found in (found for found in detections[row["image"]] if found["box"] and found["object"] in named):
             x1, y1, x2, y2 = found["box"]
-            axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime"))
+            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime"))
             axis.text(x1, y1, f"{found['object']} {found['confidence']:.2f}", fontsize=7, color="lime", va="bottom")
         for place, colour, text in ((0, "darkgreen", "+ " + row["chosen"]), (0.13, "firebrick", "- " + row["rejected"]),
                                     (0.26, "black", f"absent: {', '.join(row['hallucinated'])} ({row['source']})")):
@@ -379,27 +372,23 @@ def draw_contact_sheet(rows, detections, image_root, path, n=12):
                       transform=axis.transAxes)
     figure.subplots_adjust(0.01, 0.08, 0.99, 0.97, hspace=0.45)
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    # what is read and written
     add("--run", default="runs/default", help="run directory, shared by all stages")
     add("--images", help="folder of images for which the policy writes responses")
     add("--pairs", help="jsonl file of given pairs: image, prompt, chosen, rejected")
     add("--image-root", help="folder that relative image paths start from; default: --images, or the folder of --pairs")
     add("--prompts", help="text file, one prompt per line, instead of the built-in ones")
     add("--limit", type=int, help="read only the first so many rows or images")
-    # models
     add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="policy that writes the candidates, and the judge to be trained")
     add("--max-image-tokens", type=int, help="bound on an image's tokens; default: the processor's own")
     add("--expert", default="yolo11x.pt", help="ultralytics detection weights, or none: the policy's own yes/no")
     add("--vocabulary", help="json {phrase: class}; default: the expert's class names with plurals and synonyms")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
-    # the method
     add("--candidates", type=int, default=4, help="K, responses per image")
     add("--temperature", type=float, default=1.0, help="of the candidates")
     add("--max-new-tokens", type=int, default=256, help="longest candidate; an unfinished one is dropped")
@@ -437,15 +426,11 @@ def main(args):
     known = set(expert.classes or vocabulary.values())
 
     # 2. candidates, mentions, findings ---------------------------------------------------------------------------
-    if args.images:
-        texts = write_candidates(items, model, processor, folder, args)
-    else:
-        texts = {item["id"]: [item["chosen"], item["rejected"]] for item in items}
+    texts = write_candidates(items, model, processor, folder, args) if args.images else \
+        {item["id"]: [item["chosen"], item["rejected"]] for item in items}
     mentions = {item["id"]: [find_mentions(text, vocabulary) for text in texts[item["id"]]] for item in items}
-    co_occurrence = Counter()
-    for per_text in mentions.values():
-        for names in per_text:
-            co_occurrence.update(frozenset((a, b)) for a in names for b in names if a < b)
+    co_occurrence = Counter(frozenset((a, b)) for per_text in mentions.values() for names in per_text
+                            for a in names for b in names if a < b)
     swaps, questions = {}, {}
     for item in items:
         named = dict.fromkeys(name for names in mentions[item["id"]] for name in names)
@@ -459,8 +444,10 @@ def main(args):
     rows, reasons, statuses = [], Counter(), Counter()
     for item in items:
         key = item["id"]
-        row, reason = build_pair(item, texts[key], mentions[key], swaps[key], detections[item["image"]], vocabulary, known, args)
-        statuses.update(verify(set().union(*mentions[key]), detections[item["image"]], args.present, args.absent, known).values())
+        found = detections[item["image"]]
+        status = verify({*swaps[key]}.union(*mentions[key]), found, args.present, args.absent, known)
+        statuses.update(status[name] for name in set().union(*mentions[key]))
+        row, reason = build_pair(item, texts[key], mentions[key], swaps[key], found, status, vocabulary, args.seed)
         reasons[f"dropped: {reason}" if reason else "pairs made"] += 1
         rows += [row] if row else []
     if not rows:

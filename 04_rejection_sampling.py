@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 import common
 from common import finish_stage, inherit, read_jsonl, row_seed, start_stage
@@ -129,10 +130,8 @@ def keep(margins, passing, args, iteration):
 
 def draw_margins(margins, kept, path, title):
     """Histogram of the pool's margins, the kept ones in front."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 3.2))
+    figure = Figure((6, 3.2))
+    axis = figure.subplots()
     bins = [i / 25 for i in range(26)]
     axis.hist(list(margins.values()), bins, color="lightgrey", label=f"pool, {len(margins)} pairs")
     axis.hist([margins[key] for key in kept], bins, color="seagreen", label=f"kept, {len(kept)}")
@@ -140,7 +139,6 @@ def draw_margins(margins, kept, path, title):
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

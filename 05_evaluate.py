@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 import common
@@ -218,10 +219,8 @@ def best_of_n_table(rows, candidates, picks, truth, vocabulary):
 # ---------------------------------------------------------------------------------------------------------------------
 def draw_reliability(judged, path):
     """Reliability plot: share right against P(verdict given), ten bins, one line per condition."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axis = plt.subplots(figsize=(4.6, 4.4))
+    figure = Figure((4.6, 4.4))
+    axis = figure.subplots()
     axis.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="perfectly calibrated")
     for name, rows in judged.items():
         given = np.array([max(row["probability_a"], 1 - row["probability_a"]) for row in rows if row["verdict"]])
@@ -235,7 +234,6 @@ def draw_reliability(judged, path):
     axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def table_lines(table, best_of, differences, expert, votes):

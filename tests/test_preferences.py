@@ -133,13 +133,12 @@ def test_assign_splits():
 
 
 def test_build_pair_carries_its_evidence():
-    args = one.parse_args(["--images", "x"])
     item = {"id": "7", "image": "7.png", "prompt": "What is there?"}
     texts = ["A dog and a man.", "A dog and a bus."]
     detections = [found("dog", 0.9), found("dog", 0.6), found("person", 0.3)]
-    row, reason = one.build_pair(item, texts, [one.find_mentions(t, VOCABULARY) for t in texts], [], detections,
-                                 VOCABULARY,
-                                 {"dog", "bus", "person"}, args)
+    status = one.verify(["dog", "person", "bus"], detections, 0.5, 0.05, {"dog", "bus", "person"})
+    row, reason = one.build_pair(item, texts, [one.find_mentions(t, VOCABULARY) for t in texts], [], detections, status,
+                                 VOCABULARY, 0)
     assert reason is None and (row["chosen"], row["rejected"], row["hallucinated"]) == (*texts, ["bus"])
     assert [(e["object"], e["claimed_by"], e["status"], e["confidence"]) for e in row["evidence"]] == [
         ("dog", "both", "present", 0.9), ("person", "chosen", "unsure", 0.3), ("bus", "rejected", "absent", 0.0)]
