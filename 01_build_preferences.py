@@ -11,9 +11,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   3) --expert none is the paper's ablation made exact: the policy's own P(yes) to "is there a ...?" is the only check.
 
 Reads  images (--images) or given pairs (--pairs, jsonl: image, prompt, chosen, rejected).
-Writes 01_preferences/: candidates.jsonl, detections.jsonl, vocabulary.json, contact_sheet.png and
-       preferences.jsonl {id, image, prompt, chosen, rejected, source, split, hallucinated: [object],
-                          evidence: [{object, claimed_by, status, confidence, box}]}
+Writes 01_preferences/: candidates.jsonl, detections.jsonl, vocabulary.json, contact_sheet.png, preferences.jsonl {id, image,
+       prompt, chosen, rejected, source, split, hallucinated, evidence: [{object, claimed_by, status, confidence, box}]}
 
     python 01_build_preferences.py --run runs/demo --images world/images --model world/model --expert world/expert.pt
     python 01_build_preferences.py --images coco/train2017       # one GPU: Qwen2-VL-7B writes, YOLO11x verifies
@@ -39,18 +38,13 @@ PROMPTS = ["Describe this image in detail.", "What objects are in this image?", 
 YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method: verification and pairing (mentions below)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The method: verification and pairing (mentions below) -----------------------------------------------------------
 def verify(mentions, detections, present, absent, known):
     """{object: "present" | "absent" | "unsure"} for each mentioned object, from the best detection of its class.
     detections: list of {"object", "confidence" in [0,1], "box"}; known: the classes that the expert can find."""
-    best = {}
-    for found in detections:
-        best[found["object"]] = max(best.get(found["object"], 0.0), found["confidence"])
     status = {}
     for name in mentions:
-        confidence = best.get(name, 0.0)
+        confidence = max((found["confidence"] for found in detections if found["object"] == name), default=0.0)
         decided = "present" if confidence >= present else "absent" if confidence < absent else "unsure"
         status[name] = decided if name in known else "unsure"
     return status
@@ -98,9 +92,7 @@ def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
     return sorted(weight, key=lambda c: rng.random() ** (1 / weight[c]), reverse=True)[:n]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mentions: which of the vocabulary's objects a text says are there
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Mentions: which of the vocabulary's objects a text says are there -----------------------------------------------
 # (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
 PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
            ("child$", "children"), ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"),
@@ -216,9 +208,7 @@ def swap_object(text, old, new, vocabulary):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts: examine(image paths, questions: a list of class names per image) -> a list of detections per image
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Experts: examine(image paths, questions: a list of class names per image) -> a list of detections per image -----
 class Detector:
     """Any ultralytics detection weights; finds its classes whatever is asked."""
 
@@ -248,8 +238,8 @@ class OwnAnswers:
     def examine(self, images, questions):
         found = []
         for image, names in zip(images, questions):
-            texts = [YES_NO_PROMPT.format(object=name) for name in names]
-            inputs = common.encode_prompts(self.processor, texts, [image] * len(texts)).to(self.model.device)
+            asked = [YES_NO_PROMPT.format(object=name) for name in names]
+            inputs = common.encode_prompts(self.processor, asked, [image] * len(asked)).to(self.model.device)
             log_p = self.model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)  # (names, V)
             odds = log_p[:, self.yes].logsumexp(-1) - log_p[:, self.no].logsumexp(-1)  # (names,)
             found.append([{"object": name, "confidence": round(p, 4), "box": None}
@@ -257,9 +247,7 @@ class OwnAnswers:
         return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: what to verify, candidates, findings, pairs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data: what to verify, candidates, findings, pairs ---------------------------------------------------------------
 def load_items(args):
     """(rows to verify {id, image, prompt[, chosen, rejected]}, counts): given pairs, or one row for each picture of a folder."""
     if args.pairs:
@@ -299,16 +287,17 @@ def write_candidates(items, model, processor, folder, args):
     return {row["id"]: row["candidates"] for row in writer.rows}
 
 
-def examine(images, questions, expert, folder, args):
-    """{image: detections}: each image examined once (kept in detections.jsonl)."""
+def examine(questions, expert, folder, args):
+    """{image: detections} for {image: classes asked about}: each image examined once (kept in detections.jsonl)."""
     writer = RowWriter(folder / "detections.jsonl")
     done = {row["id"] for row in writer.rows}
-    for chunk, bar in in_chunks([{"id": image} for image in images], done, 32, "examine"):
+    for chunk, bar in in_chunks([{"id": image} for image in questions], done, 32, "examine"):
         names = [row["id"] for row in chunk]
-        results = expert.examine([Path(args.image_root) / name for name in names], [questions[name] for name in names])
-        for name, detections in zip(names, results):
+        asked = [list(dict.fromkeys(questions[name])) for name in names]
+        results = expert.examine([Path(args.image_root) / name for name in names], asked)
+        for name, classes, detections in zip(names, asked, results):
             if name not in done:
-                writer.write({"id": name, "asked": questions[name], "detections": detections})
+                writer.write({"id": name, "asked": classes, "detections": detections})
         bar.update(len(chunk))
     return {row["id"]: row["detections"] for row in writer.rows}
 
@@ -342,13 +331,11 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
 def assign_splits(rows, n_validation, n_train, seed):
     """Rows with "split": the first n_validation pairs (for 03 and 04 to watch), n_train pairs for critiques (02), the rest
     the pool of 04. Images are shuffled, and all pairs of an image fall into one split."""
-    by_image = {}
+    by_image, placed = {}, []
     for row in rows:
         by_image.setdefault(row["image"], []).append(row)
-    placed = []
     for image in sorted(by_image, key=lambda name: row_seed(seed, "split", name)):
-        split = "validation" if len(placed) < n_validation else \
-            "train" if len(placed) < n_validation + n_train else "pool"
+        split = "validation" if len(placed) < n_validation else "train" if len(placed) < n_validation + n_train else "pool"
         placed += [{**row, "split": split} for row in by_image[image]]
     return placed
 
@@ -366,9 +353,9 @@ def draw_contact_sheet(rows, detections, image_root, path, n=12):
             x1, y1, x2, y2 = found["box"]
             axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime"))
             axis.text(x1, y1, f"{found['object']} {found['confidence']:.2f}", fontsize=7, color="lime", va="bottom")
-        for place, colour, text in ((0, "darkgreen", "+ " + row["chosen"]), (0.13, "firebrick", "- " + row["rejected"]),
-                                    (0.26, "black", f"absent: {', '.join(row['hallucinated'])} ({row['source']})")):
-            axis.text(0, -0.03 - place, "\n".join(textwrap.wrap(text, 52)[:2]), fontsize=8, color=colour, va="top",
+        why = f"absent: {', '.join(row['hallucinated'])} ({row['source']})"
+        for k, (text, colour) in enumerate((("+ " + row["chosen"], "green"), ("- " + row["rejected"], "firebrick"), (why, "black"))):
+            axis.text(0, -0.03 - 0.13 * k, textwrap.fill(text, 52, max_lines=2), fontsize=8, color=colour, va="top",
                       transform=axis.transAxes)
     figure.subplots_adjust(0.01, 0.08, 0.99, 0.97, hspace=0.45)
     figure.savefig(path, dpi=80)
@@ -415,14 +402,12 @@ def main(args):
     # 1. load -----------------------------------------------------------------------------------------------------
     items, counts = load_items(args)
     print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.expert}")
-    model = processor = None
-    if args.images or args.expert == "none":
-        model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
+    needs_policy = args.images or args.expert == "none"
+    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens) if needs_policy else (None, None)
     expert = OwnAnswers(model, processor) if args.expert == "none" else Detector(args.expert, args.absent, args.device)
     if not args.vocabulary and not expert.classes:
         stop("--expert none knows no class names: give --vocabulary, such as another run's 01_preferences/vocabulary.json")
-    vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else \
-        build_vocabulary(expert.classes, SYNONYMS)
+    vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else build_vocabulary(expert.classes, SYNONYMS)
     known = set(expert.classes or vocabulary.values())
 
     # 2. candidates, mentions, findings ---------------------------------------------------------------------------
@@ -431,14 +416,13 @@ def main(args):
     mentions = {item["id"]: [find_mentions(text, vocabulary) for text in texts[item["id"]]] for item in items}
     co_occurrence = Counter(frozenset((a, b)) for per_text in mentions.values() for names in per_text
                             for a in names for b in names if a < b)
-    swaps, questions = {}, {}
+    swaps, questions, classes = {}, {}, sorted(set(vocabulary.values()))
     for item in items:
-        named = dict.fromkeys(name for names in mentions[item["id"]] for name in names)
+        named = list(dict.fromkeys(name for names in mentions[item["id"]] for name in names))
         rng = random.Random(row_seed(args.seed, "swap", item["id"]))
-        swaps[item["id"]] = propose_swaps(named, co_occurrence, sorted(set(vocabulary.values())), rng) if args.images else []
-        questions.setdefault(item["image"], {}).update(dict.fromkeys([*named, *swaps[item["id"]]]))
-    questions = {image: list(names) for image, names in questions.items()}
-    detections = examine(list(questions), questions, expert, folder, args)
+        swaps[item["id"]] = propose_swaps(named, co_occurrence, classes, rng) if args.images else []
+        questions.setdefault(item["image"], []).extend(named + swaps[item["id"]])
+    detections = examine(questions, expert, folder, args)
 
     # 3. pairs ----------------------------------------------------------------------------------------------------
     rows, reasons, statuses = [], Counter(), Counter()

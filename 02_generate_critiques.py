@@ -35,9 +35,7 @@ LEAK = re.compile(r"\b(?:reference|ground[- ]truth|detector|known to be true|the
                   r"(?:the|given|correct) label (?:says|is|states|shows|gives))\b", re.IGNORECASE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method: the reference, and what makes a critique worth training on
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The method: the reference, and what makes a critique worth training on ------------------------------------------
 def render_reference(question, status, vocabulary):
     """The expert's findings and the label as the lines that a critique would hold; "unsure" where the model must look.
     question: {"response_a", "response_b", "label"}; status: {object: "present" | "absent" | "unsure"}."""
@@ -92,9 +90,7 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
     return contradicts_expert(checks, said, status, vocabulary) if checks and status else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Sampling --------------------------------------------------------------------------------------------------------
 def write_critiques(pairs, model, processor, vocabulary, path, n, guided, args, seed):
     """n critiques per pair and order, guided by the reference or not (04 samples by this too), kept in path: rows
     {question, critique, verdict, style, log_odds: r in nats or None, dropped: the filters' reason or None}."""

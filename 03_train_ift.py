@@ -31,9 +31,7 @@ import common
 from common import both_orders, finish_stage, inherit, read_jsonl, row_seed, start_stage, verdict_log_odds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The losses ------------------------------------------------------------------------------------------------------
 def nll_sum(logits, labels):
     """logits (B,T,V) any float, labels (B,T) int with -100 = not supervised -> (summed NLL () in nats, n_tokens () int)."""
     logits, labels = logits[:, :-1].float(), labels[:, 1:]  # (B,T-1,V), (B,T-1): position t predicts token t+1
@@ -56,9 +54,7 @@ def bradley_terry_loss(log_odds, label_is_a):
     return F.softplus(torch.where(label_is_a, -log_odds, log_odds))  # (B,); softplus(-x) = -log sigmoid(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The measures of validation (here and in 04) and evaluation (05)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The measures of validation (here and in 04) and evaluation (05) -------------------------------------------------
 def accuracy_by_order(rows):
     """rows: {"id" of the pair, "order", "label", "verdict": "A" | "B" | None}, one per pair and order -> {"accuracy": mean
     over orders, "accuracy_<order>", "both": right in both, "agreement": the same response wins in both, "unparseable",
@@ -137,9 +133,7 @@ def validate(model, processor, pairs, image_root, style, folder, name, batch_siz
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------------------------------
 def add_lora(model, rank):
     """PEFT model with fresh rank-r adapters on the language model's linear layers; rank 0: those layers' own weights."""
     from peft import LoraConfig, get_peft_model

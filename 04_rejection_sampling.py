@@ -35,9 +35,7 @@ critiques_stage = importlib.import_module("02_generate_critiques")
 ift = importlib.import_module("03_train_ift")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method: confidence, margin, selection
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The method: confidence, margin, selection -----------------------------------------------------------------------
 def confidence_in_label(log_odds, label_is_a):
     """S = P(label) = sigmoid(+-r): log_odds r (B,) in nats, label_is_a (B,) bool -> (B,) in [0,1]."""
     return torch.where(label_is_a, log_odds, -log_odds).sigmoid()  # (B,)
@@ -74,9 +72,7 @@ def select_random(ids, n, seed):
     return random.Random(seed).sample(sorted(ids), min(n, len(ids)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling and selection of one iteration
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Sampling and selection of one iteration -------------------------------------------------------------------------
 def cut_pools(pairs, size, iterations):
     """Disjoint pools of about `size` pairs, all pairs of an image in one of them (01 keeps them together)."""
     pools, start = [], 0

@@ -34,9 +34,7 @@ ift = importlib.import_module("03_train_ift")
 accuracy_by_order, expected_calibration_error = ift.accuracy_by_order, ift.expected_calibration_error  # 03 validates by them
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The measures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The measures ----------------------------------------------------------------------------------------------------
 def cluster_bootstrap(values, clusters, n=10000, seed=0):
     """95 % percentile interval (low, high) of the mean of values, resampling whole clusters (images) with replacement:
     pairs of one image succeed and fail together, so they are no independent draws."""
@@ -110,9 +108,7 @@ def expert_against_truth(rows, truth):
             "labels_wrong": 1 - float(np.mean(labels)), "n_findings": len(findings), "n_pairs": len(pairs)} if findings else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Conditions
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Conditions ------------------------------------------------------------------------------------------------------
 def find_conditions(run):
     """{name: checkpoint folder or None for the base model}: everything the run has trained, in order."""
     found = {"base": None}
@@ -157,9 +153,7 @@ def judge_condition(name, questions, model, processor, writer, args):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Best-of-N
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Best-of-N -------------------------------------------------------------------------------------------------------
 def knockout(candidates, prefer):
     """Winners among the first 1, 2, 4, ... candidates of each row, in one knockout: the tree over 2N candidates contains the
     tree over the first N. candidates: {row: list of 2^k texts}; prefer(list of (row, a, b)) -> list of bool, a wins."""
@@ -214,9 +208,7 @@ def best_of_n_table(rows, candidates, picks, truth, vocabulary):
     return table
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Report ----------------------------------------------------------------------------------------------------------
 def draw_reliability(judged, path):
     """Reliability plot: share right against P(verdict given), ten bins, one line per condition."""
     figure = Figure((4.6, 4.4))

@@ -28,9 +28,7 @@ from transformers.utils import logging as transformers_logging
 transformers_logging.disable_progress_bar()  # a bar of its own per loaded checkpoint hides ours
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the name that transformers left
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The judge's prompt, verdict and checks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The judge's prompt, verdict and checks --------------------------------------------------------------------------
 INSTRUCTIONS = {
     "critique": 'Check each claim of A and B against the image, one per line: "A: claim: yes" or "A: claim: no". '
                 'End with "Verdict: A" or "Verdict: B", the better response.',
@@ -93,9 +91,7 @@ def parse_checks(text):
     return checks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The verdict's log-odds
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The verdict's log-odds ------------------------------------------------------------------------------------------
 def verdict_log_odds(logits, id_a, id_b):
     """r = log P(A) - log P(B) in nats (B,), from logits (B,V) at the verdict position; the softmax's normaliser cancels.
     id_a, id_b: token ids of the two letters, ints or (B,) tensors."""
@@ -104,9 +100,7 @@ def verdict_log_odds(logits, id_a, id_b):
     return logits[rows, id_a] - logits[rows, id_b]  # (B,)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models: loading, adapters
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models: loading, adapters ---------------------------------------------------------------------------------------
 LORA_TARGETS = r".*language_model\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -172,9 +166,7 @@ def unwrap(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Encoding
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Encoding --------------------------------------------------------------------------------------------------------
 def load_image(image):
     """RGB picture from a path or a PIL image."""
     try:
@@ -191,9 +183,7 @@ def encode_prompts(processor, texts, images):
                      return_tensors="pt", return_mm_token_type_ids=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Sampling --------------------------------------------------------------------------------------------------------
 def row_seed(seed, *keys):
     """A 63-bit seed from the run's seed and a row's identity: resuming or splitting the work changes no row's randomness."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, (seed, *keys))).encode()).digest()[:8], "big") >> 1
@@ -330,9 +320,7 @@ def _finish(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
     return {"text": text, "complete": bool(len(ends)), "verdict": verdict, "log_odds": r}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run directories: rows that survive an interruption, meta.json as the sign of completion
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Run directories: rows that survive an interruption, meta.json as the sign of completion -------------------------
 def read_jsonl(path, fields=()):
     """Rows of a jsonl file; file, line and field are named where one is missing or malformed."""
     path, rows, ids = Path(path), [], set()

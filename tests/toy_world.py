@@ -734,7 +734,7 @@ def build_world(out, seed, n_heldout, n_images, bank=8000, n_validation=800):
     torch.set_num_threads(1)  # the other core belongs to the expert until it is done
     expert = start_expert(work.resolve(), seed)
     try:
-        write_pictures(out, rng, n_images, n_heldout)
+        write_pictures(out, np.random.default_rng([seed, 2]), n_images, n_heldout)  # of its own: their number changes no model
         scenes = [draw_ordinary_scene(rng) for _ in range(bank)]
         scenes += [(np.full((SIZE, SIZE, 3), grey, np.uint8), [], [-1] * N_CELLS) for grey in (0, 64, 128, 192, 255)
                    for _ in range(bank // 200)]  # blank pictures: 2.5 % of the training scenes
@@ -765,7 +765,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, required=True, help="folder of the world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--heldout", type=int, default=400, help="held-out pairs (default %(default)s)")
-    parser.add_argument("--images", type=int, default=2200, help="pictures for all other uses (default %(default)s)")
+    parser.add_argument("--images", type=int, default=2300, help="pictures for all other uses (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="delete a world with other arguments")
     return parser.parse_args(argv)
 
