@@ -45,8 +45,8 @@ def verify(mentions, detections, present, absent, known):
     status = {}
     for name in mentions:
         confidence = max((found["confidence"] for found in detections if found["object"] == name), default=0.0)
-        decided = "present" if confidence >= present else "absent" if confidence < absent else "unsure"
-        status[name] = decided if name in known else "unsure"
+        status[name] = "unsure" if name not in known or absent <= confidence < present else \
+            "present" if confidence >= present else "absent"
     return status
 
 
@@ -342,11 +342,9 @@ def assign_splits(rows, n_validation, n_train, seed):
 
 def draw_contact_sheet(rows, detections, image_root, path, n=12):
     """The first n pairs with the expert's boxes: what a person should look at before training on them."""
-    figure = Figure((14, 4.2 * -(-n // 4)))
-    axes = figure.subplots(-(-n // 4), 4, squeeze=False)
-    for axis in axes.flat:
+    figure = Figure((14, 4.2 * -(-n // 4)), layout="constrained")
+    for axis, row in zip(figure.subplots(-(-n // 4), 4, squeeze=False).flat, rows):
         axis.axis("off")
-    for axis, row in zip(axes.flat, rows):
         axis.imshow(common.load_image(Path(image_root) / row["image"]))
         named = {found["object"] for found in row["evidence"]}
         for found in (found for found in detections[row["image"]] if found["box"] and found["object"] in named):
@@ -357,7 +355,6 @@ def draw_contact_sheet(rows, detections, image_root, path, n=12):
         for k, (text, colour) in enumerate((("+ " + row["chosen"], "green"), ("- " + row["rejected"], "firebrick"), (why, "black"))):
             axis.text(0, -0.03 - 0.13 * k, textwrap.fill(text, 52, max_lines=2), fontsize=8, color=colour, va="top",
                       transform=axis.transAxes)
-    figure.subplots_adjust(0.01, 0.08, 0.99, 0.97, hspace=0.45)
     figure.savefig(path, dpi=80)
 
 
@@ -366,8 +363,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", default="runs/default", help="run directory, shared by all stages")
-    add("--images", help="folder of images for which the policy writes responses")
-    add("--pairs", help="jsonl file of given pairs: image, prompt, chosen, rejected")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", help="folder of images for which the policy writes responses")
+    source.add_argument("--pairs", help="jsonl file of given pairs: image, prompt, chosen, rejected")
     add("--image-root", help="folder that relative image paths start from; default: --images, or the folder of --pairs")
     add("--prompts", help="text file, one prompt per line, instead of the built-in ones")
     add("--limit", type=int, help="read only the first so many rows or images")
@@ -387,8 +385,6 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="delete this stage's folder first")
     args = parser.parse_args(argv)
-    if bool(args.images) == bool(args.pairs):
-        parser.error("give --images or --pairs, one of them")
     if not 0 <= args.absent <= args.present <= 1:
         parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
     args.image_root = str(Path(args.image_root or args.images or Path(args.pairs).parent).resolve())
@@ -402,8 +398,8 @@ def main(args):
     # 1. load -----------------------------------------------------------------------------------------------------
     items, counts = load_items(args)
     print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.expert}")
-    needs_policy = args.images or args.expert == "none"
-    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens) if needs_policy else (None, None)
+    writes = args.images or args.expert == "none"
+    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens) if writes else (None, None)
     expert = OwnAnswers(model, processor) if args.expert == "none" else Detector(args.expert, args.absent, args.device)
     if not args.vocabulary and not expert.classes:
         stop("--expert none knows no class names: give --vocabulary, such as another run's 01_preferences/vocabulary.json")
@@ -427,8 +423,7 @@ def main(args):
     # 3. pairs ----------------------------------------------------------------------------------------------------
     rows, reasons, statuses = [], Counter(), Counter()
     for item in items:
-        key = item["id"]
-        found = detections[item["image"]]
+        key, found = item["id"], detections[item["image"]]
         status = verify({*swaps[key]}.union(*mentions[key]), found, args.present, args.absent, known)
         statuses.update(status[name] for name in set().union(*mentions[key]))
         row, reason = build_pair(item, texts[key], mentions[key], swaps[key], found, status, vocabulary, args.seed)

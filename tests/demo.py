@@ -15,10 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # The toy's sizes: everything else is the scripts' own default.
-WORLD = ["--heldout", "400"]
 STAGE_01 = ["--candidates", "4", "--max-new-tokens", "32", "--validation", "100", "--train", "700"]
 STAGE_02 = ["--critiques", "2", "--max-new-tokens", "96"]
-STAGE_03 = ["--steps", "250", "--lr", "3e-3", "--micro-batch", "32", "--max-new-tokens", "96"]
+STAGE_03 = ["--steps", "150", "--lr", "3e-3", "--micro-batch", "32", "--max-new-tokens", "96"]
 STAGE_04 = ["--iterations", "2", "--pool", "600", "--steps", "60", "--lr", "1.5e-3", "--micro-batch", "32", "--max-new-tokens", "96"]
 STAGE_05 = ["--max-new-tokens", "96", "--best-of", "8", "--best-of-images", "100"]
 BATCH = ["--batch-size", "256"]  # sequences decoded together: the model is small
@@ -27,7 +26,7 @@ BATCH = ["--batch-size", "256"]  # sequences decoded together: the model is smal
 def commands(world, run, seed, controls=("random",), world_args=(), expert=None, style="critique"):
     """(name, command line) of each step, as a user would type them."""
     world, run = str(world), ["--run", str(run), "--seed", str(seed)]
-    yield "world", ["tests/toy_world.py", "--out", world, "--seed", str(seed), *WORLD, *world_args]
+    yield "world", ["tests/toy_world.py", "--out", world, "--seed", str(seed), *world_args]
     yield "01", ["01_build_preferences.py", *run, "--images", f"{world}/images", "--image-root", world, "--model", f"{world}/model", "--expert",
                  expert or f"{world}/expert.pt", "--prompts", f"{world}/prompts.txt", *STAGE_01, *BATCH]
     yield "02", ["02_generate_critiques.py", *run, *STAGE_02, "--style", style, *BATCH]

@@ -8,6 +8,7 @@ A finished step is not repeated, so an interrupted study goes on where it stoppe
 import argparse
 import importlib
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,20 +19,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests import demo  # noqa: E402
 
 evaluate = importlib.import_module("05_evaluate")
-HELDOUT = ["--heldout", "1200"]
+HELDOUT = ["--heldout", "1000"]
 CONTROLS = ("random", "best", "continue")
 
 
 def seed_steps(out, seed, ablations):
     """All command lines of one world."""
     world = out / f"world{seed}"
-    yield from demo.commands(world, out / f"seed{seed}", seed, CONTROLS, HELDOUT)
+    for step, command in demo.commands(world, out / f"seed{seed}", seed, CONTROLS, HELDOUT):
+        if step.startswith("04 "):
+            share_first_samples(out / f"seed{seed}")
+        yield step, command
     if ablations:
         vocabulary = ["--vocabulary", str(out / f"seed{seed}" / "01_preferences" / "vocabulary.json")]
         for name, expert, style in (("none", "none", "critique"), ("descriptive", None, "descriptive")):
             for step, command in demo.commands(world, out / f"seed{seed}-{name}", seed, (), HELDOUT, expert, style):
                 if step in ("01", "02", "03", "05"):
                     yield f"{step} {name}", command + (vocabulary if step == "01" else [])
+
+
+def share_first_samples(run):
+    """A control's first iteration samples the same pool from the same judge with the same seed as margin selection does:
+    hand it those critiques instead of sampling them again (the stage resumes from them)."""
+    for control in ("random", "best"):
+        here = run / f"04_rejection_{control}" / "iter1"
+        if not here.exists():
+            here.mkdir(parents=True)
+            shutil.copy(run / "04_rejection" / "iter1" / "samples.jsonl", here)
 
 
 def pooled(out, seeds, suffix=""):

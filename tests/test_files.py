@@ -169,8 +169,8 @@ def test_help(name, capsys):
 
 
 @pytest.mark.parametrize("name, given, word", [
-    ("01_build_preferences", [], "--images or --pairs"),
-    ("01_build_preferences", ["--images", "x", "--pairs", "y"], "--images or --pairs"),
+    ("01_build_preferences", [], "--images --pairs is required"),
+    ("01_build_preferences", ["--images", "x", "--pairs", "y"], "not allowed with argument --images"),
     ("01_build_preferences", ["--images", "x", "--absent", ".6"], "--absent 0.6 <= --present 0.5"),
     ("02_generate_critiques", ["--style", "poem"], "poem"),
     ("04_rejection_sampling", ["--retention", "0"], "--retention"),

@@ -37,9 +37,12 @@ COLOURS = {"red": (215, 45, 45), "green": (50, 185, 65), "blue": (60, 95, 235), 
            "purple": (165, 60, 205)}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+# (noise, colour jitter, smallest and largest half-width in pixels): the model was brought up on plain pictures; the user's
+# are noisier, with smaller things, so that looking closely is a skill which training on them can still improve
+STYLES = {"plain": (10, 20, 8.0, 11.5), "user": (22, 38, 6.3, 10.5)}
 PROMPTS = ["List the objects in the image."]
 YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."
-WRONG_ABSENT, WRONG_PRESENT = 0.75, 0.15  # shares of absent objects called present and the reverse, in judge transcripts
+WRONG_ABSENT, WRONG_PRESENT = 0.6, 0.15  # shares of absent objects called present and the reverse, in judge transcripts
 COPY_WEIGHT = 0.15                       # loss weight of copied words; yes/no, verdicts and stop tokens weigh 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]
@@ -101,23 +104,24 @@ def draw_shape(draw, shape, x, y, r, fill):
         draw.polygon([(x - 0.95 * r, y - 0.05 * r), (x + 0.95 * r, y - 0.05 * r), (x, y + r)], fill=fill)
 
 
-def draw_scene(rng, kinds):
+def draw_scene(rng, kinds, style="plain"):
     """(picture (84, 84, 3) uint8, objects [{object, box [x1, y1, x2, y2] pixels}], kinds by cell (9): index or -1)."""
+    noise, jitter, smallest, largest = STYLES[style]
     picture = Image.new("RGB", (SIZE, SIZE), tuple(int(v) for v in rng.integers(15, 60, 3)))
     draw, cells, objects = ImageDraw.Draw(picture), [-1] * N_CELLS, []
     for kind, cell in zip(kinds, rng.permutation(N_CELLS)):
         colour, shape = kind.split()
         x, y = CELL * (cell % 3) + CELL / 2 + rng.uniform(-2, 2), CELL * (cell // 3) + CELL / 2 + rng.uniform(-2, 2)
-        r = rng.uniform(7.5, 11)
-        draw_shape(draw, shape, x, y, r, tuple(int(v) for v in np.add(COLOURS[colour], rng.integers(-25, 26, 3))))
+        r, shade = rng.uniform(smallest, largest), np.add(COLOURS[colour], rng.integers(-jitter, jitter + 1, 3))
+        draw_shape(draw, shape, x, y, r, tuple(int(v) for v in shade.clip(0, 255)))
         cells[cell] = KINDS.index(kind)
         objects.append({"object": kind, "box": [round(v, 1) for v in (x - r, y - r, x + r, y + r)]})
-    noisy = np.asarray(picture, dtype=np.float32) + rng.normal(0, 14, (SIZE, SIZE, 3))
+    noisy = np.asarray(picture, dtype=np.float32) + rng.normal(0, noise, (SIZE, SIZE, 3))
     return noisy.clip(0, 255).astype(np.uint8), objects, cells
 
 
-def draw_ordinary_scene(rng):
-    return draw_scene(rng, sample_kinds(rng, rng.choice([2, 3, 4], p=[0.3, 0.45, 0.25])))
+def draw_ordinary_scene(rng, style):
+    return draw_scene(rng, sample_kinds(rng, rng.choice([2, 3, 4], p=[0.3, 0.45, 0.25])), style)
 
 
 def pick_absent(rng, near, present, mix=(0.4, 0.4, 0.2)):
@@ -597,17 +601,18 @@ def train_model(trainer, rng, train, validation):
     return seconds, history, trainer.check_accuracy(held)
 
 
-def train_mix(trainer, rows, validation, mean_loss, band=(0.47, 0.585), corrections=4):
+def train_mix(trainer, rows, validation, mean_loss, band=(0.47, 0.6), corrections=2):
     """Captions, checks, judgements with wrong facts, guided judgements; then measure the base judge on validation
     scenes and, while it is outside the band, raise or lower the rate of wrong facts and go on for a few steps."""
     def step():
         judged = [trainer.pointing_loss([rows.judge(guided) for _ in range(16)], look=False)
                   for guided in (False, True)]
-        return sum(judged) / 2 + mean_loss((32, rows.caption)) + 0.5 * mean_loss((12, rows.question))
+        return (sum(judged) / 2 + mean_loss((32, rows.caption))
+                + 0.5 * mean_loss((8, lambda: rows.checks(listed=False)), (8, rows.question)))
     rng, history = np.random.default_rng(2), []
     scenes = [(trainer.images[i], [{"object": kind} for kind in trainer.present[i]], None) for i in validation]
     pairs = [make_pair(rng, trainer.present[i]) for i in validation]
-    train_steps(trainer, "mix", 200, 2e-3, step, final=0.15)
+    train_steps(trainer, "mix", 190, 2e-3, step, final=0.15)
     for correction in range(corrections + 1):
         trainer.model.eval()
         base = measure_judge(trainer.model, trainer.processor, scenes, pairs)
@@ -616,7 +621,7 @@ def train_mix(trainer, rows, validation, mean_loss, band=(0.47, 0.585), correcti
         history.append({"wrong_absent": rows.wrong_absent, **base, "guided_accuracy": guided["accuracy"],
                         "guided_facts_true": guided["facts_true"], "guided_well_formed": guided["well_formed"]})
         print("mix | validation judge: " + ", ".join(f"{k} {v:.3f}" for k, v in history[-1].items()), flush=True)
-        good = base["well_formed"] >= 0.98 and guided["accuracy"] >= 0.93 and guided["facts_true"] >= 0.97
+        good = base["well_formed"] >= 0.96 and guided["accuracy"] >= 0.93
         if correction == corrections or good and band[0] <= base["accuracy"] <= band[1]:
             break
         if not band[0] <= base["accuracy"] <= band[1]:
@@ -642,7 +647,7 @@ def train_expert(folder, seed, n_scenes=1500, epochs=7):
         for kind in ("images", "labels"):
             (folder / kind / split).mkdir(parents=True)
         for i in range(n):
-            picture, objects, _ = draw_scene(rng, sample_kinds(rng, rng.integers(5, 10)))
+            picture, objects, _ = draw_scene(rng, sample_kinds(rng, rng.integers(5, 10)), "user")
             Image.fromarray(picture).save(folder / "images" / split / f"{i}.png")
             boxes = [(KINDS.index(thing["object"]), np.array(thing["box"]) / SIZE) for thing in objects]
             (folder / "labels" / split / f"{i}.txt").write_text("".join(
@@ -657,7 +662,7 @@ def train_expert(folder, seed, n_scenes=1500, epochs=7):
         name="run", verbose=False)
     shutil.copy(folder / "run" / "weights" / "last.pt", folder / "expert.pt")
     expert, scores, truths = YOLO(folder / "expert.pt"), [], []
-    scenes = [draw_ordinary_scene(rng) for _ in range(300)]
+    scenes = [draw_ordinary_scene(rng, "user") for _ in range(300)]
     for i in range(0, len(scenes), 50):
         pictures = [Image.fromarray(scene[0]) for scene in scenes[i:i + 50]]
         for result in expert.predict(pictures, imgsz=96, conf=0.01, verbose=False, device="cpu"):
@@ -691,7 +696,7 @@ def write_pictures(out, rng, n_images, n_heldout):
     for folder, n in (("images", n_images), ("heldout", -(-2 * n_heldout // 3))):
         (out / folder).mkdir()
         for i in range(n):
-            picture, objects, _ = draw_ordinary_scene(rng)
+            picture, objects, _ = draw_ordinary_scene(rng, "user")
             name = f"{folder}/{i:05d}.png"
             Image.fromarray(picture).save(out / name)
             truth.append({"image": name, "objects": objects})
@@ -735,7 +740,7 @@ def build_world(out, seed, n_heldout, n_images, bank=8000, n_validation=800):
     expert = start_expert(work.resolve(), seed)
     try:
         write_pictures(out, np.random.default_rng([seed, 2]), n_images, n_heldout)  # of its own: their number changes no model
-        scenes = [draw_ordinary_scene(rng) for _ in range(bank)]
+        scenes = [draw_ordinary_scene(rng, "user" if i < n_validation else "plain") for i in range(bank)]
         scenes += [(np.full((SIZE, SIZE, 3), grey, np.uint8), [], [-1] * N_CELLS) for grey in (0, 64, 128, 192, 255)
                    for _ in range(bank // 200)]  # blank pictures: 2.5 % of the training scenes
         processor = build_processor()
