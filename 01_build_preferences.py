@@ -342,7 +342,7 @@ def assign_splits(rows, n_validation, n_train, seed):
 
 def draw_contact_sheet(rows, detections, image_root, path, n=12):
     """The first n pairs with the expert's boxes: what a person should look at before training on them."""
-    figure = Figure((14, 4.2 * -(-n // 4)), layout="constrained")
+    figure = Figure((14, 4.6 * -(-n // 4)))
     for axis, row in zip(figure.subplots(-(-n // 4), 4, squeeze=False).flat, rows):
         axis.axis("off")
         axis.imshow(common.load_image(Path(image_root) / row["image"]))
@@ -353,8 +353,9 @@ def draw_contact_sheet(rows, detections, image_root, path, n=12):
             axis.text(x1, y1, f"{found['object']} {found['confidence']:.2f}", fontsize=7, color="lime", va="bottom")
         why = f"absent: {', '.join(row['hallucinated'])} ({row['source']})"
         for k, (text, colour) in enumerate((("+ " + row["chosen"], "green"), ("- " + row["rejected"], "firebrick"), (why, "black"))):
-            axis.text(0, -0.03 - 0.13 * k, textwrap.fill(text, 52, max_lines=2), fontsize=8, color=colour, va="top",
+            axis.text(0, -0.03 - 0.11 * k, textwrap.fill(text, 52, max_lines=2), fontsize=8, color=colour, va="top",
                       transform=axis.transAxes)
+    figure.subplots_adjust(0.01, 0.09, 0.99, 0.98, wspace=0.08, hspace=0.36)
     figure.savefig(path, dpi=80)
 
 
