@@ -232,7 +232,7 @@ def table_lines(table, best_of, differences, expert, votes):
     """report.md's tables as lines of markdown."""
     cell = lambda x: "" if x is None else f"{x:.3f}"
     lines = ["| judge | accuracy | 95 % interval | both orders | hallucination | agreement | unparseable | ECE | Bradley-Terry |",
-             "|---|---|---|---|---|---|---|---|---|"]
+             "|---|---|---|---|---|---|---|---|---|", "| chance | 0.500 | | 0.250 | 0.500 | 0.500 | | | 0.693 |"]
     for name, m in table.items():
         low, high = m["interval"]
         lines.append(f"| {name} | {cell(m['accuracy'])} | {cell(low)}-{cell(high)} | {cell(m['both'])} | {cell(m['hallucination'])} | "

@@ -1,12 +1,12 @@
 """The whole method on a toy world, by the real command lines, on two CPU cores:
 
-    python tests/demo.py                     # about ten minutes after the install; everything lies in runs/demo
+    python tests/demo.py                     # everything lies in runs/demo
 
 It prints each command before running it, and ends on the table of stage 05. The same five scripts, with the flags that name
 the model, the detector and the images, train a 7B judge.
 """
 import argparse
-import json
+import os
 import shlex
 import subprocess
 import sys
@@ -37,13 +37,20 @@ def commands(world, run, seed, controls=("random",), world_args=(), expert=None,
     yield "05", ["05_evaluate.py", *run, "--pairs", f"{world}/heldout.jsonl", "--truth", f"{world}/truth.jsonl", *STAGE_05, *BATCH]
 
 
+def start(command, log=None):
+    """The command as a process; its output goes to the terminal, or to a file. One thread each, unless OMP_NUM_THREADS says
+    otherwise: matrices as small as these gain nothing from a second one, and two threads wait for each other."""
+    print(f"\n$ python {shlex.join(command)}" + (f" > {log}" if log else ""), flush=True)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ},
+                            stdout=log and log.open("w"), stderr=log and subprocess.STDOUT)
+
+
 def run_all(steps):
-    """Print and run each command; stop at the first that fails -> {name: seconds}."""
+    """Print and run the commands one after the other; stop at the first that fails -> {name: seconds}."""
     seconds = {}
     for name, command in steps:
-        print(f"\n$ python {shlex.join(command)}", flush=True)
         started = time.time()
-        if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        if start(command).wait():
             raise SystemExit(f"error: step {name} failed; mend the cause and run the same command again, it resumes")
         seconds[name] = round(time.time() - started, 1)
     return seconds
@@ -54,14 +61,18 @@ def main():
     parser.add_argument("--run", default="runs/demo")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    run = Path(args.run)
-    seconds = run_all(commands(run / "world", run, args.seed))
-    metrics = json.loads((ROOT / run / "05_evaluation" / "metrics.json").read_text())
-    print("\n" + (ROOT / run / "05_evaluation" / "report.md").read_text())
-    print("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()) + f"; all {sum(seconds.values()):.0f}")
-    print(f"judged right: base {metrics['table']['base']['accuracy']:.3f}, after 03 {metrics['table']['after 03']['accuracy']:.3f}")
-    print(f"pictures: {run}/01_preferences/contact_sheet.png, {run}/04_rejection/iter*/margins.png, "
-          f"{run}/05_evaluation/reliability.png; the report: {run}/05_evaluation/report.md")
+    run, clock = ROOT / args.run, time.time()
+    steps = dict(commands(Path(args.run) / "world", args.run, args.seed))
+    seconds = run_all((name, steps[name]) for name in ("world", "01", "02", "03"))
+    control = start(steps["04 random"], run / "04_random.log")  # beside 04 on the second core
+    seconds |= run_all([("04", steps["04"])])
+    if control.wait():
+        raise SystemExit(f"error: the control failed, see {run}/04_random.log; the same command again resumes")
+    seconds |= run_all([("05", steps["05"])])
+    print("\n" + (run / "05_evaluation" / "report.md").read_text())
+    print("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()) + f"; all {time.time() - clock:.0f}")
+    print(f"pictures: {args.run}/01_preferences/contact_sheet.png, {args.run}/04_rejection/iter*/margins.png, "
+          f"{args.run}/05_evaluation/reliability.png; the report: {args.run}/05_evaluation/report.md")
 
 
 if __name__ == "__main__":

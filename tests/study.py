@@ -31,11 +31,12 @@ def seed_steps(out, seed, ablations):
             share_first_samples(out / f"seed{seed}")
         yield step, command
     if ablations:
-        vocabulary = ["--vocabulary", str(out / f"seed{seed}" / "01_preferences" / "vocabulary.json")]
+        own_answers = ["--vocabulary", str(out / f"seed{seed}" / "01_preferences" / "vocabulary.json"), "--present", "0.5",
+                       "--absent", "0.5"]  # P(yes) is no detector's confidence: yes or no, nothing between
         for name, expert, style in (("none", "none", "critique"), ("descriptive", None, "descriptive")):
             for step, command in demo.commands(world, out / f"seed{seed}-{name}", seed, (), HELDOUT, expert, style):
                 if step in ("01", "02", "03", "05"):
-                    yield f"{step} {name}", command + (vocabulary if step == "01" else [])
+                    yield f"{step} {name}", command + (own_answers if step == "01" and expert == "none" else [])
 
 
 def share_first_samples(run):
