@@ -223,25 +223,21 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
     print(f"training: {len(judged)} critiques, {len(correct)} correct responses; {steps} steps of {batch_size} + {batch_size}"
           f" = {steps * batch_size / len(judged):.1f} epochs of critiques; {sum(map(torch.numel, weights)) / 1e6:.2f} M weights")
 
-    def encode(rows):
-        inputs, labels = encode_supervised(
-            processor, [row["text"] for row in rows], [Path(image_root) / row["image"] for row in rows],
-            [row["response"] for row in rows], max_response_tokens)
-        return inputs.to(device), labels.to(device), rows
+    def encode(kind, rows):
+        texts, images, responses = zip(*((row["text"], Path(image_root) / row["image"], row["response"]) for row in rows))
+        inputs, labels = encode_supervised(processor, texts, images, responses, max_response_tokens)
+        return kind, inputs.to(device), labels.to(device), rows
 
     model.train()
-    started, n_total, log = time.time(), 0, (folder / "metrics.jsonl").open("a")
+    started, n_total, log = time.time(), 0, (folder / "metrics.jsonl").open("a", buffering=1)
     bar = tqdm(range(1, steps + 1), desc="train", unit="step", dynamic_ncols=True, disable=None)
     for step in bar:
         critique_rows, correct_rows = next(batches)
         # Every token of the step weighs the same, so the counts must be known before the first backward.
-        parts = [("critique", *encode(rows)) for rows in micro_batches(critique_rows, micro_batch)]
-        parts += [("correct", *encode(rows)) for rows in micro_batches(correct_rows, micro_batch)] if lam else []
-        n = {"critique": 0, "correct": 0}
-        for kind, _, labels, _ in parts:
-            n[kind] += int((labels != -100).sum())
-        nll = {"critique": 0.0, "correct": 0.0}  # the step's sums, for the log
-        bt_sum = 0.0
+        parts = [encode("critique", rows) for rows in micro_batches(critique_rows, micro_batch)]
+        parts += [encode("correct", rows) for rows in micro_batches(correct_rows, micro_batch)] if lam else []
+        n = {kind: sum(int((part[2] != -100).sum()) for part in parts if part[0] == kind) for kind in ("critique", "correct")}
+        nll, bt_sum = {"critique": 0.0, "correct": 0.0}, 0.0  # the step's sums, for the log
         for kind, inputs, labels, rows in parts:
             logits, labels = forward(model, inputs, labels)
             sums = {"critique": 0.0, "correct": 0.0, kind: nll_sum(logits, labels)[0]}
@@ -267,7 +263,6 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
                 "bradley_terry": bt_sum / batch_size if bt_weight else None, "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0],
                 "tokens_per_s": n_total / (time.time() - started)}
         log.write(json.dumps(line) + "\n")
-        log.flush()
         if step % max(1, steps // 10) == 0:
             bar.write(f"step {step:>5}/{steps} | loss {line['loss']:.3f} | critique {line['critique']:.3f} | correct "
                       f"{nll['correct'] / max(1, n['correct']):.3f} | bt {bt_sum / batch_size:.3f} | grad {grad_norm:.2f} | "
