@@ -1,0 +1,40 @@
+"""The builder's short cuts give what the ordinary checkpoint gives, and its pairs are what they claim to be."""
+import numpy as np
+import torch
+import toy_world as toy
+from common import INSTRUCTIONS, build_judge_prompt, encode_prompts
+from PIL import Image
+
+
+@torch.no_grad()
+def test_short_cut_gives_the_ordinary_logits():
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    processor = toy.build_processor()
+    scenes = [toy.draw_ordinary_scene(rng, style) for style in ("plain", "user", "user")]
+    trainer = toy.Trainer(toy.build_model(processor.tokenizer).eval(), processor, scenes)
+    rows = [toy.Row(i, prompt, "red circle.") for i, prompt in enumerate(("What?", toy.PROMPTS[0], "A: red circle: yes"))]
+    ids, logits = trainer.shortcut_logits(rows)
+    for i, row in enumerate(rows):
+        inputs = encode_prompts(processor, [row.prompt], [Image.fromarray(scenes[row.image][0])])
+        n = inputs["input_ids"].shape[1]
+        assert inputs["input_ids"][0].tolist() == ids[i, :n].tolist()
+        assert torch.allclose(trainer.model(**inputs).logits[0], logits[i, :n], atol=1e-4)
+
+
+def test_tokenizer_is_lossless_and_tells_a_spaced_letter_from_a_bare_one():
+    tokenizer = toy.build_processor().tokenizer
+    for style in INSTRUCTIONS:
+        text = build_judge_prompt(toy.PROMPTS[0], "red circle, blue star.", "green ring.", style, "A: red circle: yes\nVerdict: A")
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    assert tokenizer("A").input_ids != tokenizer(" A").input_ids
+
+
+def test_pairs_are_what_they_claim():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        present = toy.sample_kinds(rng, rng.integers(2, 5))
+        chosen, rejected, absent, category = toy.make_pair(rng, present)
+        assert set(chosen) <= set(present) and set(rejected) - set(present) == {absent}
+        assert category in ("colour", "shape", "other")
