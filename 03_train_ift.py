@@ -273,6 +273,11 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
 # ---------------------------------------------------------------------------------------------------------------------
 def add_training_arguments(add, steps, lr):
     """The arguments that 03 and 04 share."""
+    add("--run", default="runs/default", help="run directory, shared by all stages")
+    add("--model", help="default: as in stage 01")
+    add("--max-image-tokens", type=int, help="default: as in stage 01")
+    add("--image-root", help="default: as in stage 01")
+    add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
     add("--steps", type=int, default=steps, help="optimizer steps")
     add("--lr", type=float, default=lr, help="peak learning rate")
@@ -290,11 +295,6 @@ def add_training_arguments(add, steps, lr):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--run", default="runs/default", help="run directory, shared by all stages")
-    add("--model", help="default: as in stage 01")
-    add("--max-image-tokens", type=int, help="default: as in stage 01")
-    add("--image-root", help="default: as in stage 01")
-    add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02")
     add("--lora-rank", type=int, default=16, help="0: full fine-tuning of the language model")
     add_training_arguments(add, steps=300, lr=1e-4)
     return parser.parse_args(argv)

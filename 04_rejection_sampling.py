@@ -141,11 +141,6 @@ def draw_margins(margins, kept, path, title):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--run", default="runs/default", help="run directory, shared by all stages")
-    add("--model", help="default: as in stage 01")
-    add("--max-image-tokens", type=int, help="default: as in stage 01")
-    add("--image-root", help="default: as in stage 01")
-    add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02")
     add("--iterations", type=int, default=3, help="T")
     add("--pool", type=int, default=5000, help="fresh pairs per iteration")
     add("--samples", type=int, default=8, help="N, critiques per pair and order")

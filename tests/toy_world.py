@@ -1,4 +1,4 @@
-"""The toy world: what a user of the five stages would bring, made from nothing on two CPU cores in about five minutes.
+"""The toy world: what a user of the five stages would bring, made from nothing on two CPU cores in six to eight minutes.
 
 Pictures of 2-4 coloured shapes ("red circle"), a tiny Qwen2-VL that captions them well and judges captions badly, an
 imperfect YOLO11n, and held-out pairs with the truth. The stage scripts read the files and never import this one.
