@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # The toy's sizes: everything else is the scripts' own default.
-STAGE_01 = ["--candidates", "4", "--max-new-tokens", "32", "--validation", "100", "--train", "700"]
+STAGE_01 = ["--candidates", "4", "--max-new-tokens", "32", "--validation", "100", "--train", "400"]
 STAGE_02 = ["--critiques", "2", "--max-new-tokens", "96"]
 STAGE_03 = ["--steps", "150", "--lr", "3e-3", "--micro-batch", "32", "--max-new-tokens", "96"]
 STAGE_04 = ["--iterations", "2", "--pool", "600", "--steps", "60", "--lr", "1.5e-3", "--micro-batch", "32", "--max-new-tokens", "96"]

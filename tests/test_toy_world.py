@@ -1,5 +1,8 @@
 """The builder's short cuts give what the ordinary checkpoint gives, and its pairs are what they claim to be."""
+import json
+
 import numpy as np
+import pytest
 import torch
 import toy_world as toy
 from common import INSTRUCTIONS, build_judge_prompt, encode_prompts
@@ -38,3 +41,34 @@ def test_pairs_are_what_they_claim():
         chosen, rejected, absent, category = toy.make_pair(rng, present)
         assert set(chosen) <= set(present) and set(rejected) - set(present) == {absent}
         assert category in ("colour", "shape", "other")
+
+
+def test_a_finished_world_is_reused_and_other_arguments_are_refused(tmp_path, monkeypatch, capsys):
+    built = []
+
+    def build(out, seed, n_heldout, n_images):
+        built.append((seed, n_heldout, n_images))
+        (out / "model").mkdir(parents=True)
+        return {"base_model": {"judge_accuracy": 0.5}, "expert": {}, "seconds": {}}
+
+    monkeypatch.setattr(toy, "build_world", build)
+    world = tmp_path / "world"
+
+    def run(*flags):
+        toy.main(toy.parse_args(["--out", str(world), "--heldout", "5", "--images", "7", *flags]))
+
+    run("--seed", "3")
+    assert built == [(3, 5, 7)] and json.loads((world / "meta.json").read_text())["args"]["seed"] == 3
+    run("--seed", "3")
+    assert len(built) == 1 and "reused" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="other arguments"):
+        run("--seed", "4")
+    run("--seed", "4", "--overwrite")
+    assert built[1:] == [(4, 5, 7)]
+    (world / "meta.json").unlink()  # never finished: made anew
+    run("--seed", "4")
+    assert len(built) == 3
+    (world / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="thesis.txt"):
+        run("--seed", "5", "--overwrite")
+    assert (world / "thesis.txt").exists()

@@ -12,6 +12,7 @@ yes/no questions), and to follow findings given in the prompt. The rate of wrong
 measures too well on validation scenes (never on the held-out ones): see `train_mix`, which prints what it did.
 """
 import argparse
+import importlib
 import json
 import os
 import random
@@ -32,6 +33,8 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import INSTRUCTIONS, build_judge_prompt, parse_checks, parse_verdict  # noqa: E402
 
+YES_NO_PROMPT = importlib.import_module("01_build_preferences").YES_NO_PROMPT
+
 SIZE, CELL, N_CELLS = 84, 28, 9  # pixels; one visual token per cell of the 3x3 grid
 COLOURS = {"red": (215, 45, 45), "green": (50, 185, 65), "blue": (60, 95, 235), "yellow": (230, 210, 55),
            "purple": (165, 60, 205)}
@@ -41,8 +44,8 @@ KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 # are noisier, with smaller things, so that looking closely is a skill which training on them can still improve
 STYLES = {"plain": (10, 20, 8.0, 11.5), "user": (22, 38, 6.3, 10.5)}
 PROMPTS = ["List the objects in the image."]
-YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."
 WRONG_ABSENT, WRONG_PRESENT = 0.6, 0.15  # shares of absent objects called present and the reverse, in judge transcripts
+WRONG_ANSWER = 0.5                       # share of absent objects called present when asked "is there a ...?"
 COPY_WEIGHT = 0.15                       # loss weight of copied words; yes/no, verdicts and stop tokens weigh 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]
@@ -337,7 +340,9 @@ class Trainer:
         nll, weight = self.nll(output, ids, weights)
         loss = nll / weight
         if look:
-            claim, place = ((weights[:, 1:] > 0) & torch.isin(ids[:, 1:], torch.tensor(self.yes_no))).nonzero().T
+            asked = torch.tensor([row.prompt.startswith(YES_NO_PROMPT[:8]) for row in rows])
+            claim, place = torch.where(asked[:, None], torch.isin(ids[:, :-1], self.colours).roll(2, 1),  # behind the kind
+                                       (weights[:, 1:] > 0) & torch.isin(ids[:, 1:], torch.tensor(self.yes_no))).nonzero().T
             words = torch.stack([ids[claim, place - 2], ids[claim, place - 1]], -1)         # (claims, 2)
             right_cell = (self.cell_words[images][claim] == words[:, None]).all(-1)         # (claims, 9)
             seen = right_cell.any(-1)
@@ -394,13 +399,14 @@ class Rows:
 
     def __init__(self, rng, present, indices):
         self.rng, self.present, self.indices = rng, present, indices
-        self.wrong_absent, self.near_misses, self.copy_weight = WRONG_ABSENT, (0.4, 0.4, 0.2), 0.3
+        self.wrong_absent, self.wrong_questions, self.near_misses, self.copy_weight = WRONG_ABSENT, 0.0, (0.4, 0.4, 0.2), 0.3
+        self.caption_indices = indices
 
     def image(self):
         return int(self.rng.choice(self.indices))
 
     def caption(self):
-        image = self.image()
+        image = int(self.rng.choice(self.caption_indices))
         return Row(image, str(self.rng.choice(PROMPTS)), caption(self.rng.permutation(self.present[image])), 1.0)
 
     def questions(self, image, n):
@@ -433,7 +439,8 @@ class Rows:
     def question(self):
         image = self.image()
         kind, is_present = self.questions(image, 2)[0]
-        return Row(image, YES_NO_PROMPT.format(object=kind), "yes" if is_present else "no")
+        says_yes = is_present or self.rng.random() < self.wrong_questions
+        return Row(image, YES_NO_PROMPT.format(object=kind), "yes" if says_yes else "no")
 
     def judge(self, guided):
         """A judgement. Not guided: wrong facts on purpose, verdict consistent with them. Guided: facts and verdict as
@@ -559,7 +566,7 @@ def train_steps(trainer, name, steps, lr, loss_of_step, final=0.1, stop=None):
     return step + 1
 
 
-def train_model(trainer, rng, train, validation):
+def train_model(trainer, rng, train, captioned, validation):
     """Align, check, caption, mix. train and validation are indices into the bank. Returns seconds by phase, history."""
     rows, seconds, clock = Rows(rng, trainer.present, train), {}, time.time()
 
@@ -588,7 +595,7 @@ def train_model(trainer, rng, train, validation):
     held = [held.checks(listed=False) for _ in range(200)]
     rows.near_misses = (0.4, 0.4, 0.2)
     train_steps(trainer, "caption", 170, 2e-3, lambda: mean_loss((48, rows.caption)) + 0.1 * align(16)
-                + 0.3 * (mean_loss((8, rows.question)) + pointed(8, 8)), final=0.3)
+                + 0.3 * (trainer.pointing_loss([rows.question() for _ in range(12)]) + pointed(8, 8)), final=0.3)
     lap("caption")
     print(f"checks after the caption phase: balanced accuracy {trainer.check_accuracy(held):.3f}", flush=True)
     for parameter in trainer.model.model.visual.parameters():  # frozen from here on, so its features are computed once
@@ -596,19 +603,21 @@ def train_model(trainer, rng, train, validation):
     with torch.no_grad():
         trainer.features = torch.cat([trainer.look(part) for part in np.array_split(
             np.arange(len(trainer.images)), len(trainer.images) // 100)])
-    history = train_mix(trainer, rows, validation[-200:], mean_loss)
+    history = train_mix(trainer, rows, captioned, validation[-200:], mean_loss)
     lap("mix")
     return seconds, history, trainer.check_accuracy(held)
 
 
-def train_mix(trainer, rows, validation, mean_loss, band=(0.47, 0.6), corrections=2):
+def train_mix(trainer, rows, captioned, validation, mean_loss, band=(0.47, 0.6), corrections=2):
     """Captions, checks, judgements with wrong facts, guided judgements; then measure the base judge on validation
     scenes and, while it is outside the band, raise or lower the rate of wrong facts and go on for a few steps."""
     def step():
         judged = [trainer.pointing_loss([rows.judge(guided) for _ in range(16)], look=False)
                   for guided in (False, True)]
-        return (sum(judged) / 2 + mean_loss((32, rows.caption))
-                + 0.5 * mean_loss((8, lambda: rows.checks(listed=False)), (8, rows.question)))
+        return (sum(judged) / 2 + mean_loss((32, rows.caption)) + 0.5 * mean_loss((8, lambda: rows.checks(listed=False)))
+                + 0.25 * trainer.pointing_loss([rows.question() for _ in range(12)]))
+    rows.wrong_questions = WRONG_ANSWER
+    rows.caption_indices = captioned
     rng, history = np.random.default_rng(2), []
     scenes = [(trainer.images[i], [{"object": kind} for kind in trainer.present[i]], None) for i in validation]
     pairs = [make_pair(rng, trainer.present[i]) for i in validation]
@@ -731,7 +740,7 @@ def measure(trainer, scenes, rng):
             "shorter_response_heuristic": float(shorter)}
 
 
-def build_world(out, seed, n_heldout, n_images, bank=8000, n_validation=800):
+def build_world(out, seed, n_heldout, n_images, bank=10000, n_user=3800, n_validation=800):
     start, rng = time.time(), np.random.default_rng([seed, 0])
     random.seed(seed), torch.manual_seed(seed)
     work = out / "work"
@@ -740,14 +749,14 @@ def build_world(out, seed, n_heldout, n_images, bank=8000, n_validation=800):
     expert = start_expert(work.resolve(), seed)
     try:
         write_pictures(out, np.random.default_rng([seed, 2]), n_images, n_heldout)  # of its own: their number changes no model
-        scenes = [draw_ordinary_scene(rng, "user" if i < n_validation else "plain") for i in range(bank)]
+        scenes = [draw_ordinary_scene(rng, "user" if i < n_user else "plain") for i in range(bank)]
         scenes += [(np.full((SIZE, SIZE, 3), grey, np.uint8), [], [-1] * N_CELLS) for grey in (0, 64, 128, 192, 255)
                    for _ in range(bank // 200)]  # blank pictures: 2.5 % of the training scenes
         processor = build_processor()
         trainer = Trainer(build_model(processor.tokenizer), processor, scenes)
-        train, validation = np.arange(n_validation, len(scenes)), np.arange(n_validation)
+        validation, captioned, train = np.split(np.arange(len(scenes)), [n_validation, n_user])
         print(f"pictures and scenes: {time.time() - start:.0f} s", flush=True)
-        seconds, history, check_accuracy = train_model(trainer, rng, train, validation[:400])
+        seconds, history, check_accuracy = train_model(trainer, rng, train, captioned, validation[:400])
         clock = time.time()
         table = {"check_accuracy": check_accuracy, **measure(trainer, [scenes[i] for i in validation[400:]], rng)}
         seconds["measure"] = round(time.time() - clock, 1)
