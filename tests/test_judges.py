@@ -90,7 +90,7 @@ def judge(request, tmp_path_factory):
     save_as_on_the_hub(model, processor, family, folder)
     loaded = common.load_judge(str(folder), device="cpu")
     assert type(loaded[0]) is type(model) and loaded[0].dtype == torch.float32
-    assert loaded[0].config.get_text_config().rope_parameters["mrope_section"] == [4, 2, 2] if family == "qwen3_vl" else [2, 3, 3]
+    assert loaded[0].config.get_text_config().rope_parameters["mrope_section"] == ([4, 2, 2] if family == "qwen3_vl" else [2, 3, 3])
     for key, weight in model.state_dict().items():
         assert torch.equal(loaded[0].state_dict()[key], weight), key
     return family, folder, *loaded
