@@ -8,7 +8,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) lambda = 1/3 by default, as in generative verifiers;
   2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is measured in each validation and trained on only
      if asked (--bt-weight);
-  3) the vision tower stays frozen, with LoRA and with full fine-tuning (--lora-rank 0) alike.
+  3) the vision tower stays frozen, with LoRA and with full fine-tuning (--lora-rank 0) alike;
+  4) what is trained is float32, also where the rest is bf16: bf16 would round most updates of this size away.
 
 Reads  02_critiques/critiques.jsonl; 01_preferences/preferences.jsonl (split "validation").
 Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), metrics.jsonl, validation.jsonl (the judge's critiques).
@@ -17,6 +18,7 @@ Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), metrics.jsonl, v
     python 03_train_ift.py                                       # one GPU
 """
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -135,13 +137,26 @@ def validate(model, processor, pairs, image_root, style, folder, name, batch_siz
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 def add_lora(model, rank):
-    """PEFT model with fresh rank-r adapters on the language model's linear layers; rank 0: those layers' own weights."""
+    """PEFT model with fresh rank-r adapters on the language model's linear layers; rank 0: all of the language model's own
+    weights. float32 in both cases (PEFT's default for adapters)."""
     from peft import LoraConfig, get_peft_model
     if rank:
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=common.LORA_TARGETS))
     for name, weight in model.named_parameters():
-        weight.requires_grad_("language_model" in name or name.startswith("lm_head"))
+        if "language_model" in name or name.startswith("lm_head"):
+            weight.data = weight.data.float()
+            weight.requires_grad_(True)
     return model
+
+
+def announce_training(args, rank, rows):
+    """Before loading: what will be trained on, and the memory for it; stops where the GPU has less. rows: in words."""
+    device = common.pick_device(args.device)
+    print(f"training on {rows}; {args.steps} steps of {args.train_batch} critiques + {args.train_batch} correct responses, "
+          f"{args.micro_batch} at a time")
+    common.announce(args.model, device, f"training, {f'LoRA of rank {rank}' if rank else 'full'}, with gradients and AdamW state",
+                    "take a smaller --model or (in stage 03) --lora-rank; activations: --micro-batch, --max-image-tokens",
+                    lambda blank: add_lora(blank, rank))
 
 
 def training_rows(critiques):
@@ -208,8 +223,47 @@ def log_odds_of_verdict(logits, labels, tokenizer, verdict_ids):
     return verdict_log_odds(logits[rows, at - 1], ids_a, ids_b)
 
 
+def backward(model, processor, parts, n, lam, bt_weight):
+    """Gradient of the step's loss from parts = micro-batches (kind, inputs, labels, rows), n = {kind: tokens of the whole step}
+    -> ({kind: summed NLL}, summed Bradley-Terry loss) for the log."""
+    verdict_ids = common.verdict_token_ids(processor.tokenizer)
+    n_rows = sum(len(rows) for kind, _, _, rows in parts if kind == "critique")
+    nll, bt_sum = {"critique": 0.0, "correct": 0.0}, 0.0
+    for kind, inputs, labels, rows in parts:
+        logits, labels = forward(model, inputs, labels)
+        sums = {"critique": 0.0, "correct": 0.0, kind: nll_sum(logits, labels)[0]}
+        loss = ift_loss(sums["critique"], n["critique"], sums["correct"], n["correct"], lam)
+        if kind == "critique" and bt_weight:
+            label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
+            log_odds = log_odds_of_verdict(logits, labels, processor.tokenizer, verdict_ids)  # (B,)
+            bt = bradley_terry_loss(log_odds, label_is_a).sum()  # ()
+            loss = loss + bt_weight * bt / n_rows
+            bt_sum += bt.item()
+        loss.backward()
+        nll[kind] += sums[kind].item()
+    return nll, bt_sum
+
+
+@contextlib.contextmanager
+def activation_checkpointing(model, on):
+    """Keep each language model layer's input only and compute the rest again in the backward pass: less memory, a third more
+    time, the same gradients. The frozen vision tower keeps no activations anyway."""
+    layers = common.unwrap(model).model.language_model
+    if on:
+        layers.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        common.stop("out of memory in training: lower --micro-batch (the result stays the same) or, from stage 01 on, "
+                    f"--max-image-tokens; --checkpoint-activations {'is on already' if on else 'saves more'}")
+    finally:
+        if on:
+            layers.gradient_checkpointing_disable()
+            layers.disable_input_require_grads()  # a hook on the embeddings that enabling has left there
+
+
 def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weight, batch_size, micro_batch, seed, image_root,
-          max_response_tokens):
+          max_response_tokens, checkpoint_activations=False):
     """Minimise L_IFT for `steps` optimizer steps of batch_size critiques and as many correct responses; in place.
     Writes one line a step to folder/metrics.jsonl. 04 trains with this same function."""
     device = common.unwrap(model).device
@@ -218,7 +272,6 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # linear up, then linear down to a tenth
         optimizer, lambda t: min((t + 1) / warmup, 1 - 0.9 * max(0, t - warmup) / max(1, steps - warmup)))
-    verdict_ids = common.verdict_token_ids(processor.tokenizer)
     batches = zip(stream(judged, batch_size, seed), stream(correct, batch_size, seed))
     print(f"training: {len(judged)} critiques, {len(correct)} correct responses; {steps} steps of {batch_size} + {batch_size}"
           f" = {steps * batch_size / len(judged):.1f} epochs of critiques; {sum(map(torch.numel, weights)) / 1e6:.2f} M weights")
@@ -231,42 +284,31 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
     model.train()
     started, n_total, log = time.time(), 0, (folder / "metrics.jsonl").open("a", buffering=1)
     bar = tqdm(range(1, steps + 1), desc="train", unit="step", dynamic_ncols=True, disable=None)
-    for step in bar:
-        critique_rows, correct_rows = next(batches)
-        # Every token of the step weighs the same, so the counts must be known before the first backward.
-        parts = [encode("critique", rows) for rows in micro_batches(critique_rows, micro_batch)]
-        parts += [encode("correct", rows) for rows in micro_batches(correct_rows, micro_batch)] if lam else []
-        n = {kind: sum(int((part[2] != -100).sum()) for part in parts if part[0] == kind) for kind in ("critique", "correct")}
-        nll, bt_sum = {"critique": 0.0, "correct": 0.0}, 0.0  # the step's sums, for the log
-        for kind, inputs, labels, rows in parts:
-            logits, labels = forward(model, inputs, labels)
-            sums = {"critique": 0.0, "correct": 0.0, kind: nll_sum(logits, labels)[0]}
-            loss = ift_loss(sums["critique"], n["critique"], sums["correct"], n["correct"], lam)
-            if kind == "critique" and bt_weight:
-                label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=device)  # (B,)
-                log_odds = log_odds_of_verdict(logits, labels, processor.tokenizer, verdict_ids)  # (B,)
-                bt = bradley_terry_loss(log_odds, label_is_a).sum()  # ()
-                loss = loss + bt_weight * bt / batch_size
-                bt_sum += bt.item()
-            loss.backward()
-            nll[kind] += sums[kind].item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
-        if not math.isfinite(grad_norm):
-            common.stop(f"step {step}: gradient norm {grad_norm}; rows {[row['id'] for row in critique_rows + correct_rows]}."
-                        " Lower --lr")
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        n_total += sum(n.values())
-        line = {"step": step, "loss": ift_loss(nll["critique"], n["critique"], nll["correct"], n["correct"], lam),
-                "critique": nll["critique"] / n["critique"], "correct": nll["correct"] / n["correct"] if lam else None,
-                "bradley_terry": bt_sum / batch_size if bt_weight else None, "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0],
-                "tokens_per_s": n_total / (time.time() - started)}
-        log.write(json.dumps(line) + "\n")
-        if step % max(1, steps // 10) == 0:
-            bar.write(f"step {step:>5}/{steps} | loss {line['loss']:.3f} | critique {line['critique']:.3f} | correct "
-                      f"{nll['correct'] / max(1, n['correct']):.3f} | bt {bt_sum / batch_size:.3f} | grad {grad_norm:.2f} | "
-                      f"{line['tokens_per_s']:.0f} tok/s | {(time.time() - started) / 60:.1f} min")
+    with activation_checkpointing(model, checkpoint_activations):
+        for step in bar:
+            critique_rows, correct_rows = next(batches)
+            # Every token of the step weighs the same, so the counts must be known before the first backward.
+            parts = [encode("critique", rows) for rows in micro_batches(critique_rows, micro_batch)]
+            parts += [encode("correct", rows) for rows in micro_batches(correct_rows, micro_batch)] if lam else []
+            n = {kind: sum(int((part[2] != -100).sum()) for part in parts if part[0] == kind) for kind in ("critique", "correct")}
+            nll, bt_sum = backward(model, processor, parts, n, lam, bt_weight)
+            grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+            if not math.isfinite(grad_norm):
+                common.stop(f"step {step}: gradient norm {grad_norm}; rows {[row['id'] for row in critique_rows + correct_rows]}."
+                            " Lower --lr")
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            n_total += sum(n.values())
+            line = {"step": step, "loss": ift_loss(nll["critique"], n["critique"], nll["correct"], n["correct"], lam),
+                    "critique": nll["critique"] / n["critique"], "correct": nll["correct"] / n["correct"] if lam else None,
+                    "bradley_terry": bt_sum / batch_size if bt_weight else None, "grad_norm": grad_norm,
+                    "lr": schedule.get_last_lr()[0], "tokens_per_s": n_total / (time.time() - started)}
+            log.write(json.dumps(line) + "\n")
+            if step % max(1, steps // 10) == 0:
+                bar.write(f"step {step:>5}/{steps} | loss {line['loss']:.3f} | critique {line['critique']:.3f} | correct "
+                          f"{nll['correct'] / max(1, n['correct']):.3f} | bt {bt_sum / batch_size:.3f} | grad {grad_norm:.2f} | "
+                          f"{line['tokens_per_s']:.0f} tok/s | {(time.time() - started) / 60:.1f} min")
     model.eval()
 
 
@@ -285,6 +327,8 @@ def add_training_arguments(add, steps, lr):
     add("--bt-weight", type=float, default=0.0, help="weight of the Bradley-Terry loss on the verdict's log-odds")
     add("--train-batch", type=int, default=32, help="critiques, and as many correct responses, per optimizer step")
     add("--micro-batch", type=int, default=8, help="rows per forward and backward pass")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, a third "
+        "slower; default: on cuda")
     add("--max-response-tokens", type=int, default=1024, help="longer correct responses are cut, longer critiques dropped")
     add("--max-new-tokens", type=int, default=512, help="longest critique written in validation")
     add("--batch-size", type=int, default=64, help="sequences decoded together")
@@ -311,6 +355,7 @@ def main(args):
                            ("id", "pair_id", "image", "prompt", "response_a", "response_b", "label", "critique", "style"))
     validation = [pair for pair in read_jsonl(run / "01_preferences" / "preferences.jsonl", ("id", "chosen", "rejected", "split"))
                   if pair["split"] == "validation"]
+    announce_training(args, args.lora_rank, f"{len(critiques)} critiques")
     model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
     kept = drop_long(critiques, processor, args.max_response_tokens)
     judged, correct = training_rows(kept)
@@ -335,7 +380,9 @@ def main(args):
 def training_settings(args):
     return {"steps": args.steps, "lr": args.lr, "lam": args.lam, "bt_weight": args.bt_weight, "batch_size": args.train_batch,
             "micro_batch": args.micro_batch, "seed": args.seed, "image_root": args.image_root,
-            "max_response_tokens": args.max_response_tokens}
+            "max_response_tokens": args.max_response_tokens,
+            "checkpoint_activations": args.checkpoint_activations if args.checkpoint_activations is not None else
+            common.pick_device(args.device).type == "cuda"}
 
 
 def drop_long(critiques, processor, max_response_tokens):

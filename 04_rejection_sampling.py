@@ -206,7 +206,11 @@ def main(args):
     pools = cut_pools([pair for pair in pairs if pair["split"] == "pool"], args.pool, args.iterations)
     finished = [t for t in range(1, args.iterations + 1) if (folder / f"iter{t}" / "done.json").exists()]
     last = folder / f"iter{finished[-1]}" if finished else run / "03_ift"
-    model, processor = common.load_judge(args.model, common.find_checkpoint(last), args.device, args.max_image_tokens, trainable=True)
+    checkpoint = common.find_checkpoint(last)
+    rank = json.loads((checkpoint / "adapter_config.json").read_text())["r"] if checkpoint.name == "adapter" else 0
+    rows = f"the best of {sum(map(len, pools))} pairs in {len(pools)} iterations x 2 orders x {args.samples} critiques"
+    ift.announce_training(args, rank, f"{len(replayed)} critiques of stage 02" if args.select == "continue" else rows)
+    model, processor = common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens, trainable=True)
     if not hasattr(model, "get_base_model"):
         model = ift.add_lora(model, 0)
     replayed = ift.drop_long(replayed, processor, args.max_response_tokens)

@@ -7,6 +7,7 @@ B sequences, T tokens, V vocabulary entries, P prompt tokens (image included), R
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import resource
@@ -19,14 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # a bar of its own per loaded checkpoint hides ours
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks by the name that transformers left
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # the name that works with all of transformers 5
 
 # ---- The judge's prompt, verdict and checks --------------------------------------------------------------------------
 INSTRUCTIONS = {
@@ -110,19 +111,45 @@ def stop(message):
 
 
 def pick_device(name=None):
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else
-                                 "mps" if torch.backends.mps.is_available() else "cpu"))
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"))
+
+
+def unwrap(model):
+    """The transformers model under a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def announce(model_path, device, task, flags, prepare=lambda blank: blank):
+    """Print what a model will take before it is loaded, and stop where the GPU has less free -> its dtype: bf16 on GPUs that
+    have it, float32 elsewhere. prepare(model without weights) marks or adds what will be trained; flags: what to change where
+    it is too large. Bytes = weights + 3 x trained weights (gradient, AdamW's two moments), each in the weight's dtype."""
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    try:
+        with torch.device("meta"):
+            blank = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
+    except (OSError, ValueError) as error:  # no such model, or not one that reads pictures and writes text
+        stop(f"--model {model_path}: {str(error).splitlines()[0]}")
+    weights = prepare(blank.requires_grad_(False)).parameters()
+    gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in weights) / 2 ** 30
+    print(f"{task}: {blank.num_parameters() / 1e6:.2f} M weights in {str(dtype)[6:]} ({blank.num_parameters(True) / 1e6:.2f} M "
+          f"trained), {gib:.2f} GiB on {device.type}, activations not counted")
+    if device.type == "cuda":  # what torch keeps of models that are gone is free as well
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if gib > free / 2 ** 30:
+            stop(f"the GPU has {free / 2 ** 30:.2f} GiB free, {gib:.2f} GiB are needed before any activations: {flags}")
+    return dtype
 
 
 def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, trainable=False):
     """(model, processor) from a hub id or folder; checkpoint: a PEFT adapter folder, or a fully fine-tuned model's folder.
-    bf16 on GPUs that have it, float32 elsewhere."""
+    bf16 on GPUs that have it, float32 elsewhere. max_image_tokens: no picture takes more of the prompt's tokens."""
     device = pick_device(device)
     is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
     if checkpoint is not None and not is_adapter and not (Path(checkpoint) / "config.json").exists():
         stop(f"{checkpoint} holds neither adapter_config.json nor config.json: run the stage that writes it first")
     weights = model_path if checkpoint is None or is_adapter else str(checkpoint)
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    task = f"loading {weights}{f' + adapter {checkpoint}' if is_adapter else ''}"
+    dtype = announce(weights, device, task, "take a smaller --model, or end what else runs on it")
     try:
         processor = AutoProcessor.from_pretrained(model_path)
         model = AutoModelForImageTextToText.from_pretrained(weights, dtype=dtype, attn_implementation="sdpa")
@@ -130,25 +157,18 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
         stop(f"--model {weights}: {str(error).splitlines()[0]}")
     if max_image_tokens:  # an image token covers merge_size x merge_size patches
         vision = processor.image_processor
-        pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
-        vision.size = {"shortest_edge": min(vision.size["shortest_edge"], pixels), "longest_edge": pixels}
+        pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2  # // 4: enlarging may double both sides
+        vision.size = {"shortest_edge": min(vision.size["shortest_edge"], pixels // 4), "longest_edge": pixels}
     model = model.to(device).requires_grad_(False)
-    if is_adapter:
-        model = load_adapter(model, checkpoint, trainable)
-    model.eval()
-    print(f"model {weights}{f' + adapter {checkpoint}' if is_adapter else ''} on {device.type}, {str(dtype)[6:]}, "
-          f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    return model, processor
+    return (load_adapter(model, checkpoint, trainable) if is_adapter else model).eval(), processor
 
 
 def load_adapter(model, folder, trainable=False):
     """PeftModel; an adapter whose keys do not fit the model is refused (PEFT itself only warns and uses fresh weights)."""
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from safetensors.torch import load_file
     model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        found = set(file.keys())
-    expected = set(get_peft_model_state_dict(model))
+    found, expected = set(load_file(Path(folder) / "adapter_model.safetensors")), set(get_peft_model_state_dict(model))
     if found != expected:
         stop(f"the adapter {folder} does not fit the model:\n  only in the adapter: {sorted(found - expected)[:8]}\n"
              f"  only in the model:   {sorted(expected - found)[:8]}")
@@ -161,25 +181,24 @@ def find_checkpoint(folder):
     return found[0] if found else stop(f"{folder} holds neither adapter/ nor model/: run the stage that writes it first")
 
 
-def unwrap(model):
-    """The transformers model under a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 # ---- Encoding --------------------------------------------------------------------------------------------------------
-def load_image(image):
-    """RGB picture from a path or a PIL image."""
+def load_image(image, aspect=200):
+    """RGB picture from a path or a PIL image. One whose long side is more than aspect times the short one gets black bars."""
     try:
-        return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+        picture = (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
     except OSError as error:  # missing, or not a picture
         stop(f"image {image}: {error}")
+    size = tuple(max(side, math.ceil(max(picture.size) / aspect)) for side in picture.size)
+    return picture if size == picture.size else ImageOps.pad(picture, size)
 
 
 def encode_prompts(processor, texts, images):
     """Left-padded model inputs for one user turn (image, then text) per row; input_ids (B, P)."""
     turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in texts]
     chats = [processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
-    return processor(text=chats, images=[[load_image(image)] for image in images], padding=True, padding_side="left",
+    vision = processor.image_processor  # a strip one image token high takes as many as it is long, whatever the bound
+    aspect = min(200, vision.size["longest_edge"] / (vision.patch_size * vision.merge_size) ** 2)
+    return processor(text=chats, images=[[load_image(image, aspect)] for image in images], padding=True, padding_side="left",
                      return_tensors="pt", return_mm_token_type_ids=True)
 
 
@@ -209,9 +228,8 @@ class ReservedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        length = self.keys.shape[2]
         self.buffers = [buffer[indices] for buffer in self.buffers]
-        self._show(length)
+        self._show(self.keys.shape[2])
 
 
 def verdict_token_ids(tokenizer):
@@ -237,24 +255,24 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     """Encode B prompts once, decode n samples of each. uniforms (B, n, R) in [0,1): the only randomness, one per token.
     -> token ids (B*n, R) padded with -1, log-odds (B*n, R, 2) at temperature 1 for both spellings of the verdict."""
     B, n, R = uniforms.shape
-    base = unwrap(model)
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)  # (B*n, V)
     cache.layers = [ReservedLayer(layer, n, R) for layer in cache.layers]
     mask = inputs["attention_mask"].repeat_interleave(n, 0)  # (B*n, P)
-    deltas = getattr(base.model, "rope_deltas", None)  # image tokens take fewer positions than places: next = length + delta
+    inner = unwrap(model).model
+    deltas = getattr(inner, "rope_deltas", None)  # image tokens take fewer positions than places: next = length + delta
+    inner.rope_deltas = None  # hidden state that no later forward must see
     position = mask.sum(1, keepdim=True) + (0 if deltas is None else deltas.repeat_interleave(n, 0))  # (B*n, 1)
-    uniforms = uniforms.reshape(B * n, R).to(logits.device)
-    tokens = torch.full((B * n, R), -1)
-    log_odds = torch.zeros(B * n, R, 2)
-    rows = torch.arange(B * n)  # the samples in the batch
-    going = torch.ones(B * n, dtype=torch.bool, device=logits.device)  # those of them that have not stopped
+    uniforms = uniforms.reshape(B * n, R).to(logits.device).double()
+    tokens, log_odds = torch.full((B * n, R), -1), torch.zeros(B * n, R, 2)
+    # the samples in the batch, and which of them have not stopped
+    rows, going = torch.arange(B * n), torch.ones(B * n, dtype=torch.bool, device=logits.device)
     for t in range(R):
         if temperature == 0:
             new = logits.argmax(-1)  # (rows,)
         else:  # inverse transform sampling: the first token whose cumulative probability exceeds the uniform number
             cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
-            new = torch.searchsorted(cdf, uniforms[:, t:t + 1].double() * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+            new = torch.searchsorted(cdf, uniforms[:, t:t + 1] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
         tokens[rows, t] = new.cpu()
         log_odds[rows, t] = torch.stack([verdict_log_odds(logits, a, b) for a, b in zip(*verdict_ids)], -1).cpu()
         going &= ~torch.isin(new, stop_ids)  # (rows,)
@@ -264,15 +282,11 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
         if going.float().mean() < 0.75:  # finished samples leave the batch
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, new, mask, position, uniforms, going = (x[keep.to(x.device)] for x in (
-                rows, new, mask, position, uniforms, going))
+            rows, new, mask, position, uniforms, going = (x[keep.to(x.device)] for x in (rows, new, mask, position, uniforms, going))
         # A finished sample that has not left yet keeps writing; tokens after the stop are cut off by the caller.
-        where = position if deltas is None else position.expand(3, -1, -1)  # (3, rows, 1): time, height, width
-        logits = model(input_ids=new[:, None], attention_mask=mask, position_ids=where, past_key_values=cache,
-                       use_cache=True).logits[:, -1]
+        logits = model(input_ids=new[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, position_ids=(
+            position if deltas is None else position.expand(3, -1, -1))).logits[:, -1]  # (3, rows, 1): time, height, width
         position = position + 1
-    if deltas is not None:
-        base.model.rope_deltas = None  # hidden state that the next forward must not see
     return tokens, log_odds
 
 
@@ -281,14 +295,12 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
     the stop token was written, "verdict": "A"/"B"/None, "log_odds": r at the verdict position in nats, None without verdict}.
     batch_size counts sequences; out of memory halves it. Row by row the randomness comes from (seed, id)."""
     tokenizer, device = processor.tokenizer, unwrap(model).device
-    stop_ids = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stop_ids = torch.tensor(stop_ids if isinstance(stop_ids, list) else [stop_ids], device=device)
+    stop_ids = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=device).reshape(-1)
     verdict_ids = verdict_token_ids(tokenizer)
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # batches of like length pad little
-    step = max(1, batch_size // n)
-    results = [None] * len(requests)
+    step, results = max(1, batch_size // n), [None] * len(requests)
     while order:
-        batch, rest = order[:step], order[step:]
+        batch = order[:step]
         chosen = [requests[i] for i in batch]
         uniforms = torch.stack([torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(
             row_seed(seed, request["id"]))) for request in chosen])  # (B, n, R)
@@ -297,15 +309,14 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
             tokens, log_odds = _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids)
         except torch.OutOfMemoryError:
             if step == 1:
-                raise
+                stop("out of memory with a single prompt: lower --max-image-tokens or --max-new-tokens, or take a smaller --model")
             step = (step + 1) // 2
             torch.cuda.empty_cache()
             print(f"out of memory: going on with {step} prompts at a time")
             continue
-        for k, i in enumerate(batch):
-            rows = slice(k * n, (k + 1) * n)
-            results[i] = [_finish(tokenizer, *pair, stop_ids, verdict_ids) for pair in zip(tokens[rows], log_odds[rows])]
-        order = rest
+        for i, *samples in zip(batch, tokens.split(n), log_odds.split(n)):
+            results[i] = [_finish(tokenizer, *one, stop_ids, verdict_ids) for one in zip(*samples)]
+        order = order[step:]
         if bar is not None:
             bar.update(len(batch))
     return results
@@ -323,34 +334,37 @@ def _finish(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
 # ---- Run directories: rows that survive an interruption, meta.json as the sign of completion -------------------------
 def read_jsonl(path, fields=()):
     """Rows of a jsonl file; file, line and field are named where one is missing or malformed."""
-    path, rows, ids = Path(path), [], set()
-    if not path.exists():
+    if not Path(path).exists():
         stop(f"{path} does not exist: run the stage that writes it first, or name another file")
-    for number, line in enumerate(path.read_text().removesuffix("\n").split("\n") if path.stat().st_size else (), 1):
+    rows, ids = [], set()
+    for number, line in enumerate(Path(path).open(), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             stop(f"{path} line {number}: not JSON ({error})")
         if not isinstance(row, dict):
             stop(f"{path} line {number}: a JSON object is expected, not {line[:40]}")
-        for field in fields:
-            if row.get(field) is None:
-                stop(f"{path} line {number}: field {field!r} is missing")
-        if "id" in fields:
-            if row["id"] in ids:
-                stop(f"{path} line {number}: id {row['id']!r} occurs twice")
-            ids.add(row["id"])
+        if missing := [field for field in fields if row.get(field) is None]:
+            stop(f"{path} line {number}: field {missing[0]!r} is missing")
+        if "id" in fields and row["id"] in ids:
+            stop(f"{path} line {number}: id {row['id']!r} occurs twice")
+        ids |= {row["id"]} if "id" in fields else set()
         rows.append(row)
-    if not rows and fields:
-        stop(f"{path} is empty: nothing to work on")
-    return rows
+    return rows if rows or not fields else stop(f"{path} is empty: nothing to work on")
+
+
+def write_text(path, text):
+    """Atomic: a reader sees the old file or the new one, never half of it."""
+    Path(f"{path}.partial").write_text(text)
+    os.replace(f"{path}.partial", path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path, rows):
-    """Atomic: a reader sees the old file or the new one, never half of it."""
-    scratch = Path(f"{path}.partial")
-    scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(scratch, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class RowWriter:
@@ -358,40 +372,32 @@ class RowWriter:
     (power cut) is cut off and will be redone."""
 
     def __init__(self, path):
-        self.path, self.rows = Path(path), []
-        if self.path.exists():
-            data = self.path.read_bytes()
-            whole = data[:data.rfind(b"\n") + 1]
-            if whole != data:
-                self.path.write_bytes(whole)
-            self.rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
-        self.file = self.path.open("a")
+        self.path = Path(path)
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[:data.rfind(b"\n") + 1]
+        if whole != data:
+            self.path.write_bytes(whole)
+        self.rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+        self.file = self.path.open("a", buffering=1)  # by line
 
     def write(self, row):
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
         self.rows.append(row)
 
 
 def in_chunks(rows, done, size, describe):
     """Fixed chunks of rows with a progress bar, those already done left out as wholes: a resumed run forms the same batches
     as an uninterrupted one, so it writes the same bytes. Yields (chunk, bar)."""
-    chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
     with tqdm(total=len(rows), desc=describe, unit="row", dynamic_ncols=True, disable=None) as bar:
-        for chunk in chunks:
+        for chunk in (rows[i:i + size] for i in range(0, len(rows), size)):
             if all(row["id"] in done for row in chunk):
                 bar.update(len(chunk))
             else:
                 yield chunk, bar
 
 
-def write_json(path, value):
-    scratch = Path(f"{path}.partial")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    os.replace(scratch, path)
-
-
-NOT_COMPARED = {"run", "device", "overwrite", "batch_size"}  # arguments that leave a stage's result as it is
+# Arguments that leave a stage's result as it is, up to rounding: a run that went out of memory goes on with smaller ones.
+NOT_COMPARED = {"run", "device", "overwrite", "batch_size", "micro_batch", "checkpoint_activations"}
 
 
 def start_stage(args, name):
@@ -418,19 +424,15 @@ def start_stage(args, name):
 def finish_stage(folder, args, counts, inputs=(), next_command="", **extra):
     """Print what was made and dropped, and write meta.json last: its presence means that the stage is complete."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    packages = ("torch", "transformers", "peft", "ultralytics", "numpy", "pillow")
-    gpu = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else 0.0
     meta = {"args": json.loads((folder / "args.json").read_text()), "counts": counts, **extra,
             "inputs": {str(p): hashlib.sha256(Path(p).read_bytes()).hexdigest()[:16] for p in inputs},
-            "seconds": round(time.time() - args.started, 1), "peak_gpu_gib": round(gpu, 2),
+            "seconds": round(time.time() - args.started, 1), "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2),
             "git_commit": git.stdout.strip() or None, "python": sys.version.split()[0],
-            "versions": {p: importlib.metadata.version(p) for p in packages}}
-    for reason, count in counts.items():
-        print(f"  {reason:<44} {count:>8}")
-    print(f"{folder}: done in {meta['seconds']:.0f} s, peak memory {meta['peak_memory_gib']} GiB")
-    if next_command:
-        print(f"next: {next_command}")
+            "versions": {p: importlib.metadata.version(p) for p in "torch transformers peft ultralytics numpy pillow".split()}}
+    print(*(f"  {reason:<44} {count:>8}" for reason, count in counts.items()), sep="\n")
+    print(f"{folder}: done in {meta['seconds']:.0f} s, peak memory {meta['peak_memory_gib']} GiB, of the GPU {meta['peak_gpu_gib']}")
+    print(f"next: {next_command}" if next_command else "")
     write_json(folder / "meta.json", meta)
 
 
@@ -441,7 +443,6 @@ def inherit(args, stage, names):
         stop(f"{path} does not exist: {stage} is not complete; run its script first")
     earlier = json.loads(path.read_text())["args"]
     for name in names:
-        given = getattr(args, name)
-        if given is not None and str(given) != str(earlier[name]):
-            stop(f"--{name.replace('_', '-')} {given} contradicts {stage}, which was made with {earlier[name]}")
+        if getattr(args, name) is not None and str(getattr(args, name)) != str(earlier[name]):
+            stop(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {stage}, which was made with {earlier[name]}")
         setattr(args, name, earlier[name])
