@@ -45,7 +45,6 @@ KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 STYLES = {"plain": (10, 20, 8.0, 11.5), "user": (22, 38, 6.3, 10.5)}
 PROMPTS = ["List the objects in the image."]
 WRONG_ABSENT, WRONG_PRESENT = 0.6, 0.15  # shares of absent objects called present and the reverse, in judge transcripts
-WRONG_ANSWER = 0.5                       # share of absent objects called present when asked "is there a ...?"
 COPY_WEIGHT = 0.15                       # loss weight of copied words; yes/no, verdicts and stop tokens weigh 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]
@@ -399,7 +398,7 @@ class Rows:
 
     def __init__(self, rng, present, indices):
         self.rng, self.present, self.indices = rng, present, indices
-        self.wrong_absent, self.wrong_questions, self.near_misses, self.copy_weight = WRONG_ABSENT, 0.0, (0.4, 0.4, 0.2), 0.3
+        self.wrong_absent, self.near_misses, self.copy_weight = WRONG_ABSENT, (0.4, 0.4, 0.2), 0.3
         self.caption_indices = indices
 
     def image(self):
@@ -439,8 +438,7 @@ class Rows:
     def question(self):
         image = self.image()
         kind, is_present = self.questions(image, 2)[0]
-        says_yes = is_present or self.rng.random() < self.wrong_questions
-        return Row(image, YES_NO_PROMPT.format(object=kind), "yes" if says_yes else "no")
+        return Row(image, YES_NO_PROMPT.format(object=kind), "yes" if is_present else "no")
 
     def judge(self, guided):
         """A judgement. Not guided: wrong facts on purpose, verdict consistent with them. Guided: facts and verdict as
@@ -616,7 +614,6 @@ def train_mix(trainer, rows, captioned, validation, mean_loss, band=(0.47, 0.6),
                   for guided in (False, True)]
         return (sum(judged) / 2 + mean_loss((32, rows.caption)) + 0.5 * mean_loss((8, lambda: rows.checks(listed=False)))
                 + 0.25 * trainer.pointing_loss([rows.question() for _ in range(12)]))
-    rows.wrong_questions = WRONG_ANSWER
     rows.caption_indices = captioned
     rng, history = np.random.default_rng(2), []
     scenes = [(trainer.images[i], [{"object": kind} for kind in trainer.present[i]], None) for i in validation]
