@@ -25,11 +25,12 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import common
-from common import finish_stage, inherit, read_jsonl, row_seed, start_stage
+from common import both_orders, finish_stage, inherit, read_jsonl, row_seed, start_stage
 
 critiques_stage = importlib.import_module("02_generate_critiques")
 ift = importlib.import_module("03_train_ift")
@@ -135,6 +136,85 @@ def draw_margins(margins, kept, path, title):
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+# ---- Best-of-N: the judge picks among responses, as it does among critiques (measured in 05) -------------------------
+def knockout(candidates, prefer):
+    """Winners among the first 1, 2, 4, ... candidates of each row, in one knockout: the tree over 2N candidates contains the
+    tree over the first N. candidates: {row: list of 2^k texts}; prefer(list of (row, a, b)) -> list of bool, a wins."""
+    alive = {key: list(texts) for key, texts in candidates.items()}
+    winners = {key: [texts[0]] for key, texts in candidates.items()}
+    while any(len(texts) > 1 for texts in alive.values()):
+        games = [(key, texts[i], texts[i + 1]) for key, texts in alive.items() for i in range(0, len(texts), 2)]
+        results = iter(zip(games, prefer(games)))
+        for key, texts in alive.items():
+            alive[key] = [a if a_wins else b for (_, a, b), a_wins in (next(results) for _ in range(len(texts) // 2))]
+            winners[key].append(alive[key][0])
+    return winners
+
+
+def best_of_n(rows, candidates, model, processor, name, args):
+    """{row id: winners among the first 1, 2, 4, ... candidates} by the judge's mean P over both orders."""
+    pair_of = {row["id"]: row for row in rows}
+
+    def prefer(games):
+        played = [game for game in dict.fromkeys(games) if game[1] != game[2]]
+        questions = [q for number, (key, a, b) in enumerate(played) for q in both_orders(
+            {"id": str(number), "image": pair_of[key]["image"], "prompt": pair_of[key]["prompt"], "chosen": a, "rejected": b})]
+        judged = ift.judge(model, processor, questions, args.image_root, args.style, max_new_tokens=args.max_new_tokens,
+                           batch_size=args.batch_size, describe=f"best of N, {name}")
+        for_a = Counter()
+        for row in judged:
+            for_a[played[int(row["id"])]] += row["probability_a"] if row["label"] == "A" else 1 - row["probability_a"]
+        return [game[1] == game[2] or for_a[game] >= 1 for game in games]  # equal texts: either; mean of two >= .5
+
+    return knockout(candidates, prefer)
+
+
+def sample_and_pick(rows, judges, folder, args):
+    """({row id: the policy's responses}, {judge: best_of_n's winners}); both are kept in best_of_n.jsonl."""
+    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
+    requests = [{"id": row["id"], "image": Path(args.image_root) / row["image"], "text": row["prompt"]} for row in rows]
+    answers = common.sample(model, processor, requests, args.best_of, 1.0, args.max_new_tokens, args.seed, args.batch_size)
+    candidates, picks = {row["id"]: [a["text"].strip() for a in texts] for row, texts in zip(rows, answers)}, {}
+    for name, checkpoint in judges.items():
+        model, processor = common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens)
+        picks[name] = best_of_n(rows, candidates, model, processor, name, args)
+    common.write_jsonl(folder / "best_of_n.jsonl", [{"id": row["id"], "image": row["image"], "candidates": candidates[row["id"]],
+                                                     **{name: picks[name][row["id"]] for name in picks}} for row in rows])
+    return candidates, picks
+
+
+def best_of_n_table(rows, candidates, picks, truth, vocabulary):
+    """{name of the picker: {N: {"hallucinated": share of picks, "recall": mean}}}, with random and oracle picks alongside."""
+    sizes, table = [2 ** k for k in range(len(next(iter(picks.values()))[rows[0]["id"]]))], {}
+
+    def quality(text, objects):  # (names no absent object, share of the objects named); the oracle maximises their sum
+        named = set(critiques_stage.find_mentions(text, vocabulary))
+        return float(named <= objects), len(named & objects) / len(objects)
+
+    for k, n in enumerate(sizes):
+        for name in ("random pick", "oracle pick", *picks):
+            scores = []
+            for row in rows:
+                offered = [picks[name][row["id"]][k]] if name in picks else candidates[row["id"]][:n]
+                found = [quality(text, truth[row["image"]]) for text in offered]
+                scores.append(max(found, key=sum) if name == "oracle pick" else np.mean(found, 0))
+            clean, recall = np.mean(scores, 0)
+            table.setdefault(name, {})[n] = {"hallucinated": float(1 - clean), "recall": float(recall)}
+    return table
+
+
+def find_conditions(run):
+    """{name: checkpoint folder or None for the base model}: all that 03 and 04 have trained, in order."""
+    found = {"base": None}
+    if (run / "03_ift" / "meta.json").exists():
+        found["after 03"] = common.find_checkpoint(run / "03_ift")
+    for stage in sorted(run.glob("04_rejection*")):
+        rule = stage.name.removeprefix("04_rejection").removeprefix("_") or "margin"
+        for done in sorted(stage.glob("iter*/done.json"), key=lambda p: int(p.parent.name[4:])):
+            found[f"{rule}, iteration {done.parent.name[4:]}"] = common.find_checkpoint(done.parent)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
