@@ -19,7 +19,6 @@ Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped) and
     python 02_generate_critiques.py                              # one GPU: 5,000 pairs x 2 orders x 4 critiques
 """
 import argparse
-import importlib
 import json
 import re
 from collections import Counter
@@ -28,8 +27,6 @@ from statistics import median
 
 import common
 from common import RowWriter, both_orders, finish_stage, in_chunks, inherit, parse_checks, read_jsonl, start_stage
-
-find_mentions = importlib.import_module("01_build_preferences").find_mentions
 
 LEAK = re.compile(r"\b(?:reference|ground[- ]truth|detector|known to be true|the findings?|the expert|"
                   r"(?:the|given|correct) label (?:says|is|states|shows|gives))\b", re.IGNORECASE)
@@ -88,6 +85,123 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
         return "cites the reference"
     said = {side: find_mentions(question[f"response_{side.lower()}"], vocabulary) for side in "AB"}
     return contradicts_expert(checks, said, status, vocabulary) if checks and status else None
+
+
+# ---- Mentions: which of the vocabulary's objects a text says are there -----------------------------------------------
+# Stages 01 and 05 read texts by this too; it stands here since this stage is the language side of the method.
+# (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
+PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
+           ("child$", "children"), ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"),
+           (r"\box$", "oxen"), ("(?<=[^s]s)(?<!us)$", ""), ("(kni|li|wi)fe$", r"\1ves"), ("(ca|ea|shel)f$", r"\1ves"),
+           ("(?<=[^aeiou])y$", "ies"), ("(?<=ch|sh|ss|us)$|(?<=x)$", "es"), ("$", "s")]
+
+
+def plural(phrase):
+    """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'knife' -> 'knives', 'skis' -> 'skis'."""
+    noun, of, rest = phrase.partition(" of ")
+    end, new = next((end, new) for end, new in PLURALS if re.search(end, noun))
+    return re.sub(end, new, noun) + of + rest
+
+
+def parse_table(text):
+    """{key: entries} from "key: entry, entry; key; key: entry", where a line end is a space and # starts a comment line."""
+    rows = (" ".join(row.split()).partition(":") for row in re.sub("#.*", "", text).split(";"))
+    return {key.strip(): [entry.strip() for entry in entries.split(",") if entry] for key, _, entries in rows}
+
+
+def build_vocabulary(class_names, synonyms=None):
+    """{phrase: class}: each class's name and synonyms ({class: [phrases]}) with their plurals, in lower case.
+
+    >>> build_vocabulary(["Fire_Truck"], {"Fire_Truck": ["pumper"]}).keys()
+    dict_keys(['fire truck', 'fire trucks', 'pumper', 'pumpers'])
+    """
+    pairs = [(phrase, name) for name in class_names for phrase in [name, *(synonyms or {}).get(name, [])]]
+    words = [(" ".join(re.findall(r"[^\W_]+", phrase.lower())), name) for phrase, name in pairs]
+    return {form: name for phrase, name in words for form in (phrase, plural(phrase))}
+
+
+SYNONYMS, NOT_OBJECTS = map(parse_table, (Path(__file__).parent / "assets/coco_phrases.txt").read_text().split("\n\n"))
+COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
+NONE = [f"{a} {b}".replace("-", " ") for first, (last,) in NOT_OBJECTS.items() for a in first.split() for b in last.split()]
+COMPOUNDS = {**dict.fromkeys(NONE + [plural(phrase) for phrase in NONE]),  # phrase -> class, None for no object at all
+             "child s bed": "bed", "elephant calf": "elephant", "giraffe calf": "giraffe", "sink bowl": "sink",
+             **{f"{name} skis": "person" for name in ("man", "woman", "person", "skier", "boy", "girl")}}  # the verb
+
+# A negation reaches from its cue to whatever opens another thought (ENDS); a comma ends it too unless "or" follows ("no
+# cars, buses or trucks"). What is definite exists ("not looking at the dog"), except right after "without".
+CUES = (r"no(?! (?:doubt|more|less|fewer|longer|matter|wonder|problem|one|(?:signs?|traces?|evidence) of)\b)(?= \w)|"
+        r"neither|never|nor(?: (?:is|are|was|were) there| do(?:es)? (?:it|the image) \w+)?|"
+        r"(?:\w+n't|not|cannot)(?! (?:only|just|merely|simply|to mention|far|too|very|sure|clear|necessarily|all|every|"
+        r"many|much|yet|fully|entirely|completely|quite|directly)\b)|"
+        r"(?:without(?! \w+ing\b)|instead of|rather than|lack(?:s|ing)|"
+        r"(?:absence|devoid|free|lack|no (?:signs?|traces?|evidence)) of)(?: (?:the|its|his|her|their))?")
+ENDS = (r"but|with|while|although|though|however|except|besides|that|which|who|where|because|since|so|as|is|are|was|"
+        r"were|has|can|there|the|this|these|those|his|her|their|its|it|he|she|they|you|we|just|only|instead(?! of)|on|"
+        r"in|at|near|behind|under|beside|next|around|along|between|from|by|over|through|for|into|"
+        r"and (?:an?|one|two|three|some|several)|to(?! (?:be|have|contain|include|show)\b)|"
+        r"(?<!not )(?<!n't )(?<!be )\w+ing an?")  # "a man with no shirt eating a donut", but "not eating a donut"
+NEGATED = re.compile(rf"\b(?:{CUES})\b(?:(?!\b(?:{ENDS})\b(?! any\b))"
+                     r"(?:[^,.;:!?\n()—]|,(?=[^.;:]{0,60}\b(?:or|nor)\b)))*")
+NOT_THERE = re.compile(
+    r"(?:,? (?:and|or|nor) [\w ]{1,20}?)? (?:is|are|was|were)(?: absent| nowhere| missing(?! an?\b)|"
+    r"(?: not|n't) (?:present|visible|seen|shown|depicted|there|in (?:the|this) (?:image|picture|photo|scene)))\b")
+# A colour or a game more often than a thing: counted after an article or a fruit, unless a noun or a colour follows
+RARELY_THINGS = {"orange", "baseball", "basketball", "football", "volleyball"}
+AS_A_THING = re.compile(
+    r"\b(?:an?|one|the|whole|half|peeled|sliced|fresh|(?:apple|banana|lemon)s?,?(?: and| or)?) (\w+)(?=$| (?:"
+    r"and (?:an?|the|one|two|some)|or|is|in|on|at|near|next|beside|with|that|which|from|to|towards?|into|through|over|"
+    r"under|behind|while|as|across|sits|lying|sitting)\b|(?! |, (?:black|white|red|yellow|brown)\b)\W)")
+
+
+def find_mentions(text, vocabulary):
+    """Classes that the text says are there, by first mention, each once. vocabulary: {lower-case phrase: class}.
+
+    >>> find_mentions("No cats, only a dog park, two men with a teddy bear and a baby elephant.", COCO_VOCABULARY)
+    ['person', 'teddy bear', 'elephant']
+    """
+    return list(dict.fromkeys(name for _, _, name in mention_spans(text, vocabulary)))
+
+
+def mention_spans(text, vocabulary):
+    """[(start, end, class)] of each mention in the text, from left to right.
+
+    Whole words, the longest phrase first ("hot dog" is no dog), COMPOUNDS beside the vocabulary's own phrases; negated
+    mentions do not count. Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor", "orange car".
+    """
+    text, phrases = text.lower().replace("’", "'"), COMPOUNDS | vocabulary  # the vocabulary wins
+    known, longest = {*vocabulary.values()}, max(len(phrase.split()) for phrase in phrases)
+    words = list(re.finditer(r"[^\W_]+|[^\w\s'-]", text))  # a comma is a word of its own, so that no phrase crosses it
+    found, i = [], 0  # (start, end, phrase), from left to right
+    while i < len(words):
+        spans = [words[i:i + n] for n in range(longest, 0, -1)]
+        matches = ((len(span), " ".join(word.group() for word in span)) for span in spans)
+        n, phrase = next((match for match in matches if match[1] in phrases), (1, None))
+        if phrase:
+            found.append((words[i].start(), words[i + n - 1].end(), phrase))
+        i += n
+    negated = [match.span() for match in NEGATED.finditer(text)]
+    things = {match.start(1) for match in AS_A_THING.finditer(text)}
+    mentions = []
+    for (start, end, phrase), (next_start, _, next_phrase) in zip(found, [*found[1:], (-1, -1, "")]):
+        modifier = (text[end:next_start] == " " and " " not in next_phrase  # "baby" of "baby elephant"
+                    or re.match(r"-\w", text[end:]))  # "dog" of "dog-friendly"
+        denied = any(a <= start < b for a, b in negated) or NOT_THERE.match(text, end)
+        if phrases[phrase] in known and not (modifier or denied or (phrase in RARELY_THINGS and start not in things)):
+            mentions.append((start, end, phrases[phrase]))
+    return mentions
+
+
+def swap_object(text, old, new, vocabulary):
+    """The text with every mention of class `old` replaced by `new`: in the plural where the mention is, with "a" or "an"
+    and a capital as needed."""
+    plurals = {plural(phrase) for phrase in vocabulary if plural(phrase) != phrase}
+    for start, end, name in reversed(mention_spans(text, vocabulary)):
+        if name == old:
+            before, word = text[:start], plural(new) if text[start:end].lower() in plurals else new
+            if word == new:
+                before = re.sub(r"\b([Aa])n?( )$", lambda m: m[1] + ("n" if new[0] in "aeiou" else "") + m[2], before)
+            text = before + (word[0].upper() + word[1:] if text[start].isupper() else word) + text[end:]
+    return text
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
