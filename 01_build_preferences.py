@@ -21,6 +21,8 @@ import argparse
 import importlib
 import json
 import random
+import re
+import tempfile
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -36,6 +38,7 @@ from common import RowWriter, finish_stage, in_chunks, read_jsonl, row_seed, sta
 two = importlib.import_module("02_generate_critiques")  # what a text claims: mentions and swaps stand there, for both stages
 COCO_VOCABULARY, SYNONYMS, build_vocabulary = two.COCO_VOCABULARY, two.SYNONYMS, two.build_vocabulary
 find_mentions, swap_object = two.find_mentions, two.swap_object
+Skip, place_image, read_pairs = two.Skip, two.place_image, two.read_pairs
 
 PROMPTS = ["Describe this image in detail.", "What objects are in this image?", "Write a caption that names what you see.",
            "What is happening in this picture?", "Describe the scene and the objects in it."]
@@ -97,21 +100,92 @@ def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
 
 
 # ---- Experts: examine(image paths, questions: a list of class names per image) -> a list of detections per image -----
-class Detector:
-    """Any ultralytics detection weights; finds its classes whatever is asked."""
+def coco_names(names):
+    """{label: class}. COCO weights spell its classes in their own ways ("sofa", "tvmonitor") and list some that they never find
+    ("N/A", "street sign"): labels that cover the 80 classes get COCO's names, and the others go."""
+    phrases = {form: name for phrase, name in COCO_VOCABULARY.items() for form in (phrase, phrase.replace(" ", ""))}
+    coco = {label: phrases[name.lower()] for label, name in names.items() if name.lower() in phrases}
+    return coco if len(names) <= 91 and len({*coco.values()}) == len(SYNONYMS) else names
 
-    def __init__(self, weights, absent, device):
+
+def as_detections(names, labels, scores, boxes):
+    return [{"object": names[int(label)], "confidence": round(score, 4), "box": [round(v, 1) for v in box]}
+            for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist()) if int(label) in names]
+
+
+class Detector:
+    """Ultralytics detection weights: they find their classes whatever is asked; open ones (YOLO-World) are given `classes`."""
+
+    def __init__(self, weights, floor, device, classes):
         from ultralytics import YOLO  # AGPL-3.0
-        if not str(weights).endswith(".pt"):
-            stop(f"--expert {weights}: expected ultralytics weights (*.pt) or none")
-        self.model, self.floor, self.device = YOLO(weights), absent, device
-        self.classes = list(self.model.names.values())
+        self.model, self.floor, self.device = YOLO(weights), floor, device
+        if hasattr(self.model, "set_classes"):
+            self.model.set_classes(classes)
+        self.names = coco_names(dict(self.model.names))
+        self.classes = [*self.names.values()]
 
     def examine(self, images, questions):
         results = self.model.predict([str(path) for path in images], conf=self.floor, batch=len(images), device=self.device,
                                      verbose=False)  # below --absent no box can matter
-        return [[{"object": r.names[int(c)], "confidence": round(float(p), 4), "box": [round(v, 1) for v in xyxy]}
-                 for xyxy, p, c in zip(r.boxes.xyxy.tolist(), r.boxes.conf.tolist(), r.boxes.cls.tolist())] for r in results]
+        return [as_detections(self.names, r.boxes.cls, r.boxes.conf, r.boxes.xyxy) for r in results]
+
+
+class HubDetector:
+    """A transformers detector, hub id or folder. Closed (DETR, RT-DETR): it finds its classes whatever is asked. Open
+    (GroundingDINO, OWLv2): it is asked about each image's classes alone, and .classes is None."""
+
+    def __init__(self, name, floor, device):
+        import transformers as hf
+        kind = hf.AutoConfig.from_pretrained(name).model_type
+        self.tokens, self.open = kind.endswith("grounding-dino"), kind.endswith(("grounding-dino", "owlv2", "owlvit"))
+        loader = hf.AutoModelForZeroShotObjectDetection if self.open else hf.AutoModelForObjectDetection
+        self.model, self.floor = loader.from_pretrained(name).to(common.pick_device(device)).eval(), floor
+        self.processor = (hf.AutoProcessor if self.open else hf.AutoImageProcessor).from_pretrained(name)
+        self.names = None if self.open else coco_names(self.model.config.id2label)
+        self.classes = None if self.open else [*self.names.values()]
+
+    @torch.inference_mode()
+    def examine(self, images, questions):
+        found = []
+        for names, paths in ((questions[i:i + 8], images[i:i + 8]) for i in range(0, len(images), 8)):
+            pictures = [common.load_image(path) for path in paths]
+            texts = [[re.sub(r"[\W_]+", " ", name) if self.tokens else f"a photo of a {name}" for name in row] for row in names]
+            inputs = self.processor(images=pictures, return_tensors="pt", **({"text": texts, "padding": True} if self.open else {}))
+            outputs = self.model(**inputs.to(self.model.device))
+            if self.tokens:
+                outputs.logits = class_logits(outputs.logits, inputs["input_ids"], self.processor.tokenizer)
+            for k, row in enumerate(names if self.open else ()):
+                outputs.logits[k, :, len(row):] = -torch.inf  # an image with fewer classes was padded with empty ones
+            results = getattr(self.processor, "image_processor", self.processor).post_process_object_detection(
+                outputs, threshold=self.floor, target_sizes=[(picture.height, picture.width) for picture in pictures])
+            found += [as_detections(self.names or dict(enumerate(row)), r["labels"], r["scores"], r["boxes"])
+                      for row, r in zip(names, results)]
+        return found
+
+
+def class_logits(logits, input_ids, tokenizer):
+    """GroundingDINO's token logits (B, Q, L) for "cat. teddy bear." -> class logits (B, Q, C): the mean probability of the tokens
+    of a name. (The best token alone would let every dog be a hot dog.)"""
+    dot = tokenizer.convert_tokens_to_ids(".")
+    place = (input_ids == dot).cumsum(1)  # (B, T): how many names have ended; the special tokens fall out
+    word = ~torch.isin(input_ids, torch.tensor([dot, *tokenizer.all_special_ids], device=input_ids.device))
+    member = (place[:, :, None] == torch.arange(int(place.max()), device=place.device)) & word[:, :, None]  # (B, T, C)
+    weight = member / member.sum(1, keepdim=True).clamp(min=1)
+    return (logits[:, :, :weight.shape[1]].sigmoid() @ weight.to(logits.dtype)).logit()
+
+
+def load_expert(args, classes, model, processor):
+    """What --expert names, open ones being told `classes`."""
+    try:
+        if args.expert == "none":
+            return OwnAnswers(model, processor)
+        if args.expert.endswith(".pt"):
+            return Detector(args.expert, args.absent, args.device, classes)
+        if "/" in args.expert:
+            return HubDetector(args.expert, args.absent, args.device)
+    except Exception as error:  # of many kinds: no such file or model, not weights, no connection, a package that is missing
+        stop(f"--expert {args.expert}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    stop(f"--expert {args.expert}: expected ultralytics weights (*.pt), a transformers detector (owner/name, or a folder) or none")
 
 
 class OwnAnswers:
@@ -136,29 +210,60 @@ class OwnAnswers:
 
 
 # ---- Data: what to verify, candidates, findings, pairs ---------------------------------------------------------------
-def load_items(args):
+def load_items(args, folder):
     """(rows to verify {id, image, prompt[, chosen, rejected]}, counts): given pairs, or one row for each picture of a folder."""
     if args.pairs:
-        rows = [{"id": f"{Path(row['image']).stem}-{k}", **row} for k, row in enumerate(
-            read_jsonl(args.pairs, ("image", "prompt", "chosen", "rejected")))]
+        _, readable, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)
     else:
         prompts = [line.strip() for line in Path(args.prompts).read_text().split("\n") if line.strip()] if args.prompts else PROMPTS
-        folder = Path(args.images).resolve()
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not prompts or not paths or not folder.is_relative_to(args.image_root):
-            stop(f"{args.prompts} holds no prompt" if not prompts else f"no images under {folder}" if not paths else
-                 f"--images {folder} does not lie under --image-root {args.image_root}")
-        rows = [{"id": f"{path.relative_to(folder).with_suffix('').as_posix()}-0", "image": path.relative_to(args.image_root)
+        images = Path(args.images).resolve()
+        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not prompts or not paths or not images.is_relative_to(args.image_root):
+            stop(f"{args.prompts} holds no prompt" if not prompts else f"no images under {images}" if not paths else
+                 f"--images {images} does not lie under --image-root {args.image_root}")
+        rows = [{"id": f"{path.relative_to(images).with_suffix('').as_posix()}-0", "image": path.relative_to(args.image_root)
                  .as_posix(), "prompt": prompts[row_seed(args.seed, "prompt", path.name) % len(prompts)]} for path in paths]
-    readable, counts = [], Counter({"rows read": len(rows[:args.limit]), "skipped: missing or broken image": 0})
-    for row in rows[:args.limit]:
-        try:
-            Image.open(Path(args.image_root) / row["image"]).verify()
-            readable.append(row)
-        except OSError as error:
-            counts["skipped: missing or broken image"] += 1
-            print(f"skipped row {row['id']}, field image: {error}")
-    return readable or stop("no row has a readable image; --image-root tells where relative paths start"), counts
+        readable, counts = [], Counter({"rows read": len(rows[:args.limit])})
+        for row in rows[:args.limit]:
+            try:
+                readable.append({**row, "image": place_image(row["image"], args.image_root, folder)})
+            except Skip as skip:
+                counts[f"skipped: {skip.args[0]}"] += 1
+                print(f"skipped {row['image']}: {skip.args[0]}")
+    for source in args.exclude:
+        readable = without_overlap(readable, source, args.image_root, counts)
+    return readable or stop(f"no row is left: {dict(counts)}; --image-root tells where relative paths start"), counts
+
+
+def difference_hash(picture):
+    """64 bits, one for each cell of an 8 x 8 grid: is it darker than its right neighbour? Survives scaling and re-encoding."""
+    grey = picture.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()  # 8 rows of 9 cells
+    return sum((grey[9 * y + x] < grey[9 * y + x + 1]) << 8 * y + x for y in range(8) for x in range(8))
+
+
+def without_overlap(items, source, image_root, counts):
+    """The items that do not recur in the evaluation set `source`: no image within 2 of 64 bits of one of its images, and no
+    response that is one of its responses but for case, punctuation and spacing. Responses below 20 characters ("Yes, there
+    is.") recur by chance and are not compared. The losses go into counts."""
+    def words(text):
+        return " ".join(re.findall(r"\w+", text.lower()))
+
+    def texts(row):
+        return {words(row[side]) for side in ("chosen", "rejected") if len(words(row.get(side, ""))) >= 20}
+
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = read_pairs(source, root, scratch)[1]
+        hashes = {difference_hash(common.load_image(root / row["image"])) for row in rows}
+    known, kept, similar = set().union(*map(texts, rows)), [], {}
+    for item in items:
+        if (image := item["image"]) not in similar:
+            code = difference_hash(common.load_image(Path(image_root) / image))
+            similar[image] = any((code ^ other).bit_count() <= 2 for other in hashes)
+        reason = "image" if similar[image] else "response" if texts(item) & known else None
+        kept += [] if reason else [item]
+        counts[f"excluded: {reason} of {Path(source).name}"] += bool(reason)
+    return kept
 
 
 def write_candidates(items, model, processor, folder, args):
@@ -176,18 +281,53 @@ def write_candidates(items, model, processor, folder, args):
 
 
 def examine(questions, expert, folder, args):
-    """{image: detections} for {image: classes asked about}: each image examined once (kept in detections.jsonl)."""
+    """{image: row of detections.jsonl} for {image: classes asked about}: each image examined once (kept in that file)."""
     writer = RowWriter(folder / "detections.jsonl")
     done = {row["id"] for row in writer.rows}
     for chunk, bar in in_chunks([{"id": image} for image in questions], done, 32, "examine"):
-        names = [row["id"] for row in chunk]
-        asked = [list(dict.fromkeys(questions[name])) for name in names]
-        results = expert.examine([Path(args.image_root) / name for name in names], asked)
-        for name, classes, detections in zip(names, asked, results):
+        asked = {row["id"]: list(dict.fromkeys(questions[row["id"]])) for row in chunk}
+        names = [name for name in asked if asked[name] or expert.classes]  # an open expert needs something to look for
+        found = dict(zip(names, expert.examine([Path(args.image_root) / name for name in names], [asked[n] for n in names])))
+        for name, classes in asked.items():
             if name not in done:
-                writer.write({"id": name, "asked": classes, "detections": detections})
+                writer.write({"id": name, "asked": classes, "detections": found.get(name, [])})
         bar.update(len(chunk))
-    return {row["id"]: row["detections"] for row in writer.rows}
+    return {row["id"]: row for row in writer.rows}
+
+
+def read_detections(path, images, vocabulary):
+    """{image: row {id, detections[, asked]}} of findings made elsewhere (--detections), one row for each of the images."""
+    found = {row["id"]: row for row in read_jsonl(path, ("id", "detections"))}
+    for row in found.values():
+        try:
+            for one in row["detections"]:
+                assert isinstance(one["object"], str) and 0 <= one["confidence"] <= 1, "object: text, confidence: 0 to 1"
+                assert one["box"] is None or len([float(v) for v in one["box"]]) == 4, "box: [x1, y1, x2, y2] in pixels, or null"
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            stop(f"{path} row {row['id']!r}, field detections: {error!r}")
+    check_fit((one["object"] for row in found.values() for one in row["detections"]), vocabulary.values(), path, "the vocabulary")
+    missing = [image for image in images if image not in found]
+    if missing:
+        stop(f"{path} has no row for {len(missing)} of {len(images)} images, such as id {missing[0]!r}")
+    return found
+
+
+def read_vocabulary(path):
+    try:
+        vocabulary = json.loads(Path(path).read_text())
+        assert vocabulary and all(isinstance(text, str) for pair in vocabulary.items() for text in pair), "not {phrase: class}"
+        return vocabulary
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        stop(f"--vocabulary {path}: {error}")
+
+
+def check_fit(names, known, what, where):
+    """Stop where none of the class names is known, count those that are not."""
+    unknown = sorted({*names} - {*known})
+    if unknown and len(unknown) == len({*names}):
+        stop(f"no class of {what} ({', '.join(unknown[:5])}) is one of {where} ({', '.join(sorted(known)[:5])})")
+    if unknown:
+        print(f"{len(unknown)} of {len({*names})} classes of {what} are none of {where}: {', '.join(unknown[:5])}")
 
 
 def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, seed):
@@ -228,14 +368,14 @@ def assign_splits(rows, n_validation, n_train, seed):
     return placed
 
 
-def draw_contact_sheet(rows, detections, image_root, path, n=12):
+def draw_contact_sheet(rows, findings, image_root, path, n=12):
     """The first n pairs with the expert's boxes: what a person should look at before training on them."""
     figure = Figure((14, 4.6 * -(-n // 4)))
     for axis, row in zip(figure.subplots(-(-n // 4), 4, squeeze=False).flat, rows):
         axis.axis("off")
         axis.imshow(common.load_image(Path(image_root) / row["image"]))
         named = {found["object"] for found in row["evidence"]}
-        for found in (found for found in detections[row["image"]] if found["box"] and found["object"] in named):
+        for found in (found for found in findings[row["image"]]["detections"] if found["box"] and found["object"] in named):
             x1, y1, x2, y2 = found["box"]
             axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime"))
             axis.text(x1, y1, f"{found['object']} {found['confidence']:.2f}", fontsize=7, color="lime", va="bottom")
@@ -254,14 +394,18 @@ def parse_args(argv=None):
     add("--run", default="runs/default", help="run directory, shared by all stages")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", help="folder of images for which the policy writes responses")
-    source.add_argument("--pairs", help="jsonl file of given pairs: image, prompt, chosen, rejected")
-    add("--image-root", help="folder that relative image paths start from; default: --images, or the folder of --pairs")
+    source.add_argument("--pairs", help="published pairs instead: file or folder of parquet, json, jsonl, or hub id[:config]")
+    add("--image-root", help="folder that image paths and COCO ids start from; default: --images, or the folder of --pairs")
+    add("--exclude", nargs="+", default=[], help="evaluation sets, read like --pairs, whose images and responses are dropped")
     add("--prompts", help="text file, one prompt per line, instead of the built-in ones")
     add("--limit", type=int, help="read only the first so many rows or images")
     add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="policy that writes the candidates, and the judge to be trained")
     add("--max-image-tokens", type=int, help="bound on an image's tokens; default: the processor's own")
-    add("--expert", default="yolo11x.pt", help="ultralytics detection weights, or none: the policy's own yes/no")
-    add("--vocabulary", help="json {phrase: class}; default: the expert's class names with plurals and synonyms")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--expert", default="yolo11x.pt", help="ultralytics weights (*.pt), a transformers detector (owner/name, or "
+                        "a folder), or none: the policy's own yes/no")
+    source.add_argument("--detections", help="findings made elsewhere, as in detections.jsonl, instead of an expert")
+    add("--vocabulary", help="json {phrase: class}; default: the expert's classes, or COCO's, with plurals and synonyms")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
     add("--candidates", type=int, default=4, help="K, responses per image")
     add("--temperature", type=float, default=1.0, help="of the candidates")
@@ -276,7 +420,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.absent <= args.present <= 1:
         parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
-    args.image_root = str(Path(args.image_root or args.images or Path(args.pairs).parent).resolve())
+    near = args.images or (args.pairs if Path(args.pairs).is_dir() else Path(args.pairs).parent)
+    args.image_root = str(Path(args.image_root or near).resolve())
     return args
 
 
@@ -285,15 +430,17 @@ def main(args):
     if folder is None:
         return
     # 1. load -----------------------------------------------------------------------------------------------------
-    items, counts = load_items(args)
-    print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.expert}")
+    items, counts = load_items(args, folder)
+    print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.detections or args.expert}")
+    vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
     writes = args.images or args.expert == "none"
     model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens) if writes else (None, None)
-    expert = OwnAnswers(model, processor) if args.expert == "none" else Detector(args.expert, args.absent, args.device)
-    if not args.vocabulary and not expert.classes:
-        stop("--expert none knows no class names: give --vocabulary, such as another run's 01_preferences/vocabulary.json")
-    vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else build_vocabulary(expert.classes, SYNONYMS)
-    known = set(expert.classes or vocabulary.values())
+    expert = None if args.detections else load_expert(args, sorted({*vocabulary.values()}), model, processor)
+    classes = expert.classes if expert else None  # None: what it finds is what it is asked about
+    if classes and args.vocabulary:
+        check_fit(vocabulary.values(), classes, "--vocabulary", f"--expert {args.expert}")
+    elif classes:
+        vocabulary = build_vocabulary(classes, SYNONYMS)
 
     # 2. candidates, mentions, findings ---------------------------------------------------------------------------
     texts = write_candidates(items, model, processor, folder, args) if args.images else \
@@ -301,18 +448,19 @@ def main(args):
     mentions = {item["id"]: [find_mentions(text, vocabulary) for text in texts[item["id"]]] for item in items}
     co_occurrence = Counter(frozenset((a, b)) for per_text in mentions.values() for names in per_text
                             for a in names for b in names if a < b)
-    swaps, questions, classes = {}, {}, sorted(set(vocabulary.values()))
+    swaps, questions, everything = {}, {}, sorted(set(vocabulary.values()))
     for item in items:
         named = list(dict.fromkeys(name for names in mentions[item["id"]] for name in names))
         rng = random.Random(row_seed(args.seed, "swap", item["id"]))
-        swaps[item["id"]] = propose_swaps(named, co_occurrence, classes, rng) if args.images else []
+        swaps[item["id"]] = propose_swaps(named, co_occurrence, everything, rng) if args.images else []
         questions.setdefault(item["image"], []).extend(named + swaps[item["id"]])
-    detections = examine(questions, expert, folder, args)
+    findings = examine(questions, expert, folder, args) if expert else read_detections(args.detections, questions, vocabulary)
 
     # 3. pairs ----------------------------------------------------------------------------------------------------
     rows, reasons, statuses = [], Counter(), Counter()
     for item in items:
-        key, found = item["id"], detections[item["image"]]
+        key, finding = item["id"], findings[item["image"]]
+        found, known = finding["detections"], classes or finding.get("asked") or everything
         status = verify({*swaps[key]}.union(*mentions[key]), found, args.present, args.absent, known)
         statuses.update(status[name] for name in set().union(*mentions[key]))
         row, reason = build_pair(item, texts[key], mentions[key], swaps[key], found, status, vocabulary, args.seed)
@@ -325,11 +473,11 @@ def main(args):
     # 4. save and report ------------------------------------------------------------------------------------------
     common.write_jsonl(folder / "preferences.jsonl", rows)
     common.write_json(folder / "vocabulary.json", vocabulary)
-    draw_contact_sheet(rows, detections, args.image_root, folder / "contact_sheet.png")
+    draw_contact_sheet(rows, findings, args.image_root, folder / "contact_sheet.png")
     counts |= dict(reasons) | {f"  {k} pairs": v for k, v in Counter(row["source"] for row in rows).items()}
     counts |= {f"  in split {k}": v for k, v in Counter(row["split"] for row in rows).items()}
     counts |= {f"mentions {k}": statuses[k] for k in ("present", "absent", "unsure")}
-    finish_stage(folder, args, counts, [args.pairs] if args.pairs else [],
+    finish_stage(folder, args, counts, [path for path in (args.pairs, args.detections) if path and Path(path).is_file()],
                  f"look at {folder}/contact_sheet.png, then python 02_generate_critiques.py --run {args.run}")
 
 

@@ -19,11 +19,18 @@ Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped) and
     python 02_generate_critiques.py                              # one GPU: 5,000 pairs x 2 orders x 4 critiques
 """
 import argparse
+import hashlib
+import io
 import json
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
+
+from PIL import Image
 
 import common
 from common import RowWriter, both_orders, finish_stage, in_chunks, inherit, parse_checks, read_jsonl, start_stage
@@ -202,6 +209,206 @@ def swap_object(text, old, new, vocabulary):
                 before = re.sub(r"\b([Aa])n?( )$", lambda m: m[1] + ("n" if new[0] in "aeiou" else "") + m[2], before)
             text = before + (word[0].upper() + word[1:] if text[start].isupper() else word) + text[end:]
     return text
+
+
+# ---- Preference pairs as others publish them: what a row says, whatever its columns ----------------------------------
+class Skip(Exception):
+    """Skip(reason, field): why a row cannot be used."""
+
+
+def turns_of(messages, role):
+    """[(role, text)] of a string, or of the messages of TRL (role, content: text or blocks) and LLaVA (from, value)."""
+    if isinstance(messages, str):
+        return [(role, messages)]
+    turns = []
+    for turn in messages or ():
+        role, content = turn.get("role") or turn["from"], turn.get("content") or turn.get("value") or ""
+        if not isinstance(content, str):  # Arrow gives the image blocks a "text" too: None
+            content = "\n".join(block["text"] for block in content if block.get("text"))
+        turns.append(({"human": "user", "gpt": "assistant"}.get(role, role), content))
+    return turns
+
+
+def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
+    """The last assistant turns are paired; the turns before them are the prompt, with their roles if there are several."""
+    context, good, bad = turns_of(row[prompt], "user"), turns_of(row[chosen], "assistant"), turns_of(row[rejected], "assistant")
+    for name, field, turns in (("chosen", chosen, good), ("rejected", rejected, bad)):
+        while turns and turns[-1][0] != "assistant":
+            turns.pop()
+        if not turns:
+            raise Skip(f"no {name}", field)
+    if [turn for turn in good if turn[0] == "user"] != [turn for turn in bad if turn[0] == "user"]:
+        raise Skip("chosen and rejected answer different questions", rejected)
+    context = good[:-1] if good[:-1][:len(context)] == context else context + good[:-1]
+    text = context[0][1] if len(context) == 1 else "\n".join(f"{role}: {text}" for role, text in context)
+    return {"prompt": text, "chosen": good[-1][1], "rejected": bad[-1][1]}
+
+
+def from_rlhf_v(row):
+    text = json.loads(row["text"]) if isinstance(row["text"], str) else row["text"]
+    return from_messages(text if isinstance(text, dict) else dict(zip(("question", "chosen", "rejected"), text)), "question")
+
+
+CRITIC_PROMPT = re.compile(  # a response may hold brackets itself, so each ends where the next one starts, the last at the last ]
+    r"Question: \[(.*?)\]\s*(?:The first response|Response [1A]): \[(.*?)\]\s*(?:The second response|Response [2B]): \[(.*)\]",
+    re.DOTALL)
+CRITIC_CHOICE = re.compile(r"better response(?: is)?\W*(?:Response )?(first|second|1|2|A|B)\b", re.IGNORECASE)
+
+
+def from_critic(row):
+    asked, said = (turn["value"] for turn in row["conversations"][:2])
+    parts, choices = CRITIC_PROMPT.search(asked), CRITIC_CHOICE.findall(said)
+    if not parts or not choices:
+        raise Skip("tie" if parts and "equally" in said.lower() else "unparseable judgement", "conversations")
+    prompt, first, second = parts.groups()
+    better, worse = (first, second) if choices[-1].lower() in ("first", "1", "a") else (second, first)
+    return {"prompt": prompt, "chosen": better, "rejected": worse}
+
+
+def from_vl_rewardbench(row):
+    if sorted(row["human_ranking"]) != [0, 1]:
+        raise Skip("no ranking of two responses", "human_ranking")
+    category = {"RLAIF": "hallucination", "RLHF": "hallucination", "hallucination": "hallucination", "mathverse": "reasoning",
+                "mmmu": "reasoning"}.get(re.split("[_-]", row["id"])[0], "general")  # the published rule, by prefix of the id
+    best = list(row["human_ranking"]).index(0)
+    return {"prompt": row["query"], "chosen": row["response"][best], "rejected": row["response"][1 - best], "category": category}
+
+
+def from_multimodal_rewardbench(row):
+    outputs = ("Output1", "Output2")
+    worse = outputs[1 - outputs.index(row["Better"])]
+    return {"id": row["ID"], "image": row["Image"], "prompt": row["Text"], "chosen": row[row["Better"]], "rejected": row[worse],
+            "category": row["Category"]}
+
+
+FORMATS = {  # name: (columns it is known by, what a row of it says); the first that fits a file's first row
+    "POVID": ("conversations rejected_conversations", partial(
+        from_messages, prompt="", chosen="conversations", rejected="rejected_conversations")),
+    "LLaVA-Critic pairwise": ("conversations image", from_critic),
+    "VL-RewardBench": ("id query response human_ranking image", from_vl_rewardbench),
+    "Multimodal RewardBench": ("ID Text Image Output1 Output2 Better Category", from_multimodal_rewardbench),
+    "RLAIF-V": ("question chosen rejected image", partial(from_messages, prompt="question")),
+    "RLHF-V": ("text image", from_rlhf_v),
+    "preferences.jsonl": ("image prompt chosen rejected evidence", from_messages),
+    "TRL preferences": ("image chosen rejected", from_messages),
+    "TRL preferences (images)": ("images chosen rejected", from_messages)}
+
+
+def read_rows(source):
+    """((file, number from 1), row) of a parquet, json or jsonl file, a folder of such, or a hub id[:config]; pictures as bytes."""
+    from datasets import load_dataset  # slow to import
+    path = Path(source)
+    files = sorted(p for p in path.rglob("*.*") if p.suffix in (".parquet", ".json", ".jsonl")) if path.is_dir() else [path]
+    for file in files or common.stop(f"{source} holds no .parquet, .json or .jsonl file"):
+        number = 0
+        try:
+            if file.suffix == ".parquet":
+                rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True, batch_size=64).decode(False)
+            elif file.exists():
+                with file.open() as lines:
+                    array = lines.read(1) == "["
+                rows = json.loads(file.read_text()) if array else (json.loads(line) for line in file.open() if line.strip())
+            elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
+                splits = load_dataset(*str(source).split(":"), streaming=True)
+                rows = splits["train" if "train" in splits else min(splits)].decode(False)
+            else:
+                common.stop(f"{source} does not exist")
+            for number, row in enumerate(rows, 1):
+                yield (file, number), row
+        except Exception as error:  # of many kinds: not JSON, not parquet, no such data set, no connection, a choice of configs
+            common.stop(f"{file} after row {number}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def find_image(name, image_root):
+    """Path under image_root of the first of these that is there: the name, its base name, the COCO id's 2014 and 2017 files."""
+    number = re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{12})\.jpg|(\d{1,12})", str(name))
+    names = [str(name), Path(str(name)).name]
+    for split in ("train2014", "val2014", "train2017", "val2017") if number else ():
+        file = (f"COCO_{split}_" if "2014" in split else "") + f"{int(number[1] or number[2]):012d}.jpg"
+        names += [file, f"{split}/{file}"]
+    for name in names:
+        if (Path(image_root) / name).is_file():
+            return name
+    raise Skip("missing image", "image")
+
+
+def place_image(image, image_root, folder):
+    """The path of a row's picture (path, COCO id, {"bytes", "path"}, or a list of one of these), once it has been decoded.
+
+    Path(image_root) / path is the picture. What lies under image_root keeps its path there; embedded bytes are written as
+    they are to folder/images/<hash>.<format>, and that path is absolute unless the folder too lies under image_root.
+    """
+    if isinstance(image, (list, tuple)):
+        if len(image) > 1:
+            raise Skip("more than one image", "images")
+        image = image[0] if image else None
+    data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, image)
+    if data is None:
+        name = find_image(name, image_root) if name is not None else find_image("", image_root)
+    try:
+        with Image.open(io.BytesIO(data) if data is not None else Path(image_root) / name) as picture:
+            kind = picture.format.lower()
+            picture.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size: fast, and still to its last byte
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise Skip("picture that does not decode", "image") from None
+    if data is None:
+        return name
+    file = Path(folder).resolve() / "images" / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind.replace('jpeg', 'jpg')}"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(".partial")
+        scratch.write_bytes(data)
+        os.replace(scratch, file)  # whole or not at all
+    root = Path(image_root).resolve()
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
+
+
+def read_pairs(source, image_root, folder, limit=None):
+    """(format name, rows {id, image, prompt, chosen, rejected[, category]}, counts of rows read and skipped by reason).
+
+    source: as in read_rows; at most `limit` rows are read. ids are the source's own where it has them, made unique;
+    images: see place_image. Of each reason to skip the first row is named. Unknown columns or nothing left: stop.
+    """
+    name, rows, counts, ids, seen = None, [], Counter(), set(), set()
+    for k, ((file, number), row) in enumerate(islice(read_rows(source), limit)):
+        if number == 1:
+            fits = [n for n, (columns, _) in FORMATS.items() if isinstance(row, dict) and set(columns.split()) <= set(row)]
+            if not fits or name not in (None, fits[0]):
+                known = "; ".join(f"{n}: {columns.replace(' ', ', ')}" for n, (columns, _) in FORMATS.items())
+                common.stop(f"{file} row 1: the columns {', '.join(row)} " + (
+                    f"are those of {fits[0]}, the files before it are {name}" if fits else f"are none of these formats: {known}"))
+            name = fits[0]
+        counts["rows read"] += 1
+        try:
+            row = defaultdict(lambda: None, row)
+            row = {"id": row["id"], "image": row["image"] or row["images"], **FORMATS[name][1](row)}
+            for side in ("chosen", "rejected"):
+                if not (row[side] or "").strip():
+                    raise Skip(f"no {side}", side)
+            if row["chosen"].strip() == row["rejected"].strip():
+                raise Skip("identical responses", "rejected")
+            row["prompt"] = re.sub(r"<image>\n?|\n<image>", "", row["prompt"] or "")
+            row["image"] = place_image(row["image"], image_root, folder)
+            if (content := tuple(row[field] for field in ("prompt", "image", "chosen", "rejected"))) in seen:
+                raise Skip("duplicate row", "prompt")
+        except (Skip, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            reason, field = error.args if isinstance(error, Skip) else (f"not a row of {name}", f"? ({error!r})")
+            counts[f"skipped: {reason}"] += 1
+            if counts[f"skipped: {reason}"] == 1:
+                print(f"skipped {file} row {number}, field {field}: {reason} (later ones are only counted)")
+            continue
+        seen.add(content)
+        row["id"] = f"{Path(row['image']).stem}-{k}" if row["id"] is None else str(row["id"])
+        while row["id"] in ids:
+            row["id"] += f"-{k}"
+        ids.add(row["id"])
+        rows.append(row)
+    if not rows:
+        common.stop(f"{source} is empty" if not counts else f"{source}: no row is left of {dict(counts)}; --image-root tells "
+                    "where image paths start")
+    print(f"{source}: read as {name}, {len(rows)} of {counts['rows read']} rows")
+    return name, rows, counts
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
