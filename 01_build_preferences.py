@@ -35,14 +35,12 @@ from PIL import Image
 import common
 from common import RowWriter, finish_stage, in_chunks, read_jsonl, row_seed, start_stage, stop
 
-two = importlib.import_module("02_generate_critiques")  # what a text claims: mentions and swaps stand there, for both stages
-COCO_VOCABULARY, SYNONYMS, build_vocabulary = two.COCO_VOCABULARY, two.SYNONYMS, two.build_vocabulary
-find_mentions, swap_object = two.find_mentions, two.swap_object
-Skip, place_image, read_pairs = two.Skip, two.place_image, two.read_pairs
+two = importlib.import_module("02_generate_critiques")  # the language side: what texts claim, what published files say
+COCO_VOCABULARY, SYNONYMS, Skip, swap_object = two.COCO_VOCABULARY, two.SYNONYMS, two.Skip, two.swap_object
+build_vocabulary, find_mentions, place_image, read_pairs = two.build_vocabulary, two.find_mentions, two.place_image, two.read_pairs
 
 PROMPTS = ["Describe this image in detail.", "What objects are in this image?", "Write a caption that names what you see.",
            "What is happening in this picture?", "Describe the scene and the objects in it."]
-YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."
 
 
 # ---- The method: verification and pairing (mentions: stage 02) -----------------------------------------------------
@@ -59,7 +57,6 @@ def verify(mentions, detections, present, absent, known):
 
 def pair_candidates(candidates, status, swaps, vocabulary, rng):
     """(chosen, rejected, source), or (None, None, reason) where no pair can be made.
-
     candidates: list of (text, mentions); status: {object: "present" | "absent" | "unsure"} for all of them;
     swaps: absent objects to put in where no candidate hallucinates, the preferred first; rng: random.Random of this row.
     chosen names nothing absent and the most present objects; rejected names an absent object and, so that the pair differs
@@ -83,13 +80,9 @@ def pair_candidates(candidates, status, swaps, vocabulary, rng):
 
 def check_given_pair(chosen, rejected, status):
     """None where the expert agrees with a given pair, else the reason to drop it. chosen, rejected: lists of mentions."""
-    if not chosen and not rejected:
-        return "names no object of the vocabulary"
-    if any(status[name] == "absent" for name in chosen):
-        return "chosen hallucinates by the expert"
-    if not any(status[name] == "absent" for name in rejected):
-        return "rejected does not hallucinate by the expert"
-    return None
+    return "names no object of the vocabulary" if not chosen and not rejected else \
+        "chosen hallucinates by the expert" if any(status[name] == "absent" for name in chosen) else \
+        None if any(status[name] == "absent" for name in rejected) else "rejected does not hallucinate by the expert"
 
 
 def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
@@ -101,8 +94,7 @@ def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
 
 # ---- Experts: examine(image paths, questions: a list of class names per image) -> a list of detections per image -----
 def coco_names(names):
-    """{label: class}. COCO weights spell its classes in their own ways ("sofa", "tvmonitor") and list some that they never find
-    ("N/A", "street sign"): labels that cover the 80 classes get COCO's names, and the others go."""
+    """{label: class}: where all of COCO's classes are there ("sofa", "tvmonitor"), by its names, without "N/A" and the like."""
     phrases = {form: name for phrase, name in COCO_VOCABULARY.items() for form in (phrase, phrase.replace(" ", ""))}
     coco = {label: phrases[name.lower()] for label, name in names.items() if name.lower() in phrases}
     return coco if len(names) <= 91 and len({*coco.values()}) == len(SYNONYMS) else names
@@ -118,15 +110,14 @@ class Detector:
 
     def __init__(self, weights, floor, device, classes):
         from ultralytics import YOLO  # AGPL-3.0
-        self.model, self.floor, self.device = YOLO(weights), floor, device
+        self.model, self.floor, self.device = YOLO(weights), floor, device  # below --absent no box can matter
         if hasattr(self.model, "set_classes"):
             self.model.set_classes(classes)
         self.names = coco_names(dict(self.model.names))
         self.classes = [*self.names.values()]
 
     def examine(self, images, questions):
-        results = self.model.predict([str(path) for path in images], conf=self.floor, batch=len(images), device=self.device,
-                                     verbose=False)  # below --absent no box can matter
+        results = self.model.predict([*map(str, images)], conf=self.floor, batch=len(images), device=self.device, verbose=False)
         return [as_detections(self.names, r.boxes.cls, r.boxes.conf, r.boxes.xyxy) for r in results]
 
 
@@ -141,26 +132,24 @@ class HubDetector:
         loader = hf.AutoModelForZeroShotObjectDetection if self.open else hf.AutoModelForObjectDetection
         self.model, self.floor = loader.from_pretrained(name).to(common.pick_device(device)).eval(), floor
         self.processor = (hf.AutoProcessor if self.open else hf.AutoImageProcessor).from_pretrained(name)
-        self.names = None if self.open else coco_names(self.model.config.id2label)
-        self.classes = None if self.open else [*self.names.values()]
+        self.names = {} if self.open else coco_names(self.model.config.id2label)
+        self.classes = [*self.names.values()] or None
 
     @torch.inference_mode()
     def examine(self, images, questions):
-        found = []
-        for names, paths in ((questions[i:i + 8], images[i:i + 8]) for i in range(0, len(images), 8)):
-            pictures = [common.load_image(path) for path in paths]
-            texts = [[re.sub(r"[\W_]+", " ", name) if self.tokens else f"a photo of a {name}" for name in row] for row in names]
-            inputs = self.processor(images=pictures, return_tensors="pt", **({"text": texts, "padding": True} if self.open else {}))
-            outputs = self.model(**inputs.to(self.model.device))
-            if self.tokens:
-                outputs.logits = class_logits(outputs.logits, inputs["input_ids"], self.processor.tokenizer)
-            for k, row in enumerate(names if self.open else ()):
-                outputs.logits[k, :, len(row):] = -torch.inf  # an image with fewer classes was padded with empty ones
-            results = getattr(self.processor, "image_processor", self.processor).post_process_object_detection(
-                outputs, threshold=self.floor, target_sizes=[(picture.height, picture.width) for picture in pictures])
-            found += [as_detections(self.names or dict(enumerate(row)), r["labels"], r["scores"], r["boxes"])
-                      for row, r in zip(names, results)]
-        return found
+        if len(images) > 8:  # pictures of about a megapixel each
+            return self.examine(images[:8], questions[:8]) + self.examine(images[8:], questions[8:])
+        pictures, labels = [*map(common.load_image, images)], [self.names or dict(enumerate(asked)) for asked in questions]
+        texts = [["a photo of a " * (not self.tokens) + re.sub(r"[\W_]+", " ", name) for name in asked] for asked in questions]
+        inputs = self.processor(images=pictures, return_tensors="pt", **({"text": texts, "padding": True} if self.open else {}))
+        outputs = self.model(**inputs.to(self.model.device))
+        if self.tokens:
+            outputs.logits = class_logits(outputs.logits, inputs["input_ids"], self.processor.tokenizer)
+        for k, asked in enumerate(questions if self.open else ()):
+            outputs.logits[k, :, len(asked):] = -torch.inf  # where others of the batch have more classes, empty ones fill up
+        results = getattr(self.processor, "image_processor", self.processor).post_process_object_detection(
+            outputs, threshold=self.floor, target_sizes=[(picture.height, picture.width) for picture in pictures])
+        return [as_detections(names, r["labels"], r["scores"], r["boxes"]) for names, r in zip(labels, results)]
 
 
 def class_logits(logits, input_ids, tokenizer):
@@ -172,20 +161,6 @@ def class_logits(logits, input_ids, tokenizer):
     member = (place[:, :, None] == torch.arange(int(place.max()), device=place.device)) & word[:, :, None]  # (B, T, C)
     weight = member / member.sum(1, keepdim=True).clamp(min=1)
     return (logits[:, :, :weight.shape[1]].sigmoid() @ weight.to(logits.dtype)).logit()
-
-
-def load_expert(args, classes, model, processor):
-    """What --expert names, open ones being told `classes`."""
-    try:
-        if args.expert == "none":
-            return OwnAnswers(model, processor)
-        if args.expert.endswith(".pt"):
-            return Detector(args.expert, args.absent, args.device, classes)
-        if "/" in args.expert:
-            return HubDetector(args.expert, args.absent, args.device)
-    except Exception as error:  # of many kinds: no such file or model, not weights, no connection, a package that is missing
-        stop(f"--expert {args.expert}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    stop(f"--expert {args.expert}: expected ultralytics weights (*.pt), a transformers detector (owner/name, or a folder) or none")
 
 
 class OwnAnswers:
@@ -200,69 +175,69 @@ class OwnAnswers:
     def examine(self, images, questions):
         found = []
         for image, names in zip(images, questions):
-            asked = [YES_NO_PROMPT.format(object=name) for name in names]
+            asked = [f"Is there a {name} in the image? Answer yes or no." for name in names]
             inputs = common.encode_prompts(self.processor, asked, [image] * len(asked)).to(self.model.device)
             log_p = self.model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)  # (names, V)
             odds = log_p[:, self.yes].logsumexp(-1) - log_p[:, self.no].logsumexp(-1)  # (names,)
-            found.append([{"object": name, "confidence": round(p, 4), "box": None}
-                          for name, p in zip(names, odds.sigmoid().tolist())])
+            found.append([{"object": n, "confidence": round(p, 4), "box": None} for n, p in zip(names, odds.sigmoid().tolist())])
         return found
+
+
+def load_expert(name, classes, model, processor, args):
+    try:
+        return OwnAnswers(model, processor) if name == "none" else Detector(name, args.absent, args.device, classes) if \
+            name.endswith(".pt") else HubDetector(name, args.absent, args.device)
+    except Exception as error:  # of many kinds: no such file or model, not a detector, no connection, a package that is missing
+        stop(f"--expert {name}: expected ultralytics weights (*.pt), a transformers detector (owner/name, or a folder) or none; "
+             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 # ---- Data: what to verify, candidates, findings, pairs ---------------------------------------------------------------
 def load_items(args, folder):
     """(rows to verify {id, image, prompt[, chosen, rejected]}, counts): given pairs, or one row for each picture of a folder."""
-    if args.pairs:
-        _, readable, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)
-    else:
-        prompts = [line.strip() for line in Path(args.prompts).read_text().split("\n") if line.strip()] if args.prompts else PROMPTS
-        images = Path(args.images).resolve()
+    readable, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)[1:] if args.pairs else ([], Counter())
+    if args.images:
+        images, lines = Path(args.images).resolve(), Path(args.prompts).read_text().split("\n") if args.prompts else PROMPTS
+        prompts = [line.strip() for line in lines if line.strip()]
         paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not prompts or not paths or not images.is_relative_to(args.image_root):
-            stop(f"{args.prompts} holds no prompt" if not prompts else f"no images under {images}" if not paths else
-                 f"--images {images} does not lie under --image-root {args.image_root}")
-        rows = [{"id": f"{path.relative_to(images).with_suffix('').as_posix()}-0", "image": path.relative_to(args.image_root)
-                 .as_posix(), "prompt": prompts[row_seed(args.seed, "prompt", path.name) % len(prompts)]} for path in paths]
-        readable, counts = [], Counter({"rows read": len(rows[:args.limit])})
-        for row in rows[:args.limit]:
+        if not prompts or not paths:
+            stop(f"no images under {images}" if prompts else f"{args.prompts} holds no prompt")
+        for path in paths[:args.limit]:
+            counts["rows read"] += 1
             try:
-                readable.append({**row, "image": place_image(row["image"], args.image_root, folder)})
+                readable.append({"id": f"{path.relative_to(images).with_suffix('').as_posix()}-0",
+                                 "image": place_image(path, args.image_root, folder),
+                                 "prompt": prompts[row_seed(args.seed, "prompt", path.name) % len(prompts)]})
             except Skip as skip:
                 counts[f"skipped: {skip.args[0]}"] += 1
-                print(f"skipped {row['image']}: {skip.args[0]}")
+                print(f"skipped {path}: {skip.args[0]}")
     for source in args.exclude:
         readable = without_overlap(readable, source, args.image_root, counts)
     return readable or stop(f"no row is left: {dict(counts)}; --image-root tells where relative paths start"), counts
 
 
-def difference_hash(picture):
+def difference_hash(path):
     """64 bits, one for each cell of an 8 x 8 grid: is it darker than its right neighbour? Survives scaling and re-encoding."""
-    grey = picture.convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()  # 8 rows of 9 cells
+    grey = common.load_image(path).convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()  # 8 rows of 9 cells
     return sum((grey[9 * y + x] < grey[9 * y + x + 1]) << 8 * y + x for y in range(8) for x in range(8))
 
 
 def without_overlap(items, source, image_root, counts):
-    """The items that do not recur in the evaluation set `source`: no image within 2 of 64 bits of one of its images, and no
-    response that is one of its responses but for case, punctuation and spacing. Responses below 20 characters ("Yes, there
-    is.") recur by chance and are not compared. The losses go into counts."""
-    def words(text):
-        return " ".join(re.findall(r"\w+", text.lower()))
-
+    """The items without an image within 2 of 64 bits of one in the evaluation set `source`, or a response equal to one there but
+    for case, punctuation and spacing (not compared below 20 characters: "Yes, there is." recurs by chance)."""
     def texts(row):
-        return {words(row[side]) for side in ("chosen", "rejected") if len(words(row.get(side, ""))) >= 20}
+        plain = (" ".join(re.findall(r"\w+", row.get(side, "").lower())) for side in ("chosen", "rejected"))
+        return {text for text in plain if len(text) >= 20}
 
     root = Path(source) if Path(source).is_dir() else Path(source).parent
     with tempfile.TemporaryDirectory() as scratch:
         rows = read_pairs(source, root, scratch)[1]
-        hashes = {difference_hash(common.load_image(root / row["image"])) for row in rows}
-    known, kept, similar = set().union(*map(texts, rows)), [], {}
-    for item in items:
-        if (image := item["image"]) not in similar:
-            code = difference_hash(common.load_image(Path(image_root) / image))
-            similar[image] = any((code ^ other).bit_count() <= 2 for other in hashes)
-        reason = "image" if similar[image] else "response" if texts(item) & known else None
-        kept += [] if reason else [item]
-        counts[f"excluded: {reason} of {Path(source).name}"] += bool(reason)
+        known, hashes = set().union(*map(texts, rows)), {difference_hash(root / row["image"]) for row in rows}
+    codes = {image: difference_hash(Path(image_root) / image) for image in {item["image"] for item in items}}
+    seen = {image for image, code in codes.items() if any((code ^ other).bit_count() <= 2 for other in hashes)}
+    fresh = [item for item in items if item["image"] not in seen]
+    kept = [item for item in fresh if not texts(item) & known]
+    counts.update({f"excluded: image in {source}": len(items) - len(fresh), f"excluded: text in {source}": len(fresh) - len(kept)})
     return kept
 
 
@@ -288,9 +263,8 @@ def examine(questions, expert, folder, args):
         asked = {row["id"]: list(dict.fromkeys(questions[row["id"]])) for row in chunk}
         names = [name for name in asked if asked[name] or expert.classes]  # an open expert needs something to look for
         found = dict(zip(names, expert.examine([Path(args.image_root) / name for name in names], [asked[n] for n in names])))
-        for name, classes in asked.items():
-            if name not in done:
-                writer.write({"id": name, "asked": classes, "detections": found.get(name, [])})
+        for name in (name for name in asked if name not in done):
+            writer.write({"id": name, "asked": asked[name], "detections": found.get(name, [])})
         bar.update(len(chunk))
     return {row["id"]: row for row in writer.rows}
 
@@ -300,34 +274,28 @@ def read_detections(path, images, vocabulary):
     found = {row["id"]: row for row in read_jsonl(path, ("id", "detections"))}
     for row in found.values():
         try:
-            for one in row["detections"]:
-                assert isinstance(one["object"], str) and 0 <= one["confidence"] <= 1, "object: text, confidence: 0 to 1"
-                assert one["box"] is None or len([float(v) for v in one["box"]]) == 4, "box: [x1, y1, x2, y2] in pixels, or null"
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            stop(f"{path} row {row['id']!r}, field detections: {error!r}")
-    check_fit((one["object"] for row in found.values() for one in row["detections"]), vocabulary.values(), path, "the vocabulary")
+            wrong = [d for d in row["detections"] if not 0 <= d["confidence"] <= 1 or len(d["box"] or "none") != 4 or not d["object"]]
+        except (KeyError, TypeError) as error:
+            wrong = [repr(error)]
+        if wrong:
+            stop(f"{path} row {row['id']!r}, field detections: not {{object, confidence: 0 to 1, box: 4 numbers or null}}: {wrong[0]}")
+    check_fit({d["object"] for row in found.values() for d in row["detections"]}, {*vocabulary.values()}, path, "the vocabulary")
     missing = [image for image in images if image not in found]
-    if missing:
-        stop(f"{path} has no row for {len(missing)} of {len(images)} images, such as id {missing[0]!r}")
-    return found
+    return stop(f"{path} has no row for {len(missing)} of {len(images)} images, such as id {missing[0]!r}") if missing else found
 
 
 def read_vocabulary(path):
     try:
-        vocabulary = json.loads(Path(path).read_text())
-        assert vocabulary and all(isinstance(text, str) for pair in vocabulary.items() for text in pair), "not {phrase: class}"
-        return vocabulary
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
-        stop(f"--vocabulary {path}: {error}")
+        return {phrase.lower(): name + "" for phrase, name in json.loads(Path(path).read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        stop(f"--vocabulary {path}: expected json {{phrase: class}}; {error}")
 
 
 def check_fit(names, known, what, where):
-    """Stop where none of the class names is known, count those that are not."""
-    unknown = sorted({*names} - {*known})
-    if unknown and len(unknown) == len({*names}):
-        stop(f"no class of {what} ({', '.join(unknown[:5])}) is one of {where} ({', '.join(sorted(known)[:5])})")
-    if unknown:
-        print(f"{len(unknown)} of {len({*names})} classes of {what} are none of {where}: {', '.join(unknown[:5])}")
+    """Stop where no class name is known; else say which are not (they stay unsure)."""
+    if unknown := sorted(names - known):
+        message = f"{len(unknown)} of {len(names)} classes of {what} are not among those of {where}: {', '.join(unknown[:5])}"
+        print(message) if names & known else stop(f"{message}; it has {', '.join(sorted(known)[:5])}")
 
 
 def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, seed):
@@ -379,8 +347,8 @@ def draw_contact_sheet(rows, findings, image_root, path, n=12):
             x1, y1, x2, y2 = found["box"]
             axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime"))
             axis.text(x1, y1, f"{found['object']} {found['confidence']:.2f}", fontsize=7, color="lime", va="bottom")
-        why = f"absent: {', '.join(row['hallucinated'])} ({row['source']})"
-        for k, (text, colour) in enumerate((("+ " + row["chosen"], "green"), ("- " + row["rejected"], "firebrick"), (why, "black"))):
+        for k, (text, colour) in enumerate((("+ " + row["chosen"], "green"), ("- " + row["rejected"], "firebrick"), (
+                f"absent: {', '.join(row['hallucinated'])} ({row['source']})", "black"))):
             axis.text(0, -0.03 - 0.11 * k, textwrap.fill(text, 52, max_lines=2), fontsize=8, color=colour, va="top",
                       transform=axis.transAxes)
     figure.subplots_adjust(0.01, 0.09, 0.99, 0.98, wspace=0.08, hspace=0.36)
@@ -402,8 +370,7 @@ def parse_args(argv=None):
     add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="policy that writes the candidates, and the judge to be trained")
     add("--max-image-tokens", type=int, help="bound on an image's tokens; default: the processor's own")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--expert", default="yolo11x.pt", help="ultralytics weights (*.pt), a transformers detector (owner/name, or "
-                        "a folder), or none: the policy's own yes/no")
+    source.add_argument("--expert", default="yolo11x.pt", help="*.pt: ultralytics; owner/name: transformers; none: the policy")
     source.add_argument("--detections", help="findings made elsewhere, as in detections.jsonl, instead of an expert")
     add("--vocabulary", help="json {phrase: class}; default: the expert's classes, or COCO's, with plurals and synonyms")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
@@ -435,20 +402,18 @@ def main(args):
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
     writes = args.images or args.expert == "none"
     model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens) if writes else (None, None)
-    expert = None if args.detections else load_expert(args, sorted({*vocabulary.values()}), model, processor)
+    expert = None if args.detections else load_expert(args.expert, sorted({*vocabulary.values()}), model, processor, args)
     classes = expert.classes if expert else None  # None: what it finds is what it is asked about
-    if classes and args.vocabulary:
-        check_fit(vocabulary.values(), classes, "--vocabulary", f"--expert {args.expert}")
-    elif classes:
-        vocabulary = build_vocabulary(classes, SYNONYMS)
+    vocabulary = build_vocabulary(classes, SYNONYMS) if classes and not args.vocabulary else vocabulary
+    everything = sorted({*vocabulary.values()})
+    check_fit({*everything}, {*(classes or everything)}, "--vocabulary", f"--expert {args.expert}")
 
     # 2. candidates, mentions, findings ---------------------------------------------------------------------------
     texts = write_candidates(items, model, processor, folder, args) if args.images else \
         {item["id"]: [item["chosen"], item["rejected"]] for item in items}
     mentions = {item["id"]: [find_mentions(text, vocabulary) for text in texts[item["id"]]] for item in items}
-    co_occurrence = Counter(frozenset((a, b)) for per_text in mentions.values() for names in per_text
-                            for a in names for b in names if a < b)
-    swaps, questions, everything = {}, {}, sorted(set(vocabulary.values()))
+    co_occurrence = Counter(frozenset((a, b)) for row in mentions.values() for text in row for a in text for b in text if a < b)
+    swaps, questions = {}, {}
     for item in items:
         named = list(dict.fromkeys(name for names in mentions[item["id"]] for name in names))
         rng = random.Random(row_seed(args.seed, "swap", item["id"]))
@@ -466,15 +431,14 @@ def main(args):
         row, reason = build_pair(item, texts[key], mentions[key], swaps[key], found, status, vocabulary, args.seed)
         reasons[f"dropped: {reason}" if reason else "pairs made"] += 1
         rows += [row] if row else []
-    if not rows:
-        stop(f"no pair could be made: {dict(reasons)}; mentions were {dict(statuses)}. Check --expert, --vocabulary, --absent")
-    rows = assign_splits(rows, args.validation, args.train, args.seed)
+    rows = assign_splits(rows, args.validation, args.train, args.seed) or stop(
+        f"no pair could be made: {dict(reasons)}; mentions were {dict(statuses)}. Check --expert, --vocabulary, --absent")
 
     # 4. save and report ------------------------------------------------------------------------------------------
     common.write_jsonl(folder / "preferences.jsonl", rows)
     common.write_json(folder / "vocabulary.json", vocabulary)
     draw_contact_sheet(rows, findings, args.image_root, folder / "contact_sheet.png")
-    counts |= dict(reasons) | {f"  {k} pairs": v for k, v in Counter(row["source"] for row in rows).items()}
+    counts = {**counts, **reasons, **{f"  {k} pairs": v for k, v in Counter(row["source"] for row in rows).items()}}
     counts |= {f"  in split {k}": v for k, v in Counter(row["split"] for row in rows).items()}
     counts |= {f"mentions {k}": statuses[k] for k in ("present", "absent", "unsure")}
     finish_stage(folder, args, counts, [path for path in (args.pairs, args.detections) if path and Path(path).is_file()],

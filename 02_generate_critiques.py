@@ -22,10 +22,8 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 from collections import Counter, defaultdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -136,28 +134,11 @@ COMPOUNDS = {**dict.fromkeys(NONE + [plural(phrase) for phrase in NONE]),  # phr
 
 # A negation reaches from its cue to whatever opens another thought (ENDS); a comma ends it too unless "or" follows ("no
 # cars, buses or trucks"). What is definite exists ("not looking at the dog"), except right after "without".
-CUES = (r"no(?! (?:doubt|more|less|fewer|longer|matter|wonder|problem|one|(?:signs?|traces?|evidence) of)\b)(?= \w)|"
-        r"neither|never|nor(?: (?:is|are|was|were) there| do(?:es)? (?:it|the image) \w+)?|"
-        r"(?:\w+n't|not|cannot)(?! (?:only|just|merely|simply|to mention|far|too|very|sure|clear|necessarily|all|every|"
-        r"many|much|yet|fully|entirely|completely|quite|directly)\b)|"
-        r"(?:without(?! \w+ing\b)|instead of|rather than|lack(?:s|ing)|"
-        r"(?:absence|devoid|free|lack|no (?:signs?|traces?|evidence)) of)(?: (?:the|its|his|her|their))?")
-ENDS = (r"but|with|while|although|though|however|except|besides|that|which|who|where|because|since|so|as|is|are|was|"
-        r"were|has|can|there|the|this|these|those|his|her|their|its|it|he|she|they|you|we|just|only|instead(?! of)|on|"
-        r"in|at|near|behind|under|beside|next|around|along|between|from|by|over|through|for|into|"
-        r"and (?:an?|one|two|three|some|several)|to(?! (?:be|have|contain|include|show)\b)|"
-        r"(?<!not )(?<!n't )(?<!be )\w+ing an?")  # "a man with no shirt eating a donut", but "not eating a donut"
+CUES, ENDS, NOT_THERE, AS_A_THING = ("".join(line for line in part.split("\n") if line[:1] != "#") for part in
+                                     (Path(__file__).parent / "assets/negation.txt").read_text().split("\n\n"))
 NEGATED = re.compile(rf"\b(?:{CUES})\b(?:(?!\b(?:{ENDS})\b(?! any\b))"
                      r"(?:[^,.;:!?\n()—]|,(?=[^.;:]{0,60}\b(?:or|nor)\b)))*")
-NOT_THERE = re.compile(
-    r"(?:,? (?:and|or|nor) [\w ]{1,20}?)? (?:is|are|was|were)(?: absent| nowhere| missing(?! an?\b)|"
-    r"(?: not|n't) (?:present|visible|seen|shown|depicted|there|in (?:the|this) (?:image|picture|photo|scene)))\b")
-# A colour or a game more often than a thing: counted after an article or a fruit, unless a noun or a colour follows
-RARELY_THINGS = {"orange", "baseball", "basketball", "football", "volleyball"}
-AS_A_THING = re.compile(
-    r"\b(?:an?|one|the|whole|half|peeled|sliced|fresh|(?:apple|banana|lemon)s?,?(?: and| or)?) (\w+)(?=$| (?:"
-    r"and (?:an?|the|one|two|some)|or|is|in|on|at|near|next|beside|with|that|which|from|to|towards?|into|through|over|"
-    r"under|behind|while|as|across|sits|lying|sitting)\b|(?! |, (?:black|white|red|yellow|brown)\b)\W)")
+RARELY_THINGS = {"orange", "baseball", "basketball", "football", "volleyball"}  # counted only if used AS_A_THING
 
 
 def find_mentions(text, vocabulary):
@@ -187,12 +168,12 @@ def mention_spans(text, vocabulary):
             found.append((words[i].start(), words[i + n - 1].end(), phrase))
         i += n
     negated = [match.span() for match in NEGATED.finditer(text)]
-    things = {match.start(1) for match in AS_A_THING.finditer(text)}
+    things = {match.start(1) for match in re.finditer(AS_A_THING, text)}
     mentions = []
     for (start, end, phrase), (next_start, _, next_phrase) in zip(found, [*found[1:], (-1, -1, "")]):
         modifier = (text[end:next_start] == " " and " " not in next_phrase  # "baby" of "baby elephant"
                     or re.match(r"-\w", text[end:]))  # "dog" of "dog-friendly"
-        denied = any(a <= start < b for a, b in negated) or NOT_THERE.match(text, end)
+        denied = any(a <= start < b for a, b in negated) or re.match(NOT_THERE, text[end:])
         if phrases[phrase] in known and not (modifier or denied or (phrase in RARELY_THINGS and start not in things)):
             mentions.append((start, end, phrases[phrase]))
     return mentions
@@ -211,17 +192,15 @@ def swap_object(text, old, new, vocabulary):
     return text
 
 
-# ---- Preference pairs as others publish them: what a row says, whatever its columns ----------------------------------
+# ---- Preference pairs as others publish them: what a row says, whatever its columns (read for stages 01 and 05) ------
 class Skip(Exception):
     """Skip(reason, field): why a row cannot be used."""
 
 
 def turns_of(messages, role):
     """[(role, text)] of a string, or of the messages of TRL (role, content: text or blocks) and LLaVA (from, value)."""
-    if isinstance(messages, str):
-        return [(role, messages)]
     turns = []
-    for turn in messages or ():
+    for turn in [{"role": role, "content": messages}] if isinstance(messages, str) else messages or ():
         role, content = turn.get("role") or turn["from"], turn.get("content") or turn.get("value") or ""
         if not isinstance(content, str):  # Arrow gives the image blocks a "text" too: None
             content = "\n".join(block["text"] for block in content if block.get("text"))
@@ -231,7 +210,9 @@ def turns_of(messages, role):
 
 def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
     """The last assistant turns are paired; the turns before them are the prompt, with their roles if there are several."""
-    context, good, bad = turns_of(row[prompt], "user"), turns_of(row[chosen], "assistant"), turns_of(row[rejected], "assistant")
+    row = dict(zip(("question", "chosen", "rejected"), row)) if isinstance(row, list) else row  # RLHF-V has objects or lists
+    context, good, bad = (turns_of(row.get(field), role) for field, role in (
+        (prompt, "user"), (chosen, "assistant"), (rejected, "assistant")))
     for name, field, turns in (("chosen", chosen, good), ("rejected", rejected, bad)):
         while turns and turns[-1][0] != "assistant":
             turns.pop()
@@ -244,51 +225,37 @@ def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
     return {"prompt": text, "chosen": good[-1][1], "rejected": bad[-1][1]}
 
 
-def from_rlhf_v(row):
-    text = json.loads(row["text"]) if isinstance(row["text"], str) else row["text"]
-    return from_messages(text if isinstance(text, dict) else dict(zip(("question", "chosen", "rejected"), text)), "question")
+def from_two(prompt, responses, best, **other):
+    return {"prompt": prompt, "chosen": responses[best], "rejected": responses[1 - best], **other}
 
 
-CRITIC_PROMPT = re.compile(  # a response may hold brackets itself, so each ends where the next one starts, the last at the last ]
-    r"Question: \[(.*?)\]\s*(?:The first response|Response [1A]): \[(.*?)\]\s*(?:The second response|Response [2B]): \[(.*)\]",
-    re.DOTALL)
-CRITIC_CHOICE = re.compile(r"better response(?: is)?\W*(?:Response )?(first|second|1|2|A|B)\b", re.IGNORECASE)
+CRITIC_PROMPT = re.compile(  # responses may hold brackets: each ends where the next one starts, the last one at the last bracket
+    r"(?s)Question: \[(.*?)\]\s*(?:The first response|Response [1A]): \[(.*?)\]\s*"
+    r"(?:The second response|Response [2B]): \[(.*)\]")
 
 
 def from_critic(row):
     asked, said = (turn["value"] for turn in row["conversations"][:2])
-    parts, choices = CRITIC_PROMPT.search(asked), CRITIC_CHOICE.findall(said)
+    parts, choices = CRITIC_PROMPT.search(asked), re.findall(r"(?i)better response\W*(?:(first|1|A)|second|2|B)\b", said)
     if not parts or not choices:
         raise Skip("tie" if parts and "equally" in said.lower() else "unparseable judgement", "conversations")
-    prompt, first, second = parts.groups()
-    better, worse = (first, second) if choices[-1].lower() in ("first", "1", "a") else (second, first)
-    return {"prompt": prompt, "chosen": better, "rejected": worse}
+    return from_two(parts[1], parts.groups()[1:], 0 if choices[-1] else 1)
 
 
 def from_vl_rewardbench(row):
-    if sorted(row["human_ranking"]) != [0, 1]:
-        raise Skip("no ranking of two responses", "human_ranking")
     category = {"RLAIF": "hallucination", "RLHF": "hallucination", "hallucination": "hallucination", "mathverse": "reasoning",
                 "mmmu": "reasoning"}.get(re.split("[_-]", row["id"])[0], "general")  # the published rule, by prefix of the id
-    best = list(row["human_ranking"]).index(0)
-    return {"prompt": row["query"], "chosen": row["response"][best], "rejected": row["response"][1 - best], "category": category}
+    return from_two(row["query"], row["response"], [[0, 1], [1, 0]].index(list(row["human_ranking"])), category=category)
 
 
-def from_multimodal_rewardbench(row):
-    outputs = ("Output1", "Output2")
-    worse = outputs[1 - outputs.index(row["Better"])]
-    return {"id": row["ID"], "image": row["Image"], "prompt": row["Text"], "chosen": row[row["Better"]], "rejected": row[worse],
-            "category": row["Category"]}
-
-
-FORMATS = {  # name: (columns it is known by, what a row of it says); the first that fits a file's first row
-    "POVID": ("conversations rejected_conversations", partial(
-        from_messages, prompt="", chosen="conversations", rejected="rejected_conversations")),
+FORMATS = {  # name: (columns it is known by, in lower case; what a row says); the first that fits a file's first row
+    "POVID": ("conversations rejected_conversations", lambda row: from_messages(row, "", "conversations", "rejected_conversations")),
     "LLaVA-Critic pairwise": ("conversations image", from_critic),
     "VL-RewardBench": ("id query response human_ranking image", from_vl_rewardbench),
-    "Multimodal RewardBench": ("ID Text Image Output1 Output2 Better Category", from_multimodal_rewardbench),
-    "RLAIF-V": ("question chosen rejected image", partial(from_messages, prompt="question")),
-    "RLHF-V": ("text image", from_rlhf_v),
+    "Multimodal RewardBench": ("id text image output1 output2 better category", lambda row: from_two(
+        row["text"], (row["output1"], row["output2"]), ("Output1", "Output2").index(row["better"]), category=row["category"])),
+    "RLAIF-V": ("question chosen rejected image", lambda row: from_messages(row, "question")),
+    "RLHF-V": ("text image", lambda row: from_messages(json.loads(row["text"]), "question")),
     "preferences.jsonl": ("image prompt chosen rejected evidence", from_messages),
     "TRL preferences": ("image chosen rejected", from_messages),
     "TRL preferences (images)": ("images chosen rejected", from_messages)}
@@ -297,95 +264,75 @@ FORMATS = {  # name: (columns it is known by, what a row of it says); the first 
 def read_rows(source):
     """((file, number from 1), row) of a parquet, json or jsonl file, a folder of such, or a hub id[:config]; pictures as bytes."""
     from datasets import load_dataset  # slow to import
-    path = Path(source)
-    files = sorted(p for p in path.rglob("*.*") if p.suffix in (".parquet", ".json", ".jsonl")) if path.is_dir() else [path]
-    for file in files or common.stop(f"{source} holds no .parquet, .json or .jsonl file"):
+    files = sorted(p for p in Path(source).rglob("*.*") if p.suffix in (".parquet", ".json", ".jsonl"))  # [] where it is no folder
+    for file in files or [Path(source)]:
         number = 0
         try:
             if file.suffix == ".parquet":
                 rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True, batch_size=64).decode(False)
-            elif file.exists():
-                with file.open() as lines:
-                    array = lines.read(1) == "["
-                rows = json.loads(file.read_text()) if array else (json.loads(line) for line in file.open() if line.strip())
-            elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)):
+            elif file.suffix in (".json", ".jsonl") or file.exists():
+                lines = file.open()
+                is_array = lines.read(1) == "["
+                lines.seek(0)
+                rows = json.load(lines) if is_array else map(json.loads, filter(str.strip, lines))
+            else:
                 splits = load_dataset(*str(source).split(":"), streaming=True)
                 rows = splits["train" if "train" in splits else min(splits)].decode(False)
-            else:
-                common.stop(f"{source} does not exist")
             for number, row in enumerate(rows, 1):
+                assert isinstance(row, dict), f"row {number} is no JSON object"
                 yield (file, number), row
         except Exception as error:  # of many kinds: not JSON, not parquet, no such data set, no connection, a choice of configs
             common.stop(f"{file} after row {number}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def find_image(name, image_root):
-    """Path under image_root of the first of these that is there: the name, its base name, the COCO id's 2014 and 2017 files."""
-    number = re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{12})\.jpg|(\d{1,12})", str(name))
-    names = [str(name), Path(str(name)).name]
-    for split in ("train2014", "val2014", "train2017", "val2017") if number else ():
-        file = (f"COCO_{split}_" if "2014" in split else "") + f"{int(number[1] or number[2]):012d}.jpg"
-        names += [file, f"{split}/{file}"]
-    for name in names:
-        if (Path(image_root) / name).is_file():
-            return name
-    raise Skip("missing image", "image")
-
-
 def place_image(image, image_root, folder):
-    """The path of a row's picture (path, COCO id, {"bytes", "path"}, or a list of one of these), once it has been decoded.
-
-    Path(image_root) / path is the picture. What lies under image_root keeps its path there; embedded bytes are written as
-    they are to folder/images/<hash>.<format>, and that path is absolute unless the folder too lies under image_root.
-    """
-    if isinstance(image, (list, tuple)):
-        if len(image) > 1:
-            raise Skip("more than one image", "images")
-        image = image[0] if image else None
+    """Decodes a row's picture (path, COCO id, {"bytes", "path"}, or a list of one of these) and returns a path for it: from
+    image_root where it lies there, else absolute, so that Path(image_root) / path is the picture either way. Embedded bytes are
+    written as they are to folder/images/<hash>.<format>: absolute, unless the folder lies under image_root."""
+    if isinstance(image, (list, tuple)) and len(image) > 1:
+        raise Skip("more than one image", "images")
+    image = image[0] if isinstance(image, (list, tuple)) and image else image
     data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, image)
-    if data is None:
-        name = find_image(name, image_root) if name is not None else find_image("", image_root)
+    root, name = Path(image_root).resolve(), str(name or "")
+    if not data:  # the first that is there: the name, its base name, the COCO id's files of 2014 and 2017
+        number, names = re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{12})\.jpg|(\d{1,12})", name), [name, Path(name).name]
+        for split in ("train2014", "val2014", "train2017", "val2017") if number else ():
+            file = (f"COCO_{split}_" if "2014" in split else "") + f"{int(number[1] or number[2]):012d}.jpg"
+            names += [file, f"{split}/{file}"]
+        file = next((root / name for name in names if (root / name).is_file()), None)
+        if file is None:
+            raise Skip("missing image", "image")
     try:
-        with Image.open(io.BytesIO(data) if data is not None else Path(image_root) / name) as picture:
-            kind = picture.format.lower()
+        with Image.open(io.BytesIO(data) if data else file) as picture:
+            kind = picture.format.lower().replace("jpeg", "jpg")
             picture.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size: fast, and still to its last byte
             picture.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise Skip("picture that does not decode", "image") from None
-    if data is None:
-        return name
-    file = Path(folder).resolve() / "images" / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind.replace('jpeg', 'jpg')}"
-    if not file.exists():
+    if data:
+        file = Path(folder).resolve() / "images" / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(".partial")
-        scratch.write_bytes(data)
-        os.replace(scratch, file)  # whole or not at all
-    root = Path(image_root).resolve()
+        file.with_suffix(".partial").write_bytes(data)
+        file.with_suffix(".partial").replace(file)  # whole or not at all
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
 def read_pairs(source, image_root, folder, limit=None):
-    """(format name, rows {id, image, prompt, chosen, rejected[, category]}, counts of rows read and skipped by reason).
-
-    source: as in read_rows; at most `limit` rows are read. ids are the source's own where it has them, made unique;
-    images: see place_image. Of each reason to skip the first row is named. Unknown columns or nothing left: stop.
-    """
+    """(format name, rows {id, image, prompt, chosen, rejected[, category]}, Counter of "rows read", "skipped: <reason>") of
+    the first `limit` rows of a source (see read_rows). ids are the source's own where it has them, made unique; images: see
+    place_image. Of each reason to skip the first row is named. Unknown columns or nothing left: stop."""
     name, rows, counts, ids, seen = None, [], Counter(), set(), set()
     for k, ((file, number), row) in enumerate(islice(read_rows(source), limit)):
+        row = defaultdict(lambda: None, {column.lower(): value for column, value in row.items()})
         if number == 1:
-            fits = [n for n, (columns, _) in FORMATS.items() if isinstance(row, dict) and set(columns.split()) <= set(row)]
-            if not fits or name not in (None, fits[0]):
-                known = "; ".join(f"{n}: {columns.replace(' ', ', ')}" for n, (columns, _) in FORMATS.items())
-                common.stop(f"{file} row 1: the columns {', '.join(row)} " + (
-                    f"are those of {fits[0]}, the files before it are {name}" if fits else f"are none of these formats: {known}"))
-            name = fits[0]
+            fits = next((n for n, (columns, _) in FORMATS.items() if {*columns.split()} <= {*row} and name in (None, n)), None)
+            name = fits or common.stop(f"{file} row 1: the columns {', '.join(row)} are not those of {name or 'a known format: '}" + (
+                "" if name else "; ".join(f"{n} ({columns})" for n, (columns, _) in FORMATS.items())))
         counts["rows read"] += 1
         try:
-            row = defaultdict(lambda: None, row)
             row = {"id": row["id"], "image": row["image"] or row["images"], **FORMATS[name][1](row)}
-            for side in ("chosen", "rejected"):
-                if not (row[side] or "").strip():
-                    raise Skip(f"no {side}", side)
+            if missing := [side for side in ("chosen", "rejected") if not (row[side] or "").strip()]:
+                raise Skip(f"no {missing[0]}", missing[0])
             if row["chosen"].strip() == row["rejected"].strip():
                 raise Skip("identical responses", "rejected")
             row["prompt"] = re.sub(r"<image>\n?|\n<image>", "", row["prompt"] or "")
@@ -399,16 +346,13 @@ def read_pairs(source, image_root, folder, limit=None):
                 print(f"skipped {file} row {number}, field {field}: {reason} (later ones are only counted)")
             continue
         seen.add(content)
-        row["id"] = f"{Path(row['image']).stem}-{k}" if row["id"] is None else str(row["id"])
+        row["id"] = str(row["id"] or f"{Path(row['image']).stem}-{k}")
         while row["id"] in ids:
             row["id"] += f"-{k}"
         ids.add(row["id"])
         rows.append(row)
-    if not rows:
-        common.stop(f"{source} is empty" if not counts else f"{source}: no row is left of {dict(counts)}; --image-root tells "
-                    "where image paths start")
     print(f"{source}: read as {name}, {len(rows)} of {counts['rows read']} rows")
-    return name, rows, counts
+    return name, rows or common.stop(f"{source} holds no usable row: {dict(counts)}; --image-root is {image_root}"), counts
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -442,8 +386,7 @@ def keep_distinct(samples):
     """The kept critiques, each text once per question."""
     seen, kept = set(), []
     for row in samples:
-        key = (row["pair_id"], row["order"], row["critique"])
-        if row["dropped"] is None and key not in seen:
+        if row["dropped"] is None and (key := (row["pair_id"], row["order"], row["critique"])) not in seen:
             seen.add(key)
             kept.append({name: value for name, value in row.items() if name not in ("dropped", "log_odds")})
     return kept
@@ -479,24 +422,22 @@ def main(args):
     source = Path(args.run) / "01_preferences" / "preferences.jsonl"
     vocabulary = json.loads(source.with_name("vocabulary.json").read_text())
     pairs = read_jsonl(source, ("id", "image", "prompt", "chosen", "rejected", "split", "evidence"))
-    pairs = [pair for pair in pairs if pair["split"] == "train"][:args.pairs]
-    if not pairs:
-        common.stop(f"{source} has no pair in split 'train': lower --validation in stage 01")
+    pairs = [pair for pair in pairs if pair["split"] == "train"][:args.pairs] or common.stop(
+        f"{source} has no pair in split 'train': lower --validation in stage 01")
     model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
 
     # 2. write, filter --------------------------------------------------------------------------------------------
     samples = write_critiques(pairs, model, processor, vocabulary, folder / "samples.jsonl", args.critiques, True, args, args.seed)
-    kept = keep_distinct(samples)
-    if not kept:
-        common.stop(f"no critique was kept: {dict(Counter(row['dropped'] for row in samples))}; read {folder}/samples.jsonl")
+    kept = keep_distinct(samples) or common.stop(
+        f"no critique was kept: {dict(Counter(row['dropped'] for row in samples))}; read {folder}/samples.jsonl")
 
     # 3. save and report ------------------------------------------------------------------------------------------
     common.write_jsonl(folder / "critiques.jsonl", kept)
     counts = {"critiques written": len(samples)}
     counts |= {f"dropped: {reason}": n for reason, n in Counter(row["dropped"] for row in samples).most_common() if reason}
-    counts |= {"repeated": sum(row["dropped"] is None for row in samples) - len(kept), "kept": len(kept)}
-    counts |= {f"  kept in order {order}": n for order, n in sorted(Counter(row["order"] for row in kept).items())}
+    counts |= {"repeated": sum(row["dropped"] is None for row in samples) - len(kept), "kept": len(kept)} | {
+        f"  kept in order {order}": n for order, n in sorted(Counter(row["order"] for row in kept).items())}
     counts |= {"  kept without checks": sum(not parse_checks(row["critique"]) for row in kept),
                "  questions with a kept critique": len({(row["pair_id"], row["order"]) for row in kept}),
                "  median length in words": round(median(len(row["critique"].split()) for row in kept))}
