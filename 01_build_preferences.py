@@ -18,9 +18,11 @@ Writes 01_preferences/: candidates.jsonl, detections.jsonl, vocabulary.json, con
     python 01_build_preferences.py --images coco/train2017       # one GPU: Qwen2-VL-7B writes, YOLO11x verifies
 """
 import argparse
+import importlib
 import json
 import random
 import re
+import tempfile
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -33,12 +35,15 @@ from PIL import Image
 import common
 from common import RowWriter, finish_stage, in_chunks, read_jsonl, row_seed, start_stage, stop
 
+two = importlib.import_module("02_generate_critiques")  # the language side: what texts claim, what published files say
+COCO_VOCABULARY, SYNONYMS, Skip, swap_object = two.COCO_VOCABULARY, two.SYNONYMS, two.Skip, two.swap_object
+build_vocabulary, find_mentions, place_image, read_pairs = two.build_vocabulary, two.find_mentions, two.place_image, two.read_pairs
+
 PROMPTS = ["Describe this image in detail.", "What objects are in this image?", "Write a caption that names what you see.",
            "What is happening in this picture?", "Describe the scene and the objects in it."]
-YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."
 
 
-# ---- The method: verification and pairing (mentions below) -----------------------------------------------------------
+# ---- The method: verification and pairing (mentions: stage 02) -----------------------------------------------------
 def verify(mentions, detections, present, absent, known):
     """{object: "present" | "absent" | "unsure"} for each mentioned object, from the best detection of its class.
     detections: list of {"object", "confidence" in [0,1], "box"}; known: the classes that the expert can find."""
@@ -52,7 +57,6 @@ def verify(mentions, detections, present, absent, known):
 
 def pair_candidates(candidates, status, swaps, vocabulary, rng):
     """(chosen, rejected, source), or (None, None, reason) where no pair can be made.
-
     candidates: list of (text, mentions); status: {object: "present" | "absent" | "unsure"} for all of them;
     swaps: absent objects to put in where no candidate hallucinates, the preferred first; rng: random.Random of this row.
     chosen names nothing absent and the most present objects; rejected names an absent object and, so that the pair differs
@@ -76,13 +80,9 @@ def pair_candidates(candidates, status, swaps, vocabulary, rng):
 
 def check_given_pair(chosen, rejected, status):
     """None where the expert agrees with a given pair, else the reason to drop it. chosen, rejected: lists of mentions."""
-    if not chosen and not rejected:
-        return "names no object of the vocabulary"
-    if any(status[name] == "absent" for name in chosen):
-        return "chosen hallucinates by the expert"
-    if not any(status[name] == "absent" for name in rejected):
-        return "rejected does not hallucinate by the expert"
-    return None
+    return "names no object of the vocabulary" if not chosen and not rejected else \
+        "chosen hallucinates by the expert" if any(status[name] == "absent" for name in chosen) else \
+        None if any(status[name] == "absent" for name in rejected) else "rejected does not hallucinate by the expert"
 
 
 def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
@@ -92,138 +92,75 @@ def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
     return sorted(weight, key=lambda c: rng.random() ** (1 / weight[c]), reverse=True)[:n]
 
 
-# ---- Mentions: which of the vocabulary's objects a text says are there -----------------------------------------------
-# (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
-PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
-           ("child$", "children"), ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"),
-           (r"\box$", "oxen"), ("(?<=[^s]s)(?<!us)$", ""), ("(kni|li|wi)fe$", r"\1ves"), ("(ca|ea|shel)f$", r"\1ves"),
-           ("(?<=[^aeiou])y$", "ies"), ("(?<=ch|sh|ss|us)$|(?<=x)$", "es"), ("$", "s")]
-
-
-def plural(phrase):
-    """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'knife' -> 'knives', 'skis' -> 'skis'."""
-    noun, of, rest = phrase.partition(" of ")
-    end, new = next((end, new) for end, new in PLURALS if re.search(end, noun))
-    return re.sub(end, new, noun) + of + rest
-
-
-def parse_table(text):
-    """{key: entries} from "key: entry, entry; key; key: entry", where a line end is a space and # starts a comment line."""
-    rows = (" ".join(row.split()).partition(":") for row in re.sub("#.*", "", text).split(";"))
-    return {key.strip(): [entry.strip() for entry in entries.split(",") if entry] for key, _, entries in rows}
-
-
-def build_vocabulary(class_names, synonyms=None):
-    """{phrase: class}: each class's name and synonyms ({class: [phrases]}) with their plurals, in lower case.
-
-    >>> build_vocabulary(["Fire_Truck"], {"Fire_Truck": ["pumper"]}).keys()
-    dict_keys(['fire truck', 'fire trucks', 'pumper', 'pumpers'])
-    """
-    pairs = [(phrase, name) for name in class_names for phrase in [name, *(synonyms or {}).get(name, [])]]
-    words = [(" ".join(re.findall(r"[^\W_]+", phrase.lower())), name) for phrase, name in pairs]
-    return {form: name for phrase, name in words for form in (phrase, plural(phrase))}
-
-
-SYNONYMS, NOT_OBJECTS = map(parse_table, (Path(__file__).parent / "assets/coco_phrases.txt").read_text().split("\n\n"))
-COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
-NONE = [f"{a} {b}".replace("-", " ") for first, (last,) in NOT_OBJECTS.items() for a in first.split() for b in last.split()]
-COMPOUNDS = {**dict.fromkeys(NONE + [plural(phrase) for phrase in NONE]),  # phrase -> class, None for no object at all
-             "child s bed": "bed", "elephant calf": "elephant", "giraffe calf": "giraffe", "sink bowl": "sink",
-             **{f"{name} skis": "person" for name in ("man", "woman", "person", "skier", "boy", "girl")}}  # the verb
-
-# A negation reaches from its cue to whatever opens another thought (ENDS); a comma ends it too unless "or" follows ("no
-# cars, buses or trucks"). What is definite exists ("not looking at the dog"), except right after "without".
-CUES = (r"no(?! (?:doubt|more|less|fewer|longer|matter|wonder|problem|one|(?:signs?|traces?|evidence) of)\b)(?= \w)|"
-        r"neither|never|nor(?: (?:is|are|was|were) there| do(?:es)? (?:it|the image) \w+)?|"
-        r"(?:\w+n't|not|cannot)(?! (?:only|just|merely|simply|to mention|far|too|very|sure|clear|necessarily|all|every|"
-        r"many|much|yet|fully|entirely|completely|quite|directly)\b)|"
-        r"(?:without(?! \w+ing\b)|instead of|rather than|lack(?:s|ing)|"
-        r"(?:absence|devoid|free|lack|no (?:signs?|traces?|evidence)) of)(?: (?:the|its|his|her|their))?")
-ENDS = (r"but|with|while|although|though|however|except|besides|that|which|who|where|because|since|so|as|is|are|was|"
-        r"were|has|can|there|the|this|these|those|his|her|their|its|it|he|she|they|you|we|just|only|instead(?! of)|on|"
-        r"in|at|near|behind|under|beside|next|around|along|between|from|by|over|through|for|into|"
-        r"and (?:an?|one|two|three|some|several)|to(?! (?:be|have|contain|include|show)\b)|"
-        r"(?<!not )(?<!n't )(?<!be )\w+ing an?")  # "a man with no shirt eating a donut", but "not eating a donut"
-NEGATED = re.compile(rf"\b(?:{CUES})\b(?:(?!\b(?:{ENDS})\b(?! any\b))"
-                     r"(?:[^,.;:!?\n()—]|,(?=[^.;:]{0,60}\b(?:or|nor)\b)))*")
-NOT_THERE = re.compile(
-    r"(?:,? (?:and|or|nor) [\w ]{1,20}?)? (?:is|are|was|were)(?: absent| nowhere| missing(?! an?\b)|"
-    r"(?: not|n't) (?:present|visible|seen|shown|depicted|there|in (?:the|this) (?:image|picture|photo|scene)))\b")
-# A colour or a game more often than a thing: counted after an article or a fruit, unless a noun or a colour follows
-RARELY_THINGS = {"orange", "baseball", "basketball", "football", "volleyball"}
-AS_A_THING = re.compile(
-    r"\b(?:an?|one|the|whole|half|peeled|sliced|fresh|(?:apple|banana|lemon)s?,?(?: and| or)?) (\w+)(?=$| (?:"
-    r"and (?:an?|the|one|two|some)|or|is|in|on|at|near|next|beside|with|that|which|from|to|towards?|into|through|over|"
-    r"under|behind|while|as|across|sits|lying|sitting)\b|(?! |, (?:black|white|red|yellow|brown)\b)\W)")
-
-
-def find_mentions(text, vocabulary):
-    """Classes that the text says are there, by first mention, each once. vocabulary: {lower-case phrase: class}.
-
-    >>> find_mentions("No cats, only a dog park, two men with a teddy bear and a baby elephant.", COCO_VOCABULARY)
-    ['person', 'teddy bear', 'elephant']
-    """
-    return list(dict.fromkeys(name for _, _, name in mention_spans(text, vocabulary)))
-
-
-def mention_spans(text, vocabulary):
-    """[(start, end, class)] of each mention in the text, from left to right.
-
-    Whole words, the longest phrase first ("hot dog" is no dog), COMPOUNDS beside the vocabulary's own phrases; negated
-    mentions do not count. Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor", "orange car".
-    """
-    text, phrases = text.lower().replace("’", "'"), COMPOUNDS | vocabulary  # the vocabulary wins
-    known, longest = {*vocabulary.values()}, max(len(phrase.split()) for phrase in phrases)
-    words = list(re.finditer(r"[^\W_]+|[^\w\s'-]", text))  # a comma is a word of its own, so that no phrase crosses it
-    found, i = [], 0  # (start, end, phrase), from left to right
-    while i < len(words):
-        spans = [words[i:i + n] for n in range(longest, 0, -1)]
-        matches = ((len(span), " ".join(word.group() for word in span)) for span in spans)
-        n, phrase = next((match for match in matches if match[1] in phrases), (1, None))
-        if phrase:
-            found.append((words[i].start(), words[i + n - 1].end(), phrase))
-        i += n
-    negated = [match.span() for match in NEGATED.finditer(text)]
-    things = {match.start(1) for match in AS_A_THING.finditer(text)}
-    mentions = []
-    for (start, end, phrase), (next_start, _, next_phrase) in zip(found, [*found[1:], (-1, -1, "")]):
-        modifier = (text[end:next_start] == " " and " " not in next_phrase  # "baby" of "baby elephant"
-                    or re.match(r"-\w", text[end:]))  # "dog" of "dog-friendly"
-        denied = any(a <= start < b for a, b in negated) or NOT_THERE.match(text, end)
-        if phrases[phrase] in known and not (modifier or denied or (phrase in RARELY_THINGS and start not in things)):
-            mentions.append((start, end, phrases[phrase]))
-    return mentions
-
-
-def swap_object(text, old, new, vocabulary):
-    """The text with every mention of class `old` replaced by `new`: in the plural where the mention is, with "a" or "an"
-    and a capital as needed."""
-    plurals = {plural(phrase) for phrase in vocabulary if plural(phrase) != phrase}
-    for start, end, name in reversed(mention_spans(text, vocabulary)):
-        if name == old:
-            before, word = text[:start], plural(new) if text[start:end].lower() in plurals else new
-            if word == new:
-                before = re.sub(r"\b([Aa])n?( )$", lambda m: m[1] + ("n" if new[0] in "aeiou" else "") + m[2], before)
-            text = before + (word[0].upper() + word[1:] if text[start].isupper() else word) + text[end:]
-    return text
-
-
 # ---- Experts: examine(image paths, questions: a list of class names per image) -> a list of detections per image -----
-class Detector:
-    """Any ultralytics detection weights; finds its classes whatever is asked."""
+def coco_names(names):
+    """{label: class}: where all of COCO's classes are there ("sofa", "tvmonitor"), by its names, without "N/A" and the like."""
+    phrases = {form: name for phrase, name in COCO_VOCABULARY.items() for form in (phrase, phrase.replace(" ", ""))}
+    coco = {label: phrases[name.lower()] for label, name in names.items() if name.lower() in phrases}
+    return coco if len(names) <= 91 and len({*coco.values()}) == len(SYNONYMS) else names
 
-    def __init__(self, weights, absent, device):
+
+def as_detections(names, labels, scores, boxes):
+    return [{"object": names[int(label)], "confidence": round(score, 4), "box": [round(v, 1) for v in box]}
+            for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist()) if int(label) in names]
+
+
+class Detector:
+    """Ultralytics detection weights: they find their classes whatever is asked; open ones (YOLO-World) are given `classes`."""
+
+    def __init__(self, weights, floor, device, classes):
         from ultralytics import YOLO  # AGPL-3.0
-        if not str(weights).endswith(".pt"):
-            stop(f"--expert {weights}: expected ultralytics weights (*.pt) or none")
-        self.model, self.floor, self.device = YOLO(weights), absent, device
-        self.classes = list(self.model.names.values())
+        self.model, self.floor, self.device = YOLO(weights), floor, device  # below --absent no box can matter
+        if hasattr(self.model, "set_classes"):
+            self.model.set_classes(classes)
+        self.names = coco_names(dict(self.model.names))
+        self.classes = [*self.names.values()]
 
     def examine(self, images, questions):
-        results = self.model.predict([str(path) for path in images], conf=self.floor, batch=len(images), device=self.device,
-                                     verbose=False)  # below --absent no box can matter
-        return [[{"object": r.names[int(c)], "confidence": round(float(p), 4), "box": [round(v, 1) for v in xyxy]}
-                 for xyxy, p, c in zip(r.boxes.xyxy.tolist(), r.boxes.conf.tolist(), r.boxes.cls.tolist())] for r in results]
+        results = self.model.predict([*map(str, images)], conf=self.floor, batch=len(images), device=self.device, verbose=False)
+        return [as_detections(self.names, r.boxes.cls, r.boxes.conf, r.boxes.xyxy) for r in results]
+
+
+class HubDetector:
+    """A transformers detector, hub id or folder. Closed (DETR, RT-DETR): it finds its classes whatever is asked. Open
+    (GroundingDINO, OWLv2): it is asked about each image's classes alone, and .classes is None."""
+
+    def __init__(self, name, floor, device):
+        import transformers as hf
+        kind = hf.AutoConfig.from_pretrained(name).model_type
+        self.tokens, self.open = kind.endswith("grounding-dino"), kind.endswith(("grounding-dino", "owlv2", "owlvit"))
+        loader = hf.AutoModelForZeroShotObjectDetection if self.open else hf.AutoModelForObjectDetection
+        self.model, self.floor = loader.from_pretrained(name).to(common.pick_device(device)).eval(), floor
+        self.processor = (hf.AutoProcessor if self.open else hf.AutoImageProcessor).from_pretrained(name)
+        self.names = {} if self.open else coco_names(self.model.config.id2label)
+        self.classes = [*self.names.values()] or None
+
+    @torch.inference_mode()
+    def examine(self, images, questions):
+        if len(images) > 8:  # pictures of about a megapixel each
+            return self.examine(images[:8], questions[:8]) + self.examine(images[8:], questions[8:])
+        pictures, labels = [*map(common.load_image, images)], [self.names or dict(enumerate(asked)) for asked in questions]
+        texts = [["a photo of a " * (not self.tokens) + re.sub(r"[\W_]+", " ", name) for name in asked] for asked in questions]
+        inputs = self.processor(images=pictures, return_tensors="pt", **({"text": texts, "padding": True} if self.open else {}))
+        outputs = self.model(**inputs.to(self.model.device))
+        if self.tokens:
+            outputs.logits = class_logits(outputs.logits, inputs["input_ids"], self.processor.tokenizer)
+        for k, asked in enumerate(questions if self.open else ()):
+            outputs.logits[k, :, len(asked):] = -torch.inf  # where others of the batch have more classes, empty ones fill up
+        results = getattr(self.processor, "image_processor", self.processor).post_process_object_detection(
+            outputs, threshold=self.floor, target_sizes=[(picture.height, picture.width) for picture in pictures])
+        return [as_detections(names, r["labels"], r["scores"], r["boxes"]) for names, r in zip(labels, results)]
+
+
+def class_logits(logits, input_ids, tokenizer):
+    """GroundingDINO's token logits (B, Q, L) for "cat. teddy bear." -> class logits (B, Q, C): the mean probability of the tokens
+    of a name. (The best token alone would let every dog be a hot dog.)"""
+    dot = tokenizer.convert_tokens_to_ids(".")
+    place = (input_ids == dot).cumsum(1)  # (B, T): how many names have ended; the special tokens fall out
+    word = ~torch.isin(input_ids, torch.tensor([dot, *tokenizer.all_special_ids], device=input_ids.device))
+    member = (place[:, :, None] == torch.arange(int(place.max()), device=place.device)) & word[:, :, None]  # (B, T, C)
+    weight = member / member.sum(1, keepdim=True).clamp(min=1)
+    return (logits[:, :, :weight.shape[1]].sigmoid() @ weight.to(logits.dtype)).logit()
 
 
 class OwnAnswers:
@@ -238,39 +175,70 @@ class OwnAnswers:
     def examine(self, images, questions):
         found = []
         for image, names in zip(images, questions):
-            asked = [YES_NO_PROMPT.format(object=name) for name in names]
+            asked = [f"Is there a {name} in the image? Answer yes or no." for name in names]
             inputs = common.encode_prompts(self.processor, asked, [image] * len(asked)).to(self.model.device)
             log_p = self.model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)  # (names, V)
             odds = log_p[:, self.yes].logsumexp(-1) - log_p[:, self.no].logsumexp(-1)  # (names,)
-            found.append([{"object": name, "confidence": round(p, 4), "box": None}
-                          for name, p in zip(names, odds.sigmoid().tolist())])
+            found.append([{"object": n, "confidence": round(p, 4), "box": None} for n, p in zip(names, odds.sigmoid().tolist())])
         return found
 
 
+def load_expert(name, classes, model, processor, args):
+    try:
+        return OwnAnswers(model, processor) if name == "none" else Detector(name, args.absent, args.device, classes) if \
+            name.endswith(".pt") else HubDetector(name, args.absent, args.device)
+    except Exception as error:  # of many kinds: no such file or model, not a detector, no connection, a package that is missing
+        stop(f"--expert {name}: expected ultralytics weights (*.pt), a transformers detector (owner/name, or a folder) or none; "
+             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
 # ---- Data: what to verify, candidates, findings, pairs ---------------------------------------------------------------
-def load_items(args):
+def load_items(args, folder):
     """(rows to verify {id, image, prompt[, chosen, rejected]}, counts): given pairs, or one row for each picture of a folder."""
-    if args.pairs:
-        rows = [{"id": f"{Path(row['image']).stem}-{k}", **row} for k, row in enumerate(
-            read_jsonl(args.pairs, ("image", "prompt", "chosen", "rejected")))]
-    else:
-        prompts = [line.strip() for line in Path(args.prompts).read_text().split("\n") if line.strip()] if args.prompts else PROMPTS
-        folder = Path(args.images).resolve()
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not prompts or not paths or not folder.is_relative_to(args.image_root):
-            stop(f"{args.prompts} holds no prompt" if not prompts else f"no images under {folder}" if not paths else
-                 f"--images {folder} does not lie under --image-root {args.image_root}")
-        rows = [{"id": f"{path.relative_to(folder).with_suffix('').as_posix()}-0", "image": path.relative_to(args.image_root)
-                 .as_posix(), "prompt": prompts[row_seed(args.seed, "prompt", path.name) % len(prompts)]} for path in paths]
-    readable, counts = [], Counter({"rows read": len(rows[:args.limit]), "skipped: missing or broken image": 0})
-    for row in rows[:args.limit]:
-        try:
-            Image.open(Path(args.image_root) / row["image"]).verify()
-            readable.append(row)
-        except OSError as error:
-            counts["skipped: missing or broken image"] += 1
-            print(f"skipped row {row['id']}, field image: {error}")
-    return readable or stop("no row has a readable image; --image-root tells where relative paths start"), counts
+    readable, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)[1:] if args.pairs else ([], Counter())
+    if args.images:
+        images, lines = Path(args.images).resolve(), Path(args.prompts).read_text().split("\n") if args.prompts else PROMPTS
+        prompts = [line.strip() for line in lines if line.strip()]
+        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not prompts or not paths:
+            stop(f"no images under {images}" if prompts else f"{args.prompts} holds no prompt")
+        for path in paths[:args.limit]:
+            counts["rows read"] += 1
+            try:
+                readable.append({"id": f"{path.relative_to(images).with_suffix('').as_posix()}-0",
+                                 "image": place_image(path, args.image_root, folder),
+                                 "prompt": prompts[row_seed(args.seed, "prompt", path.name) % len(prompts)]})
+            except Skip as skip:
+                counts[f"skipped: {skip.args[0]}"] += 1
+                print(f"skipped {path}: {skip.args[0]}")
+    for source in args.exclude:
+        readable = without_overlap(readable, source, args.image_root, counts)
+    return readable or stop(f"no row is left: {dict(counts)}; --image-root tells where relative paths start"), counts
+
+
+def difference_hash(path):
+    """64 bits, one for each cell of an 8 x 8 grid: is it darker than its right neighbour? Survives scaling and re-encoding."""
+    grey = common.load_image(path).convert("L").resize((9, 8), Image.Resampling.BOX).tobytes()  # 8 rows of 9 cells
+    return sum((grey[9 * y + x] < grey[9 * y + x + 1]) << 8 * y + x for y in range(8) for x in range(8))
+
+
+def without_overlap(items, source, image_root, counts):
+    """The items without an image within 2 of 64 bits of one in the evaluation set `source`, or a response equal to one there but
+    for case, punctuation and spacing (not compared below 20 characters: "Yes, there is." recurs by chance)."""
+    def texts(row):
+        plain = (" ".join(re.findall(r"\w+", row.get(side, "").lower())) for side in ("chosen", "rejected"))
+        return {text for text in plain if len(text) >= 20}
+
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = read_pairs(source, root, scratch)[1]
+        known, hashes = set().union(*map(texts, rows)), {difference_hash(root / row["image"]) for row in rows}
+    codes = {image: difference_hash(Path(image_root) / image) for image in {item["image"] for item in items}}
+    seen = {image for image, code in codes.items() if any((code ^ other).bit_count() <= 2 for other in hashes)}
+    fresh = [item for item in items if item["image"] not in seen]
+    kept = [item for item in fresh if not texts(item) & known]
+    counts.update({f"excluded: image in {source}": len(items) - len(fresh), f"excluded: text in {source}": len(fresh) - len(kept)})
+    return kept
 
 
 def write_candidates(items, model, processor, folder, args):
@@ -288,18 +256,46 @@ def write_candidates(items, model, processor, folder, args):
 
 
 def examine(questions, expert, folder, args):
-    """{image: detections} for {image: classes asked about}: each image examined once (kept in detections.jsonl)."""
+    """{image: row of detections.jsonl} for {image: classes asked about}: each image examined once (kept in that file)."""
     writer = RowWriter(folder / "detections.jsonl")
     done = {row["id"] for row in writer.rows}
     for chunk, bar in in_chunks([{"id": image} for image in questions], done, 32, "examine"):
-        names = [row["id"] for row in chunk]
-        asked = [list(dict.fromkeys(questions[name])) for name in names]
-        results = expert.examine([Path(args.image_root) / name for name in names], asked)
-        for name, classes, detections in zip(names, asked, results):
-            if name not in done:
-                writer.write({"id": name, "asked": classes, "detections": detections})
+        asked = {row["id"]: list(dict.fromkeys(questions[row["id"]])) for row in chunk}
+        names = [name for name in asked if asked[name] or expert.classes]  # an open expert needs something to look for
+        found = dict(zip(names, expert.examine([Path(args.image_root) / name for name in names], [asked[n] for n in names])))
+        for name in (name for name in asked if name not in done):
+            writer.write({"id": name, "asked": asked[name], "detections": found.get(name, [])})
         bar.update(len(chunk))
-    return {row["id"]: row["detections"] for row in writer.rows}
+    return {row["id"]: row for row in writer.rows}
+
+
+def read_detections(path, images, vocabulary):
+    """{image: row {id, detections[, asked]}} of findings made elsewhere (--detections), one row for each of the images."""
+    found = {row["id"]: row for row in read_jsonl(path, ("id", "detections"))}
+    for row in found.values():
+        try:
+            wrong = [d for d in row["detections"] if not 0 <= d["confidence"] <= 1 or len(d["box"] or "none") != 4 or not d["object"]]
+        except (KeyError, TypeError) as error:
+            wrong = [repr(error)]
+        if wrong:
+            stop(f"{path} row {row['id']!r}, field detections: not {{object, confidence: 0 to 1, box: 4 numbers or null}}: {wrong[0]}")
+    check_fit({d["object"] for row in found.values() for d in row["detections"]}, {*vocabulary.values()}, path, "the vocabulary")
+    missing = [image for image in images if image not in found]
+    return stop(f"{path} has no row for {len(missing)} of {len(images)} images, such as id {missing[0]!r}") if missing else found
+
+
+def read_vocabulary(path):
+    try:
+        return {phrase.lower(): name + "" for phrase, name in json.loads(Path(path).read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        stop(f"--vocabulary {path}: expected json {{phrase: class}}; {error}")
+
+
+def check_fit(names, known, what, where):
+    """Stop where no class name is known; else say which are not (they stay unsure)."""
+    if unknown := sorted(names - known):
+        message = f"{len(unknown)} of {len(names)} classes of {what} are not among those of {where}: {', '.join(unknown[:5])}"
+        print(message) if names & known else stop(f"{message}; it has {', '.join(sorted(known)[:5])}")
 
 
 def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, seed):
@@ -340,19 +336,19 @@ def assign_splits(rows, n_validation, n_train, seed):
     return placed
 
 
-def draw_contact_sheet(rows, detections, image_root, path, n=12):
+def draw_contact_sheet(rows, findings, image_root, path, n=12):
     """The first n pairs with the expert's boxes: what a person should look at before training on them."""
     figure = Figure((14, 4.6 * -(-n // 4)))
     for axis, row in zip(figure.subplots(-(-n // 4), 4, squeeze=False).flat, rows):
         axis.axis("off")
         axis.imshow(common.load_image(Path(image_root) / row["image"]))
         named = {found["object"] for found in row["evidence"]}
-        for found in (found for found in detections[row["image"]] if found["box"] and found["object"] in named):
+        for found in (found for found in findings[row["image"]]["detections"] if found["box"] and found["object"] in named):
             x1, y1, x2, y2 = found["box"]
             axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color="lime"))
             axis.text(x1, y1, f"{found['object']} {found['confidence']:.2f}", fontsize=7, color="lime", va="bottom")
-        why = f"absent: {', '.join(row['hallucinated'])} ({row['source']})"
-        for k, (text, colour) in enumerate((("+ " + row["chosen"], "green"), ("- " + row["rejected"], "firebrick"), (why, "black"))):
+        for k, (text, colour) in enumerate((("+ " + row["chosen"], "green"), ("- " + row["rejected"], "firebrick"), (
+                f"absent: {', '.join(row['hallucinated'])} ({row['source']})", "black"))):
             axis.text(0, -0.03 - 0.11 * k, textwrap.fill(text, 52, max_lines=2), fontsize=8, color=colour, va="top",
                       transform=axis.transAxes)
     figure.subplots_adjust(0.01, 0.09, 0.99, 0.98, wspace=0.08, hspace=0.36)
@@ -366,14 +362,17 @@ def parse_args(argv=None):
     add("--run", default="runs/default", help="run directory, shared by all stages")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", help="folder of images for which the policy writes responses")
-    source.add_argument("--pairs", help="jsonl file of given pairs: image, prompt, chosen, rejected")
-    add("--image-root", help="folder that relative image paths start from; default: --images, or the folder of --pairs")
+    source.add_argument("--pairs", help="published pairs instead: file or folder of parquet, json, jsonl, or hub id[:config]")
+    add("--image-root", help="folder that image paths and COCO ids start from; default: --images, or the folder of --pairs")
+    add("--exclude", nargs="+", default=[], help="evaluation sets, read like --pairs, whose images and responses are dropped")
     add("--prompts", help="text file, one prompt per line, instead of the built-in ones")
     add("--limit", type=int, help="read only the first so many rows or images")
     add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="policy that writes the candidates, and the judge to be trained")
     add("--max-image-tokens", type=int, help="bound on an image's tokens; default: the processor's own")
-    add("--expert", default="yolo11x.pt", help="ultralytics detection weights, or none: the policy's own yes/no")
-    add("--vocabulary", help="json {phrase: class}; default: the expert's class names with plurals and synonyms")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--expert", default="yolo11x.pt", help="*.pt: ultralytics; owner/name: transformers; none: the policy")
+    source.add_argument("--detections", help="findings made elsewhere, as in detections.jsonl, instead of an expert")
+    add("--vocabulary", help="json {phrase: class}; default: the expert's classes, or COCO's, with plurals and synonyms")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
     add("--candidates", type=int, default=4, help="K, responses per image")
     add("--temperature", type=float, default=1.0, help="of the candidates")
@@ -388,7 +387,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.absent <= args.present <= 1:
         parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
-    args.image_root = str(Path(args.image_root or args.images or Path(args.pairs).parent).resolve())
+    near = args.images or (args.pairs if Path(args.pairs).is_dir() else Path(args.pairs).parent)
+    args.image_root = str(Path(args.image_root or near).resolve())
     return args
 
 
@@ -397,51 +397,51 @@ def main(args):
     if folder is None:
         return
     # 1. load -----------------------------------------------------------------------------------------------------
-    items, counts = load_items(args)
-    print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.expert}")
+    items, counts = load_items(args, folder)
+    print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.detections or args.expert}")
+    vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
     writes = args.images or args.expert == "none"
     model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens) if writes else (None, None)
-    expert = OwnAnswers(model, processor) if args.expert == "none" else Detector(args.expert, args.absent, args.device)
-    if not args.vocabulary and not expert.classes:
-        stop("--expert none knows no class names: give --vocabulary, such as another run's 01_preferences/vocabulary.json")
-    vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else build_vocabulary(expert.classes, SYNONYMS)
-    known = set(expert.classes or vocabulary.values())
+    expert = None if args.detections else load_expert(args.expert, sorted({*vocabulary.values()}), model, processor, args)
+    classes = expert.classes if expert else None  # None: what it finds is what it is asked about
+    vocabulary = build_vocabulary(classes, SYNONYMS) if classes and not args.vocabulary else vocabulary
+    everything = sorted({*vocabulary.values()})
+    check_fit({*everything}, {*(classes or everything)}, "--vocabulary", f"--expert {args.expert}")
 
     # 2. candidates, mentions, findings ---------------------------------------------------------------------------
     texts = write_candidates(items, model, processor, folder, args) if args.images else \
         {item["id"]: [item["chosen"], item["rejected"]] for item in items}
     mentions = {item["id"]: [find_mentions(text, vocabulary) for text in texts[item["id"]]] for item in items}
-    co_occurrence = Counter(frozenset((a, b)) for per_text in mentions.values() for names in per_text
-                            for a in names for b in names if a < b)
-    swaps, questions, classes = {}, {}, sorted(set(vocabulary.values()))
+    co_occurrence = Counter(frozenset((a, b)) for row in mentions.values() for text in row for a in text for b in text if a < b)
+    swaps, questions = {}, {}
     for item in items:
         named = list(dict.fromkeys(name for names in mentions[item["id"]] for name in names))
         rng = random.Random(row_seed(args.seed, "swap", item["id"]))
-        swaps[item["id"]] = propose_swaps(named, co_occurrence, classes, rng) if args.images else []
+        swaps[item["id"]] = propose_swaps(named, co_occurrence, everything, rng) if args.images else []
         questions.setdefault(item["image"], []).extend(named + swaps[item["id"]])
-    detections = examine(questions, expert, folder, args)
+    findings = examine(questions, expert, folder, args) if expert else read_detections(args.detections, questions, vocabulary)
 
     # 3. pairs ----------------------------------------------------------------------------------------------------
     rows, reasons, statuses = [], Counter(), Counter()
     for item in items:
-        key, found = item["id"], detections[item["image"]]
+        key, finding = item["id"], findings[item["image"]]
+        found, known = finding["detections"], classes or finding.get("asked") or everything
         status = verify({*swaps[key]}.union(*mentions[key]), found, args.present, args.absent, known)
         statuses.update(status[name] for name in set().union(*mentions[key]))
         row, reason = build_pair(item, texts[key], mentions[key], swaps[key], found, status, vocabulary, args.seed)
         reasons[f"dropped: {reason}" if reason else "pairs made"] += 1
         rows += [row] if row else []
-    if not rows:
-        stop(f"no pair could be made: {dict(reasons)}; mentions were {dict(statuses)}. Check --expert, --vocabulary, --absent")
-    rows = assign_splits(rows, args.validation, args.train, args.seed)
+    rows = assign_splits(rows, args.validation, args.train, args.seed) or stop(
+        f"no pair could be made: {dict(reasons)}; mentions were {dict(statuses)}. Check --expert, --vocabulary, --absent")
 
     # 4. save and report ------------------------------------------------------------------------------------------
     common.write_jsonl(folder / "preferences.jsonl", rows)
     common.write_json(folder / "vocabulary.json", vocabulary)
-    draw_contact_sheet(rows, detections, args.image_root, folder / "contact_sheet.png")
-    counts |= dict(reasons) | {f"  {k} pairs": v for k, v in Counter(row["source"] for row in rows).items()}
+    draw_contact_sheet(rows, findings, args.image_root, folder / "contact_sheet.png")
+    counts = {**counts, **reasons, **{f"  {k} pairs": v for k, v in Counter(row["source"] for row in rows).items()}}
     counts |= {f"  in split {k}": v for k, v in Counter(row["split"] for row in rows).items()}
     counts |= {f"mentions {k}": statuses[k] for k in ("present", "absent", "unsure")}
-    finish_stage(folder, args, counts, [args.pairs] if args.pairs else [],
+    finish_stage(folder, args, counts, [path for path in (args.pairs, args.detections) if path and Path(path).is_file()],
                  f"look at {folder}/contact_sheet.png, then python 02_generate_critiques.py --run {args.run}")
 
 

@@ -19,17 +19,19 @@ Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped) and
     python 02_generate_critiques.py                              # one GPU: 5,000 pairs x 2 orders x 4 critiques
 """
 import argparse
-import importlib
+import hashlib
+import io
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
+from PIL import Image
+
 import common
 from common import RowWriter, both_orders, finish_stage, in_chunks, inherit, parse_checks, read_jsonl, start_stage
-
-find_mentions = importlib.import_module("01_build_preferences").find_mentions
 
 LEAK = re.compile(r"\b(?:reference|ground[- ]truth|detector|known to be true|the findings?|the expert|"
                   r"(?:the|given|correct) label (?:says|is|states|shows|gives))\b", re.IGNORECASE)
@@ -90,6 +92,269 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
     return contradicts_expert(checks, said, status, vocabulary) if checks and status else None
 
 
+# ---- Mentions: which of the vocabulary's objects a text says are there -----------------------------------------------
+# Stages 01 and 05 read texts by this too; it stands here since this stage is the language side of the method.
+# (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
+PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
+           ("child$", "children"), ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"),
+           (r"\box$", "oxen"), ("(?<=[^s]s)(?<!us)$", ""), ("(kni|li|wi)fe$", r"\1ves"), ("(ca|ea|shel)f$", r"\1ves"),
+           ("(?<=[^aeiou])y$", "ies"), ("(?<=ch|sh|ss|us)$|(?<=x)$", "es"), ("$", "s")]
+
+
+def plural(phrase):
+    """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'knife' -> 'knives', 'skis' -> 'skis'."""
+    noun, of, rest = phrase.partition(" of ")
+    end, new = next((end, new) for end, new in PLURALS if re.search(end, noun))
+    return re.sub(end, new, noun) + of + rest
+
+
+def parse_table(text):
+    """{key: entries} from "key: entry, entry; key; key: entry", where a line end is a space and # starts a comment line."""
+    rows = (" ".join(row.split()).partition(":") for row in re.sub("#.*", "", text).split(";"))
+    return {key.strip(): [entry.strip() for entry in entries.split(",") if entry] for key, _, entries in rows}
+
+
+def build_vocabulary(class_names, synonyms=None):
+    """{phrase: class}: each class's name and synonyms ({class: [phrases]}) with their plurals, in lower case.
+
+    >>> build_vocabulary(["Fire_Truck"], {"Fire_Truck": ["pumper"]}).keys()
+    dict_keys(['fire truck', 'fire trucks', 'pumper', 'pumpers'])
+    """
+    pairs = [(phrase, name) for name in class_names for phrase in [name, *(synonyms or {}).get(name, [])]]
+    words = [(" ".join(re.findall(r"[^\W_]+", phrase.lower())), name) for phrase, name in pairs]
+    return {form: name for phrase, name in words for form in (phrase, plural(phrase))}
+
+
+SYNONYMS, NOT_OBJECTS = map(parse_table, (Path(__file__).parent / "assets/coco_phrases.txt").read_text().split("\n\n"))
+COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
+NONE = [f"{a} {b}".replace("-", " ") for first, (last,) in NOT_OBJECTS.items() for a in first.split() for b in last.split()]
+COMPOUNDS = {**dict.fromkeys(NONE + [plural(phrase) for phrase in NONE]),  # phrase -> class, None for no object at all
+             "child s bed": "bed", "elephant calf": "elephant", "giraffe calf": "giraffe", "sink bowl": "sink",
+             **{f"{name} skis": "person" for name in ("man", "woman", "person", "skier", "boy", "girl")}}  # the verb
+
+# A negation reaches from its cue to whatever opens another thought (ENDS); a comma ends it too unless "or" follows ("no
+# cars, buses or trucks"). What is definite exists ("not looking at the dog"), except right after "without".
+CUES, ENDS, NOT_THERE, AS_A_THING = ("".join(line for line in part.split("\n") if line[:1] != "#") for part in
+                                     (Path(__file__).parent / "assets/negation.txt").read_text().split("\n\n"))
+NEGATED = re.compile(rf"\b(?:{CUES})\b(?:(?!\b(?:{ENDS})\b(?! any\b))"
+                     r"(?:[^,.;:!?\n()—]|,(?=[^.;:]{0,60}\b(?:or|nor)\b)))*")
+RARELY_THINGS = {"orange", "baseball", "basketball", "football", "volleyball"}  # counted only if used AS_A_THING
+
+
+def find_mentions(text, vocabulary):
+    """Classes that the text says are there, by first mention, each once. vocabulary: {lower-case phrase: class}.
+
+    >>> find_mentions("No cats, only a dog park, two men with a teddy bear and a baby elephant.", COCO_VOCABULARY)
+    ['person', 'teddy bear', 'elephant']
+    """
+    return list(dict.fromkeys(name for _, _, name in mention_spans(text, vocabulary)))
+
+
+def mention_spans(text, vocabulary):
+    """[(start, end, class)] of each mention in the text, from left to right.
+
+    Whole words, the longest phrase first ("hot dog" is no dog), COMPOUNDS beside the vocabulary's own phrases; negated
+    mentions do not count. Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor", "orange car".
+    """
+    text, phrases = text.lower().replace("’", "'"), COMPOUNDS | vocabulary  # the vocabulary wins
+    known, longest = {*vocabulary.values()}, max(len(phrase.split()) for phrase in phrases)
+    words = list(re.finditer(r"[^\W_]+|[^\w\s'-]", text))  # a comma is a word of its own, so that no phrase crosses it
+    found, i = [], 0  # (start, end, phrase), from left to right
+    while i < len(words):
+        spans = [words[i:i + n] for n in range(longest, 0, -1)]
+        matches = ((len(span), " ".join(word.group() for word in span)) for span in spans)
+        n, phrase = next((match for match in matches if match[1] in phrases), (1, None))
+        if phrase:
+            found.append((words[i].start(), words[i + n - 1].end(), phrase))
+        i += n
+    negated = [match.span() for match in NEGATED.finditer(text)]
+    things = {match.start(1) for match in re.finditer(AS_A_THING, text)}
+    mentions = []
+    for (start, end, phrase), (next_start, _, next_phrase) in zip(found, [*found[1:], (-1, -1, "")]):
+        modifier = (text[end:next_start] == " " and " " not in next_phrase  # "baby" of "baby elephant"
+                    or re.match(r"-\w", text[end:]))  # "dog" of "dog-friendly"
+        denied = any(a <= start < b for a, b in negated) or re.match(NOT_THERE, text[end:])
+        if phrases[phrase] in known and not (modifier or denied or (phrase in RARELY_THINGS and start not in things)):
+            mentions.append((start, end, phrases[phrase]))
+    return mentions
+
+
+def swap_object(text, old, new, vocabulary):
+    """The text with every mention of class `old` replaced by `new`: in the plural where the mention is, with "a" or "an"
+    and a capital as needed."""
+    plurals = {plural(phrase) for phrase in vocabulary if plural(phrase) != phrase}
+    for start, end, name in reversed(mention_spans(text, vocabulary)):
+        if name == old:
+            before, word = text[:start], plural(new) if text[start:end].lower() in plurals else new
+            if word == new:
+                before = re.sub(r"\b([Aa])n?( )$", lambda m: m[1] + ("n" if new[0] in "aeiou" else "") + m[2], before)
+            text = before + (word[0].upper() + word[1:] if text[start].isupper() else word) + text[end:]
+    return text
+
+
+# ---- Preference pairs as others publish them: what a row says, whatever its columns (read for stages 01 and 05) ------
+class Skip(Exception):
+    """Skip(reason, field): why a row cannot be used."""
+
+
+def turns_of(messages, role):
+    """[(role, text)] of a string, or of the messages of TRL (role, content: text or blocks) and LLaVA (from, value)."""
+    turns = []
+    for turn in [{"role": role, "content": messages}] if isinstance(messages, str) else messages or ():
+        role, content = turn.get("role") or turn["from"], turn.get("content") or turn.get("value") or ""
+        if not isinstance(content, str):  # Arrow gives the image blocks a "text" too: None
+            content = "\n".join(block["text"] for block in content if block.get("text"))
+        turns.append(({"human": "user", "gpt": "assistant"}.get(role, role), content))
+    return turns
+
+
+def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
+    """The last assistant turns are paired; the turns before them are the prompt, with their roles if there are several."""
+    row = dict(zip(("question", "chosen", "rejected"), row)) if isinstance(row, list) else row  # RLHF-V has objects or lists
+    context, good, bad = (turns_of(row.get(field), role) for field, role in (
+        (prompt, "user"), (chosen, "assistant"), (rejected, "assistant")))
+    for name, field, turns in (("chosen", chosen, good), ("rejected", rejected, bad)):
+        while turns and turns[-1][0] != "assistant":
+            turns.pop()
+        if not turns:
+            raise Skip(f"no {name}", field)
+    if [turn for turn in good if turn[0] == "user"] != [turn for turn in bad if turn[0] == "user"]:
+        raise Skip("chosen and rejected answer different questions", rejected)
+    context = good[:-1] if good[:-1][:len(context)] == context else context + good[:-1]
+    text = context[0][1] if len(context) == 1 else "\n".join(f"{role}: {text}" for role, text in context)
+    return {"prompt": text, "chosen": good[-1][1], "rejected": bad[-1][1]}
+
+
+def from_two(prompt, responses, best, **other):
+    return {"prompt": prompt, "chosen": responses[best], "rejected": responses[1 - best], **other}
+
+
+CRITIC_PROMPT = re.compile(  # responses may hold brackets: each ends where the next one starts, the last one at the last bracket
+    r"(?s)Question: \[(.*?)\]\s*(?:The first response|Response [1A]): \[(.*?)\]\s*"
+    r"(?:The second response|Response [2B]): \[(.*)\]")
+
+
+def from_critic(row):
+    asked, said = (turn["value"] for turn in row["conversations"][:2])
+    parts, choices = CRITIC_PROMPT.search(asked), re.findall(r"(?i)better response\W*(?:(first|1|A)|second|2|B)\b", said)
+    if not parts or not choices:
+        raise Skip("tie" if parts and "equally" in said.lower() else "unparseable judgement", "conversations")
+    return from_two(parts[1], parts.groups()[1:], 0 if choices[-1] else 1)
+
+
+def from_vl_rewardbench(row):
+    category = {"RLAIF": "hallucination", "RLHF": "hallucination", "hallucination": "hallucination", "mathverse": "reasoning",
+                "mmmu": "reasoning"}.get(re.split("[_-]", row["id"])[0], "general")  # the published rule, by prefix of the id
+    return from_two(row["query"], row["response"], [[0, 1], [1, 0]].index(list(row["human_ranking"])), category=category)
+
+
+FORMATS = {  # name: (columns it is known by, in lower case; what a row says); the first that fits a file's first row
+    "POVID": ("conversations rejected_conversations", lambda row: from_messages(row, "", "conversations", "rejected_conversations")),
+    "LLaVA-Critic pairwise": ("conversations image", from_critic),
+    "VL-RewardBench": ("id query response human_ranking image", from_vl_rewardbench),
+    "Multimodal RewardBench": ("id text image output1 output2 better category", lambda row: from_two(
+        row["text"], (row["output1"], row["output2"]), ("Output1", "Output2").index(row["better"]), category=row["category"])),
+    "RLAIF-V": ("question chosen rejected image", lambda row: from_messages(row, "question")),
+    "RLHF-V": ("text image", lambda row: from_messages(json.loads(row["text"]), "question")),
+    "preferences.jsonl": ("image prompt chosen rejected evidence", from_messages),
+    "TRL preferences": ("image chosen rejected", from_messages),
+    "TRL preferences (images)": ("images chosen rejected", from_messages)}
+
+
+def read_rows(source):
+    """((file, number from 1), row) of a parquet, json or jsonl file, a folder of such, or a hub id[:config]; pictures as bytes."""
+    from datasets import load_dataset  # slow to import
+    files = sorted(p for p in Path(source).rglob("*.*") if p.suffix in (".parquet", ".json", ".jsonl"))  # [] where it is no folder
+    for file in files or [Path(source)]:
+        number = 0
+        try:
+            if file.suffix == ".parquet":
+                rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True, batch_size=64).decode(False)
+            elif file.suffix in (".json", ".jsonl") or file.exists():
+                lines = file.open()
+                is_array = lines.read(1) == "["
+                lines.seek(0)
+                rows = json.load(lines) if is_array else map(json.loads, filter(str.strip, lines))
+            else:
+                splits = load_dataset(*str(source).split(":"), streaming=True)
+                rows = splits["train" if "train" in splits else min(splits)].decode(False)
+            for number, row in enumerate(rows, 1):
+                assert isinstance(row, dict), f"row {number} is no JSON object"
+                yield (file, number), row
+        except Exception as error:  # of many kinds: not JSON, not parquet, no such data set, no connection, a choice of configs
+            common.stop(f"{file} after row {number}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def place_image(image, image_root, folder):
+    """Decodes a row's picture (path, COCO id, {"bytes", "path"}, or a list of one of these) and returns a path for it: from
+    image_root where it lies there, else absolute, so that Path(image_root) / path is the picture either way. Embedded bytes are
+    written as they are to folder/images/<hash>.<format>: absolute, unless the folder lies under image_root."""
+    if isinstance(image, (list, tuple)) and len(image) > 1:
+        raise Skip("more than one image", "images")
+    image = image[0] if isinstance(image, (list, tuple)) and image else image
+    data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, image)
+    root, name = Path(image_root).resolve(), str(name or "")
+    if not data:  # the first that is there: the name, its base name, the COCO id's files of 2014 and 2017
+        number, names = re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{12})\.jpg|(\d{1,12})", name), [name, Path(name).name]
+        for split in ("train2014", "val2014", "train2017", "val2017") if number else ():
+            file = (f"COCO_{split}_" if "2014" in split else "") + f"{int(number[1] or number[2]):012d}.jpg"
+            names += [file, f"{split}/{file}"]
+        file = next((root / name for name in names if (root / name).is_file()), None)
+        if file is None:
+            raise Skip("missing image", "image")
+    try:
+        with Image.open(io.BytesIO(data) if data else file) as picture:
+            kind = picture.format.lower().replace("jpeg", "jpg")
+            picture.draft("RGB", (64, 64))  # a JPEG is decoded at an eighth of its size: fast, and still to its last byte
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise Skip("picture that does not decode", "image") from None
+    if data:
+        file = Path(folder).resolve() / "images" / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".partial").write_bytes(data)
+        file.with_suffix(".partial").replace(file)  # whole or not at all
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
+
+
+def read_pairs(source, image_root, folder, limit=None):
+    """(format name, rows {id, image, prompt, chosen, rejected[, category]}, Counter of "rows read", "skipped: <reason>") of
+    the first `limit` rows of a source (see read_rows). ids are the source's own where it has them, made unique; images: see
+    place_image. Of each reason to skip the first row is named. Unknown columns or nothing left: stop."""
+    name, rows, counts, ids, seen = None, [], Counter(), set(), set()
+    for k, ((file, number), row) in enumerate(islice(read_rows(source), limit)):
+        row = defaultdict(lambda: None, {column.lower(): value for column, value in row.items()})
+        if number == 1:
+            fits = next((n for n, (columns, _) in FORMATS.items() if {*columns.split()} <= {*row} and name in (None, n)), None)
+            name = fits or common.stop(f"{file} row 1: the columns {', '.join(row)} are not those of {name or 'a known format: '}" + (
+                "" if name else "; ".join(f"{n} ({columns})" for n, (columns, _) in FORMATS.items())))
+        counts["rows read"] += 1
+        try:
+            row = {"id": row["id"], "image": row["image"] or row["images"], **FORMATS[name][1](row)}
+            if missing := [side for side in ("chosen", "rejected") if not (row[side] or "").strip()]:
+                raise Skip(f"no {missing[0]}", missing[0])
+            if row["chosen"].strip() == row["rejected"].strip():
+                raise Skip("identical responses", "rejected")
+            row["prompt"] = re.sub(r"<image>\n?|\n<image>", "", row["prompt"] or "")
+            row["image"] = place_image(row["image"], image_root, folder)
+            if (content := tuple(row[field] for field in ("prompt", "image", "chosen", "rejected"))) in seen:
+                raise Skip("duplicate row", "prompt")
+        except (Skip, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            reason, field = error.args if isinstance(error, Skip) else (f"not a row of {name}", f"? ({error!r})")
+            counts[f"skipped: {reason}"] += 1
+            if counts[f"skipped: {reason}"] == 1:
+                print(f"skipped {file} row {number}, field {field}: {reason} (later ones are only counted)")
+            continue
+        seen.add(content)
+        row["id"] = str(row["id"] or f"{Path(row['image']).stem}-{k}")
+        while row["id"] in ids:
+            row["id"] += f"-{k}"
+        ids.add(row["id"])
+        rows.append(row)
+    print(f"{source}: read as {name}, {len(rows)} of {counts['rows read']} rows")
+    return name, rows or common.stop(f"{source} holds no usable row: {dict(counts)}; --image-root is {image_root}"), counts
+
+
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 def write_critiques(pairs, model, processor, vocabulary, path, n, guided, args, seed):
     """n critiques per pair and order, guided by the reference or not (04 samples by this too), kept in path: rows
@@ -121,8 +386,7 @@ def keep_distinct(samples):
     """The kept critiques, each text once per question."""
     seen, kept = set(), []
     for row in samples:
-        key = (row["pair_id"], row["order"], row["critique"])
-        if row["dropped"] is None and key not in seen:
+        if row["dropped"] is None and (key := (row["pair_id"], row["order"], row["critique"])) not in seen:
             seen.add(key)
             kept.append({name: value for name, value in row.items() if name not in ("dropped", "log_odds")})
     return kept
@@ -158,24 +422,22 @@ def main(args):
     source = Path(args.run) / "01_preferences" / "preferences.jsonl"
     vocabulary = json.loads(source.with_name("vocabulary.json").read_text())
     pairs = read_jsonl(source, ("id", "image", "prompt", "chosen", "rejected", "split", "evidence"))
-    pairs = [pair for pair in pairs if pair["split"] == "train"][:args.pairs]
-    if not pairs:
-        common.stop(f"{source} has no pair in split 'train': lower --validation in stage 01")
+    pairs = [pair for pair in pairs if pair["split"] == "train"][:args.pairs] or common.stop(
+        f"{source} has no pair in split 'train': lower --validation in stage 01")
     model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
 
     # 2. write, filter --------------------------------------------------------------------------------------------
     samples = write_critiques(pairs, model, processor, vocabulary, folder / "samples.jsonl", args.critiques, True, args, args.seed)
-    kept = keep_distinct(samples)
-    if not kept:
-        common.stop(f"no critique was kept: {dict(Counter(row['dropped'] for row in samples))}; read {folder}/samples.jsonl")
+    kept = keep_distinct(samples) or common.stop(
+        f"no critique was kept: {dict(Counter(row['dropped'] for row in samples))}; read {folder}/samples.jsonl")
 
     # 3. save and report ------------------------------------------------------------------------------------------
     common.write_jsonl(folder / "critiques.jsonl", kept)
     counts = {"critiques written": len(samples)}
     counts |= {f"dropped: {reason}": n for reason, n in Counter(row["dropped"] for row in samples).most_common() if reason}
-    counts |= {"repeated": sum(row["dropped"] is None for row in samples) - len(kept), "kept": len(kept)}
-    counts |= {f"  kept in order {order}": n for order, n in sorted(Counter(row["order"] for row in kept).items())}
+    counts |= {"repeated": sum(row["dropped"] is None for row in samples) - len(kept), "kept": len(kept)} | {
+        f"  kept in order {order}": n for order, n in sorted(Counter(row["order"] for row in kept).items())}
     counts |= {"  kept without checks": sum(not parse_checks(row["critique"]) for row in kept),
                "  questions with a kept critique": len({(row["pair_id"], row["order"]) for row in kept}),
                "  median length in words": round(median(len(row["critique"].split()) for row in kept))}
