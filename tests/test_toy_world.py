@@ -6,6 +6,7 @@ import pytest
 import torch
 import toy_world as toy
 from common import INSTRUCTIONS, build_judge_prompt, encode_prompts
+from conftest import ROOT
 from PIL import Image
 
 
@@ -32,6 +33,10 @@ def test_tokenizer_is_lossless_and_tells_a_spaced_letter_from_a_bare_one():
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
     assert tokenizer("A").input_ids != tokenizer(" A").input_ids
+
+
+def test_the_question_is_the_one_that_stage_01_asks():
+    assert toy.YES_NO_PROMPT.format(object="{name}") in (ROOT / "01_build_preferences.py").read_text()
 
 
 def test_pairs_are_what_they_claim():

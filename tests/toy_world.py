@@ -12,7 +12,6 @@ yes/no questions), and to follow findings given in the prompt. The rate of wrong
 measures too well on validation scenes (never on the held-out ones): see `train_mix`, which prints what it did.
 """
 import argparse
-import importlib
 import json
 import os
 import random
@@ -33,8 +32,6 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import INSTRUCTIONS, build_judge_prompt, parse_checks, parse_verdict  # noqa: E402
 
-YES_NO_PROMPT = importlib.import_module("01_build_preferences").YES_NO_PROMPT
-
 SIZE, CELL, N_CELLS = 84, 28, 9  # pixels; one visual token per cell of the 3x3 grid
 COLOURS = {"red": (215, 45, 45), "green": (50, 185, 65), "blue": (60, 95, 235), "yellow": (230, 210, 55),
            "purple": (165, 60, 205)}
@@ -44,6 +41,7 @@ KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 # are noisier, with smaller things, so that looking closely is a skill which training on them can still improve
 STYLES = {"plain": (10, 20, 8.0, 11.5), "user": (22, 38, 6.3, 10.5)}
 PROMPTS = ["List the objects in the image."]
+YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."  # as stage 01 asks with --expert none
 WRONG_ABSENT, WRONG_PRESENT = 0.6, 0.15  # shares of absent objects called present and the reverse, in judge transcripts
 COPY_WEIGHT = 0.15                       # loss weight of copied words; yes/no, verdicts and stop tokens weigh 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
