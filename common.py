@@ -129,10 +129,10 @@ def announce(model_path, device, task, flags, prepare=lambda blank: blank):
             blank = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
     except (OSError, ValueError) as error:  # no such model, or not one that reads pictures and writes text
         stop(f"--model {model_path}: {str(error).splitlines()[0]}")
-    weights = prepare(blank.requires_grad_(False)).parameters()
-    gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in weights) / 2 ** 30
-    print(f"{task}: {blank.num_parameters() / 1e6:.2f} M weights in {str(dtype)[6:]} ({blank.num_parameters(True) / 1e6:.2f} M "
-          f"trained), {gib:.2f} GiB on {device.type}, activations not counted")
+    gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in prepare(blank.requires_grad_(False)).parameters()) / 2 ** 30
+    trained = blank.num_parameters(only_trainable=True) / 1e6
+    print(f"{task}: {blank.num_parameters() / 1e6:.2f} M weights in {str(dtype)[6:]}"
+          f"{f', {trained:.2f} M trained in float32' if trained else ''}; {gib:.2f} GiB on {device.type}, activations not counted")
     if device.type == "cuda":  # what torch keeps of models that are gone is free as well
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if gib > free / 2 ** 30:
@@ -282,7 +282,8 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
         if going.float().mean() < 0.75:  # finished samples leave the batch
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            rows, new, mask, position, uniforms, going = (x[keep.to(x.device)] for x in (rows, new, mask, position, uniforms, going))
+            state = (rows, new, mask, position, uniforms, going)
+            rows, new, mask, position, uniforms, going = (x[keep.to(x.device)] for x in state)
         # A finished sample that has not left yet keeps writing; tokens after the stop are cut off by the caller.
         logits = model(input_ids=new[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, position_ids=(
             position if deltas is None else position.expand(3, -1, -1))).logits[:, -1]  # (3, rows, 1): time, height, width

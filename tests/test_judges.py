@@ -261,7 +261,7 @@ def test_max_image_tokens_bounds_every_picture(judge, bound):
     _, folder, _, processor = judge
     bounded = common.load_judge(str(folder), device="cpu", max_image_tokens=bound)[1]
     pictures = [Image.new("RGB", size) for size in (
-        (2000, 1500), (900, 2100), (640, 480), (3000, 100), (40, 8000), (4, 900), (60, 60), (28, 28), (10, 300), (9, 1), (1, 1))]
+        (2000, 1500), (900, 2100), (640, 480), (3000, 100), (10, 2500), (4, 900), (60, 60), (28, 28), (10, 300), (9, 1), (1, 1))]
     count = [[int((ids == p.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum())
               for ids in common.encode_prompts(p, ["red?"] * len(pictures), pictures)["input_ids"]] for p in (bounded, processor)]
     assert max(count[0]) <= bound and min(count[0]) >= 1
@@ -300,7 +300,8 @@ def test_checkpointed_activations_give_the_same_gradients(judge, pictures, tmp_p
     assert len(common.sample(model, processor, requests(pictures)[:2], max_new_tokens=3)) == 2 and len(recomputed) == 12
 
 
-@pytest.mark.parametrize("on, words", [(False, "--checkpoint-activations saves more"), (True, "--checkpoint-activations is on already")])
+@pytest.mark.parametrize("on, words", [(False, "--checkpoint-activations saves more"),
+                                       (True, "--checkpoint-activations is on already")])
 def test_out_of_memory_in_training_is_one_line(judge, pictures, tmp_path, monkeypatch, on, words):
     _, _, base, processor = judge
 
@@ -341,8 +342,8 @@ def test_what_is_trained_is_float32_on_a_bf16_model(judge, pictures, tmp_path, m
     monkeypatch.setattr(common, "stop", lambda message: pytest.fail(message))
     assert common.announce(str(folder), torch.device("cuda"), "task", "flags", lambda blank: three.add_lora(blank, rank)) is torch.bfloat16
     said = capsys.readouterr().out
-    assert said == (f"task: {sum(w.numel() for w in model.parameters()) / 1e6:.2f} M weights in bfloat16 "
-                    f"({sum(w.numel() for w in model.parameters() if w.requires_grad) / 1e6:.2f} M trained), "
+    assert said == (f"task: {sum(w.numel() for w in model.parameters()) / 1e6:.2f} M weights in bfloat16, "
+                    f"{sum(w.numel() for w in model.parameters() if w.requires_grad) / 1e6:.2f} M trained in float32; "
                     f"{used[0] / 2 ** 30:.2f} GiB on cuda, activations not counted\n")
     # to the byte: the GPU that has one byte less is too small
     for short, fits in ((0, True), (1, False)):
@@ -361,13 +362,14 @@ def test_adapter_of_a_bf16_model_goes_on_in_float32(judge, adapter):
     assert all(torch.equal(trained[name.replace(".weight", ".default.weight")], w) for name, w in saved.items())
 
 
-def test_gpu_that_is_too_small_is_refused_before_loading(judge, monkeypatch):
+def test_gpu_that_is_too_small_is_refused_before_loading(judge, monkeypatch, capsys):
     _, folder, _, _ = judge
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000, 2 ** 40))
     monkeypatch.setattr(common.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match="the GPU has 0.00 GiB free, 0.00 GiB are needed .*--model"):
         common.load_judge(str(folder), device="cuda")
+    assert "M weights in bfloat16; 0.00 GiB on cuda" in capsys.readouterr().out
     args = three.parse_args(["--model", str(folder), "--device", "cuda"])
     with pytest.raises(SystemExit) as error:
         three.announce_training(args, 4, "8 critiques")
@@ -385,7 +387,7 @@ def test_seven_billion_parameters_are_counted_without_weights(tmp_path, monkeypa
     three.announce_training(three.parse_args(["--model", str(tmp_path), "--device", "cuda"]), 16, "8 critiques")
     said = capsys.readouterr().out
     assert "8 critiques; 300 steps of 32 critiques + 32 correct responses, 8 at a time" in said
-    assert "LoRA of rank 16" in said and "8331.75 M weights in bfloat16 (40.37 M trained)" in said
+    assert "LoRA of rank 16" in said and "8331.75 M weights in bfloat16, 40.37 M trained in float32" in said
     assert f"{(8_291_375_616 * 2 + 40_370_176 * 16) / 2 ** 30:.2f} GiB on cuda" in said  # 16.05
     full = (7_615_616_512 * 16 + 675_759_104 * 2) / 2 ** 30  # the language model, the vision tower
     with pytest.raises(SystemExit, match=f"24.00 GiB free, {full:.2f} GiB are needed"):
