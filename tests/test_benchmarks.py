@@ -132,6 +132,17 @@ def test_pooled_and_macro():
     assert (scores["accuracy"], scores["macro"]) == (2.5 / 4, (2.5 / 3 + 0) / 2)
 
 
+def test_check_rates_by_hand():
+    vocabulary = {name: name for name in ("red circle", "red ring", "blue star")}
+    pairs = {"1": {"evidence": [{"object": "red circle", "status": "present"}, {"object": "red ring", "status": "absent"},
+                                {"object": "blue star", "status": "unsure"}]}, "2": {}}
+    rows = [{"id": "1", "critique": "A: red circle: yes\nA: blue star: no\nB: red ring: yes"},
+            {"id": "1", "critique": "A: red ring: no\nB: red circle: no\nB: red circle: yes"}, {"id": "2", "critique": "A: red ring: yes"}]
+    assert five.check_rates(rows, pairs, vocabulary) == pytest.approx({
+        "present_said_yes": 2 / 3, "absent_said_no": 1 / 2, "balanced": 7 / 12, "n_checks": 5})
+    assert five.check_rates(rows[2:], pairs, vocabulary) == {}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # POPE
 # ---------------------------------------------------------------------------------------------------------------------
