@@ -415,7 +415,7 @@ def main(args):
     # 3. measure --------------------------------------------------------------------------------------------------
     differences, expert, best_of, shorter = {}, {}, {}, {"shorter response": heuristic_rows(pairs)}
     if official:
-        how = "K calls per pair, each in a random order; undecided pairs (no majority) leave the accuracy."
+        how = f"n = {len(pairs)} pairs, K calls each, each in a random order; undecided pairs (no majority) leave the accuracy."
         table = {name: official_scores(rows, by_id, 2) for name, rows in shorter.items()}  # of equal length: undecided
         table |= {f"{name}, K = {k}": official_scores(rows, by_id, k) for name, rows in judged.items() for k in (1, 3, 5, 7, 9)}
         table = {f"{name}, {m['unmatched'] + m['other']} undecided": m for name, m in table.items()}
@@ -430,6 +430,7 @@ def main(args):
         expert = expert_against_truth(read_jsonl(made), truth)
     if args.best_of:
         rows = list({pair["image"]: pair for pair in pairs if truth.get(pair["image"])}.values())[:args.best_of_images]
+        rows = rows or stop(f"--truth {args.truth} holds no image of --pairs {args.pairs}: Best-of-N cannot be scored")
         picked = four.sample_and_pick(rows, {name: conditions[name] for name in ("base", last)}, folder, args)
         best_of = four.best_of_n_table(rows, *picked, truth, vocabulary)
 
@@ -438,8 +439,7 @@ def main(args):
     lines += before_and_after(judged, ("base", last)) if last != "base" else []
     (folder / "report.md").write_text("\n".join([*head, *lines, "", "![reliability](reliability.png)", ""]))
     draw_reliability({name: judged[name] for name in ("base", "after 03", last) if name in judged}, folder / "reliability.png")
-    metrics = {"table": table, "differences": differences, "expert": expert, "best_of_n": best_of}
-    common.write_json(folder / "metrics.json", metrics)
+    common.write_json(folder / "metrics.json", dict(table=table, differences=differences, expert=expert, best_of_n=best_of))
     print("\n".join(lines))
     counts |= {"pairs": len(pairs), "judgements": len(writer.rows)}
     finish_stage(folder, args, counts, inputs, f"read {folder}/report.md")
