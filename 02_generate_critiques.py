@@ -93,7 +93,7 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
 
 
 # ---- Mentions: which of the vocabulary's objects a text says are there -----------------------------------------------
-# Stages 01 and 05 read texts by this too; it stands here since this stage is the language side of the method.
+# Stages 01 and 05 use this and the next section; they stand here since this stage is the language side of the method.
 # (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
 PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
            ("child$", "children"), ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"),
@@ -192,7 +192,7 @@ def swap_object(text, old, new, vocabulary):
     return text
 
 
-# ---- Preference pairs as others publish them: what a row says, whatever its columns (read for stages 01 and 05) ------
+# ---- Preference pairs as others publish them: what a row says, whatever its columns ----------------------------------
 class Skip(Exception):
     """Skip(reason, field): why a row cannot be used."""
 
