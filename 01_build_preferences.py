@@ -10,12 +10,13 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      verified absent one that co-occurs with the scene's objects in this corpus (source: "swapped");
   3) --expert none is the paper's ablation made exact: the policy's own P(yes) to "is there a ...?" is the only check.
 
-Reads  images (--images) or given pairs (--pairs, jsonl: image, prompt, chosen, rejected).
+Reads  pictures (--images), or published pairs (--pairs: POVID, RLAIF-V, RLHF-V, LLaVA-Critic, TRL's form; FORMATS in 02).
 Writes 01_preferences/: candidates.jsonl, detections.jsonl, vocabulary.json, contact_sheet.png, preferences.jsonl {id, image,
        prompt, chosen, rejected, source, split, hallucinated, evidence: [{object, claimed_by, status, confidence, box}]}
 
     python 01_build_preferences.py --run runs/demo --images world/images --model world/model --expert world/expert.pt
     python 01_build_preferences.py --images coco/train2017       # one GPU: Qwen2-VL-7B writes, YOLO11x verifies
+    python 01_build_preferences.py --pairs openbmb/RLAIF-V-Dataset --exclude MMInstruction/VL-RewardBench
 """
 import argparse
 import importlib
@@ -141,7 +142,8 @@ class HubDetector:
             return self.examine(images[:8], questions[:8]) + self.examine(images[8:], questions[8:])
         pictures, labels = [*map(common.load_image, images)], [self.names or dict(enumerate(asked)) for asked in questions]
         texts = [["a photo of a " * (not self.tokens) + re.sub(r"[\W_]+", " ", name) for name in asked] for asked in questions]
-        inputs = self.processor(images=pictures, return_tensors="pt", **({"text": texts, "padding": True} if self.open else {}))
+        asks = {"text": texts, "padding": True if self.tokens else "max_length", "truncation": True} if self.open else {}
+        inputs = self.processor(images=pictures, return_tensors="pt", **asks)
         outputs = self.model(**inputs.to(self.model.device))
         if self.tokens:
             outputs.logits = class_logits(outputs.logits, inputs["input_ids"], self.processor.tokenizer)
@@ -198,10 +200,8 @@ def load_items(args, folder):
     readable, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)[1:] if args.pairs else ([], Counter())
     if args.images:
         images, lines = Path(args.images).resolve(), Path(args.prompts).read_text().split("\n") if args.prompts else PROMPTS
-        prompts = [line.strip() for line in lines if line.strip()]
-        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not prompts or not paths:
-            stop(f"no images under {images}" if prompts else f"{args.prompts} holds no prompt")
+        prompts = [line.strip() for line in lines if line.strip()] or stop(f"{args.prompts} holds no prompt")
+        paths = sorted(p for p in images.rglob("*") if re.search(r"(?i)\.(png|jpe?g|webp)$", p.name)) or stop(f"no images in {images}")
         for path in paths[:args.limit]:
             counts["rows read"] += 1
             try:

@@ -93,7 +93,7 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
 
 
 # ---- Mentions: which of the vocabulary's objects a text says are there -----------------------------------------------
-# Stages 01 and 05 read texts by this too; it stands here since this stage is the language side of the method.
+# Stages 01 and 05 use this and the next section; they stand here since this stage is the language side of the method.
 # (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
 PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
            ("child$", "children"), ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"),
@@ -192,7 +192,7 @@ def swap_object(text, old, new, vocabulary):
     return text
 
 
-# ---- Preference pairs as others publish them: what a row says, whatever its columns (read for stages 01 and 05) ------
+# ---- Preference pairs as others publish them: what a row says, whatever its columns ----------------------------------
 class Skip(Exception):
     """Skip(reason, field): why a row cannot be used."""
 
@@ -263,18 +263,18 @@ FORMATS = {  # name: (columns it is known by, in lower case; what a row says); t
 
 def read_rows(source):
     """((file, number from 1), row) of a parquet, json or jsonl file, a folder of such, or a hub id[:config]; pictures as bytes."""
-    from datasets import load_dataset  # slow to import
+    from datasets import load_dataset  # slow to import; it streams a hub's files, but keeps six times a local row group in memory
+    from pyarrow.parquet import ParquetFile
     files = sorted(p for p in Path(source).rglob("*.*") if p.suffix in (".parquet", ".json", ".jsonl"))  # [] where it is no folder
     for file in files or [Path(source)]:
         number = 0
         try:
             if file.suffix == ".parquet":
-                rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True, batch_size=64).decode(False)
+                table = ParquetFile(file, buffer_size=2 ** 20, pre_buffer=False)  # with readahead twice the memory
+                rows = (row for batch in table.iter_batches(16) for row in batch.to_pylist())
             elif file.suffix in (".json", ".jsonl") or file.exists():
-                lines = file.open()
-                is_array = lines.read(1) == "["
-                lines.seek(0)
-                rows = json.load(lines) if is_array else map(json.loads, filter(str.strip, lines))
+                is_array = file.open().read(1) == "["
+                rows = json.load(file.open()) if is_array else map(json.loads, filter(str.strip, file.open()))
             else:
                 splits = load_dataset(*str(source).split(":"), streaming=True)
                 rows = splits["train" if "train" in splits else min(splits)].decode(False)
