@@ -110,7 +110,8 @@ class Detector:
     """Ultralytics detection weights: they find their classes whatever is asked; open ones (YOLO-World) are given `classes`."""
 
     def __init__(self, weights, floor, device, classes):
-        from ultralytics import YOLO  # AGPL-3.0
+        from ultralytics import YOLO, utils  # AGPL-3.0
+        Image.open = getattr(utils.patches, "_image_open", Image.open)  # Pillow's own: theirs installs packages for broken files
         self.model, self.floor, self.device = YOLO(weights), floor, device  # below --absent no box can matter
         if hasattr(self.model, "set_classes"):
             self.model.set_classes(classes)
@@ -123,8 +124,7 @@ class Detector:
 
 
 class HubDetector:
-    """A transformers detector, hub id or folder. Closed (DETR, RT-DETR): it finds its classes whatever is asked. Open
-    (GroundingDINO, OWLv2): it is asked about each image's classes alone, and .classes is None."""
+    """Transformers detectors: closed (DETR, RT-DETR), or open (GroundingDINO, OWLv2: asked about each image's classes alone)."""
 
     def __init__(self, name, floor, device):
         import transformers as hf

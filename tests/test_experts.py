@@ -160,6 +160,7 @@ def test_yolo_world(shots, tmp_path, monkeypatch):
     args = Namespace(absent=0.0, device="cpu")
     expert = one.load_expert(str(tmp_path / "world.pt"), ["dog", "hot dog"], None, None, args)
     assert asked == [["dog", "hot dog"]] and expert.classes == ["dog", "hot dog"]
+    assert Image.open.__module__ == "PIL.Image"  # ultralytics has put its own there
     found = expert.examine(shots, [["dog"], []])
     assert len(found) == 2 and {d["object"] for row in found for d in row} <= {"dog", "hot dog"}
     for (width, height), row in zip(SIZES, found):
