@@ -256,7 +256,7 @@ FORMATS = {  # name: (columns it is known by, in lower case; what a row says); t
         row["text"], (row["output1"], row["output2"]), ("Output1", "Output2").index(row["better"]), category=row["category"])),
     "RLAIF-V": ("question chosen rejected image", lambda row: from_messages(row, "question")),
     "RLHF-V": ("text image", lambda row: from_messages(json.loads(row["text"]), "question")),
-    "preferences.jsonl": ("image prompt chosen rejected evidence", from_messages),
+    "preferences.jsonl": ("image prompt chosen rejected evidence", lambda row: {**row, **from_messages(row)}),
     "TRL preferences": ("image chosen rejected", from_messages),
     "TRL preferences (images)": ("images chosen rejected", from_messages)}
 
@@ -424,8 +424,8 @@ def main(args):
     pairs = read_jsonl(source, ("id", "image", "prompt", "chosen", "rejected", "split", "evidence"))
     pairs = [pair for pair in pairs if pair["split"] == "train"][:args.pairs] or common.stop(
         f"{source} has no pair in split 'train': lower --validation in stage 01")
-    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
+    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
 
     # 2. write, filter --------------------------------------------------------------------------------------------
     samples = write_critiques(pairs, model, processor, vocabulary, folder / "samples.jsonl", args.critiques, True, args, args.seed)

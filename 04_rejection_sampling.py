@@ -178,6 +178,7 @@ def sample_and_pick(rows, judges, folder, args):
     answers = common.sample(model, processor, requests, args.best_of, 1.0, args.max_new_tokens, args.seed, args.batch_size)
     candidates, picks = {row["id"]: [a["text"].strip() for a in texts] for row, texts in zip(rows, answers)}, {}
     for name, checkpoint in judges.items():
+        model = None  # two models at a time would be one too many for the GPU
         model, processor = common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens)
         picks[name] = best_of_n(rows, candidates, model, processor, name, args)
     common.write_jsonl(folder / "best_of_n.jsonl", [{"id": row["id"], "image": row["image"], "candidates": candidates[row["id"]],

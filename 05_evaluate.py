@@ -405,8 +405,9 @@ def main(args):
     print(f"{len(pairs)} pairs, {len(questions)} questions; judges: {', '.join(conditions)}; image withheld for {last}")
 
     # 2. judge ----------------------------------------------------------------------------------------------------
-    writer, judged = RowWriter(folder / "judgements.jsonl"), {}
+    writer, judged, judge = RowWriter(folder / "judgements.jsonl"), {}, None
     for name, checkpoint in conditions.items():
+        del judge  # two at a time would be one too many for the GPU
         judge = *common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens), writer, args
         judged[name] = judge_condition(name, questions, *judge)
         for label, how in ((f"{name}, {how} image", how) for how in (args.withhold if name == last else ())):
@@ -441,8 +442,7 @@ def main(args):
     draw_reliability({name: judged[name] for name in ("base", "after 03", last) if name in judged}, folder / "reliability.png")
     common.write_json(folder / "metrics.json", dict(table=table, differences=differences, expert=expert, best_of_n=best_of))
     print("\n".join(lines))
-    counts |= {"pairs": len(pairs), "judgements": len(writer.rows)}
-    finish_stage(folder, args, counts, inputs, f"read {folder}/report.md")
+    finish_stage(folder, args, counts | {"pairs": len(pairs), "judgements": len(writer.rows)}, inputs, f"read {folder}/report.md")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from common import both_orders, read_jsonl
 from conftest import stage
 
 two, four, five = stage("02_generate_critiques"), stage("04_rejection_sampling"), stage("05_evaluate")
-readers = pytest.mark.skipif(not hasattr(two, "read_rows"), reason="needs the readers of published data")
 
 
 def parquet(path, rows):
@@ -175,7 +174,6 @@ def pope_file(folder, split, rows):
     return path
 
 
-@readers
 def test_pope_pairs(tmp_path, pictures):
     data = tmp_path / "pope"
     data.mkdir()
@@ -195,7 +193,6 @@ def test_pope_pairs(tmp_path, pictures):
         five.read_benchmark(tmp_path, args)
 
 
-@readers
 def test_pope_run_on_the_hubs_columns(tmp_path, pictures, judge):
     source = parquet(tmp_path / "test.parquet", [{"id": str(i), "question_id": str(1 + i // 2), "category": ("popular", "random")[i % 2],
         "question": "Is there a red circle in the image?", "answer": ("yes", "no")[i // 2 % 2], "image_source": f"COCO_{i % 4}",
@@ -213,7 +210,6 @@ def test_pope_run_on_the_hubs_columns(tmp_path, pictures, judge):
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------------
-@readers
 def test_vl_rewardbench_run(tmp_path, pictures, judge):
     source = vl_rewardbench(tmp_path / "test.parquet", pictures)
     report, folder = evaluate(tmp_path, "--benchmark", "vl-rewardbench", "--pairs", source, "--votes", "3")
@@ -233,7 +229,6 @@ def test_vl_rewardbench_run(tmp_path, pictures, judge):
     assert table["macro_interval"][0] <= table["macro"] <= table["macro_interval"][1]
 
 
-@readers
 def test_the_published_group_sizes_need_no_warning(tmp_path, pictures, judge, monkeypatch):
     source = vl_rewardbench(tmp_path / "test.parquet", pictures)
     monkeypatch.setattr(five, "GROUPS", {"general": 2, "hallucination": 3, "reasoning": 1})
@@ -241,7 +236,6 @@ def test_the_published_group_sizes_need_no_warning(tmp_path, pictures, judge, mo
     assert "Warning" not in report
 
 
-@readers
 def test_official_run(tmp_path, pictures, judge, monkeypatch):
     source, asked, sample = vl_rewardbench(tmp_path / "test.parquet", pictures), [], common.sample
     monkeypatch.setattr(common, "sample", lambda *args: (asked.append(args[3:5]), sample(*args))[1])
@@ -262,7 +256,6 @@ def test_official_run(tmp_path, pictures, judge, monkeypatch):
     assert cells(report, "GPT-4o")[1] == "0.658" and cells(report, "shorter response, 0 undecided")[1] == "0.500"
 
 
-@readers
 def test_a_judge_from_disk_and_its_picture_root(tiny, tmp_path, pictures):
     rows = [{"ID": f"nocaps_{i}", "Text": "Describe.", "Image": f"images/{i}.png", "Output1": "A red circle.", "Output2": "A star.",
              "Better": f"Output{1 + i % 2}", "Category": ("knowledge", "safety")[i % 2]} for i in range(4)]
@@ -284,7 +277,6 @@ def llava_wild(folder, pictures):
     return questions
 
 
-@readers
 def test_llava_wild_answers_files(tmp_path, pictures, judge):
     questions = llava_wild(tmp_path / "wild", pictures)
     report, folder = evaluate(tmp_path, "--benchmark", "llava-wild", "--pairs", tmp_path / "wild", "--best-of", "4")
@@ -304,7 +296,6 @@ def test_llava_wild_answers_files(tmp_path, pictures, judge):
     assert len({answers[0]["model_id"] for answers in files.values()}) == 3
 
 
-@readers
 def test_llava_wild_with_one_sample_needs_no_judge(tmp_path, pictures, judge):
     llava_wild(tmp_path / "wild", pictures)
     _, folder = evaluate(tmp_path, "--benchmark", "llava-wild", "--pairs", tmp_path / "wild")
@@ -329,7 +320,6 @@ def test_picks_are_random_and_reproducible(tmp_path, monkeypatch):
     assert [row["text"].split("-")[1] for row in read_jsonl(tmp_path / "answers_random.jsonl")] == picked["random"]
 
 
-@readers
 def test_our_own_pairs_keep_their_fields(tmp_path, pictures, judge):
     """Categories, hallucinations and evidence of preferences.jsonl reach the report."""
     rows = [{"id": f"p{i}", "image": f"{i}.png", "prompt": "List the objects in the image.", "chosen": "red circle.",

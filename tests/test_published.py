@@ -182,10 +182,9 @@ def own(i, **changed):
 
 
 def test_own_preferences_come_back(tmp_path, pictures):
-    source = write(tmp_path / "preferences.jsonl", [own(0), own(1, image="1.png", evidence=[{"box": [1, 2, 3, 4]}])])
-    name, pairs, _ = one.read_pairs(source, pictures, tmp_path)
-    assert name == "preferences.jsonl"
-    assert pairs == [{"id": f"r{i}", "image": f"{i}.png", "prompt": "Q?", "chosen": f"good {i}", "rejected": "bad"} for i in (0, 1)]
+    rows = [own(0), own(1, image="1.png", evidence=[{"box": [1, 2, 3, 4]}])]
+    name, pairs, _ = one.read_pairs(write(tmp_path / "preferences.jsonl", rows), pictures, tmp_path)
+    assert name == "preferences.jsonl" and pairs == rows  # with their evidence, which stage 05 measures by
     plain = [{k: v for k, v in own(i).items() if k not in ("id", "evidence")} for i in range(2)]
     assert [p["id"] for p in one.read_pairs(write(tmp_path / "plain.json", plain), pictures, tmp_path)[1]] == ["0-0", "0-1"]
 
