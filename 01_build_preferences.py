@@ -10,7 +10,7 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      verified absent one that co-occurs with the scene's objects in this corpus (source: "swapped");
   3) --expert none is the paper's ablation made exact: the policy's own P(yes) to "is there a ...?" is the only check.
 
-Reads  pictures (--images), or published pairs (--pairs: POVID, RLAIF-V, RLHF-V, LLaVA-Critic, TRL's form; FORMATS in 02).
+Reads  pictures (--images), or pairs (--pairs FILE, folder or hub id: any of FORMATS in 02, POVID to TRL and our own).
 Writes 01_preferences/: candidates.jsonl, detections.jsonl, vocabulary.json, contact_sheet.png, preferences.jsonl {id, image,
        prompt, chosen, rejected, source, split, hallucinated, evidence: [{object, claimed_by, status, confidence, box}]}
 

@@ -1,14 +1,13 @@
 """Speed as ratios, each measured in one run against what a user would pick instead, in turn, A B A B ...
 
     python tests/bench.py --world runs/demo/world                # all parts
-    python tests/bench.py sample --world runs/demo/world         # one of: sample, train, expert, scale
+    python tests/bench.py sample --world runs/demo/world         # one of: sample, expert
 
 sample: common.sample against transformers' generate(num_return_sequences=8) plus a forward that scores the verdicts.
 expert: stage 01's Detector on files against ultralytics' own batched predict.
 """
 import argparse
 import importlib
-import json
 import sys
 import tempfile
 import time

@@ -54,9 +54,8 @@ def trained(tiny, pictures, tmp_path_factory):
     ift, folder = stage("03_train_ift"), tmp_path_factory.mktemp("trained")
     model, processor = copy.deepcopy(tiny[0]), tiny[1]
     torch.manual_seed(0)
-    ift.train(ift.add_lora(model, 0), processor, judged_rows(), correct_rows(), folder, steps=30, lr=2e-3, lam=1 / 3,
-              bt_weight=0.0, batch_size=4, micro_batch=4, seed=0, image_root=pictures, max_response_tokens=64)
-    return model, processor, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = train(ift.add_lora(model, 0), processor, pictures, folder, steps=30, lr=2e-3, lam=1 / 3)
+    return model, processor, metrics
 
 
 def judged_rows():
@@ -75,3 +74,12 @@ def correct_rows():
     responses = ("red circle.", "blue star, red ring, green heart.", "nothing.", "red cross.")
     return [{"id": f"correct-{i}", "image": f"{i}.png", "text": "List the objects in the image.", "response": response}
             for i, response in enumerate(responses)]
+
+
+def train(model, processor, pictures, folder, **changed):
+    """Stage 03's train on all rows above, in place; one batch holds them all -> rows of metrics.jsonl."""
+    settings = dict(steps=1, lr=1e-3, lam=0.5, bt_weight=0.0, batch_size=4, micro_batch=4, seed=0, image_root=pictures,
+                    max_response_tokens=64)
+    folder.mkdir(exist_ok=True)
+    stage("03_train_ift").train(model, processor, judged_rows(), correct_rows(), folder, **{**settings, **changed})
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,13 +1,12 @@
 """Encoding, label masks and one training step, on a tiny model with random weights."""
 import copy
-import json
 import shutil
 
 import common
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import correct_rows, judged_rows, stage
+from conftest import correct_rows, judged_rows, stage, train
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -118,15 +117,6 @@ def test_log_odds_of_the_verdict_with_a_sentence_after_it(tiny, pictures):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-def train(model, processor, pictures, folder, **changed):
-    """Stage 03's train on all rows, in place -> rows of metrics.jsonl."""
-    settings = dict(steps=1, lr=1e-3, lam=0.5, bt_weight=0.0, batch_size=4, micro_batch=4, seed=0, image_root=pictures,
-                    max_response_tokens=64)
-    folder.mkdir(exist_ok=True)
-    three.train(model, processor, judged_rows(), correct_rows(), folder, **{**settings, **changed})
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("lam, bt_weight", [(0.5, 0.0), (0.0, 0.7)])
 def test_step_has_the_same_gradient_for_all_micro_batches(tiny, pictures, tmp_path, monkeypatch, lam, bt_weight):
     # With plain gradient descent and without clipping, weights change by -lr * gradient.

@@ -8,7 +8,7 @@ import common
 import pytest
 import torch
 import toy_world
-from conftest import correct_rows, judged_rows, stage
+from conftest import correct_rows, judged_rows, stage, train
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -103,15 +103,6 @@ def encode(processor, pictures, rows=ROWS):
 
 def requests(pictures):
     return [{"id": row["id"], "image": pictures / row["image"], "text": row["text"]} for row in ROWS]
-
-
-def train(model, processor, pictures, folder, **changed):
-    """Stage 03's train on all rows, in place -> rows of metrics.jsonl. One batch holds all rows."""
-    settings = dict(steps=1, lr=1e-3, lam=0.5, bt_weight=0.0, batch_size=4, micro_batch=4, seed=0, image_root=pictures,
-                    max_response_tokens=64)
-    folder.mkdir(exist_ok=True)
-    three.train(model, processor, judged_rows(), correct_rows(), folder, **{**settings, **changed})
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---- Encoding and training -------------------------------------------------------------------------------------------
