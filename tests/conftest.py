@@ -2,6 +2,9 @@
 import copy
 import importlib
 import json
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,3 +86,20 @@ def train(model, processor, pictures, folder, **changed):
     folder.mkdir(exist_ok=True)
     stage("03_train_ift").train(model, processor, judged_rows(), correct_rows(), folder, **{**settings, **changed})
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(command, **extra):
+    """What a command line of the README printed; it must succeed."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1", **extra))
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A whole world; WORLD=folder takes one that is there, for work on the tests."""
+    folder = Path(os.environ.get("WORLD") or tmp_path_factory.mktemp("world") / "w")
+    if not (folder / "meta.json").exists():
+        run(["tests/toy_world.py", "--out", str(folder), "--seed", "0", "--heldout", "300", "--images", "1700"])
+    return folder

@@ -1,8 +1,6 @@
 """The whole path at a reduced size, by the real command lines: accuracies, resuming, ablations (slow: builds a world)."""
 import json
-import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,10 +8,9 @@ from pathlib import Path
 
 import demo
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 pytestmark = pytest.mark.slow
-HELDOUT = 300
 SMALLER = {"--pool": "300", "--steps": {"03": "150", "04": "40"}, "--best-of-images": "30"}
 
 
@@ -24,22 +21,6 @@ def smaller(name, command):
         if flag in command:
             command[command.index(flag) + 1] = value if isinstance(value, str) else value[name.split()[0]]
     return command
-
-
-def run(command, **extra):
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS="1", **extra))
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A whole world; WORLD=folder takes one that is there, for work on the tests."""
-    folder = Path(os.environ.get("WORLD") or tmp_path_factory.mktemp("world") / "w")
-    if not (folder / "meta.json").exists():
-        run(["tests/toy_world.py", "--out", str(folder), "--seed", "0", "--heldout", str(HELDOUT), "--images", "1700"])
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import common
 import pytest
 import torch
 import toy_world
-from conftest import correct_rows, judged_rows, stage, train
+from conftest import correct_rows, judged_rows, run, stage, train
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -383,3 +383,55 @@ def test_seven_billion_parameters_are_counted_without_weights(tmp_path, monkeypa
     full = (7_615_616_512 * 16 + 675_759_104 * 2) / 2 ** 30  # the language model, the vision tower
     with pytest.raises(SystemExit, match=f"24.00 GiB free, {full:.2f} GiB are needed"):
         three.announce_training(three.parse_args(["--model", str(tmp_path), "--device", "cuda"]), 0, "8 critiques")
+
+
+# ---- From a published file to a score --------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("judge", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_five_stages_on_a_povid_file(judge, world, tmp_path):
+    """By the real command lines. Random weights write nothing that the filters keep, so the judge is first taught, by heart,
+    the critiques of the very pairs: every filter, margin and verdict of what follows is the judge's own doing."""
+    _, _, model, processor = judge
+    (tmp_path / "coco").mkdir()
+    pairs = [json.loads(line) for line in (world / "heldout.jsonl").read_text().splitlines()][:16]
+    for i, pair in enumerate(pairs):
+        Image.open(world / pair["image"]).save(tmp_path / "coco" / f"COCO_train2014_{i:012d}.jpg", quality=95)
+    (tmp_path / "povid.json").write_text(json.dumps([{
+        "id": f"COCO_train2014_{i:012d}", "image": f"./data/coco/COCO_train2014_{i:012d}.jpg", **{
+            field: [{"from": "human", "value": f"<image>\n{pair['prompt']}"}, {"from": "gpt", "value": pair[side]}]
+            for side, field in (("chosen", "conversations"), ("rejected", "rejected_conversations"))}}
+        for i, pair in enumerate(pairs)]))
+    here = ["--run", str(tmp_path / "run")]
+    said = run(["01_build_preferences.py", *here, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco"),
+                "--model", str(tmp_path / "judge"), "--expert", str(world / "expert.pt"), "--validation", "2", "--train", "4"])
+    assert "read as POVID, 16 of 16 rows" in said
+
+    made = [json.loads(line) for line in (tmp_path / "run/01_preferences/preferences.jsonl").read_text().splitlines()]
+    vocabulary = json.loads((tmp_path / "run/01_preferences/vocabulary.json").read_text())
+    assert len(made) >= 12  # the detector may call a true object absent
+    rows, two = [], stage("02_generate_critiques")
+    for pair in made:
+        status = {found["object"]: found["status"] for found in pair["evidence"]}
+        for question in common.both_orders(pair):
+            reference = two.render_reference(question, status, vocabulary)
+            rows += [{"id": question["id"], "image": pair["image"], "label": question["label"],
+                      "response": reference.replace(": unsure", ": yes"), "text": common.build_judge_prompt(
+                          pair["prompt"], question["response_a"], question["response_b"], reference=asked)}
+                     for asked in (None, reference)]
+    learner = three.add_lora(copy.deepcopy(model), 0)
+    (tmp_path / "by_heart").mkdir()
+    three.train(learner, processor, rows, [], tmp_path / "by_heart", steps=200, lr=3e-3, lam=0.0, bt_weight=0.0, batch_size=32,
+                micro_batch=32, seed=0, image_root=tmp_path / "coco", max_response_tokens=96)
+    learner.save_pretrained(tmp_path / "judge")
+    processor.save_pretrained(tmp_path / "judge")
+
+    sizes = ["--max-new-tokens", "96"]
+    training = [*sizes, "--steps", "3", "--train-batch", "8", "--lr", "1e-4"]
+    run(["02_generate_critiques.py", *here, *sizes, "--critiques", "2"])
+    run(["03_train_ift.py", *here, *training])
+    said = run(["04_rejection_sampling.py", *here, *training, "--iterations", "1", "--pool", "6", "--samples", "4"])
+    assert "iteration 1: kept" in said
+    run(["05_evaluate.py", *here, *sizes, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco")])
+    table = json.loads((tmp_path / "run/05_evaluation/metrics.json").read_text())["table"]
+    assert {"base", "after 03", "margin, iteration 1"} <= set(table)
+    assert table["margin, iteration 1"]["accuracy"] >= 0.7 and table["margin, iteration 1"]["unparseable"] <= 0.1
