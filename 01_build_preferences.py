@@ -34,9 +34,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import common
-from common import RowWriter, finish_stage, in_chunks, read_jsonl, row_seed, start_stage, stop
+from common import RowWriter, finish_stage, in_chunks, read_jsonl, row_seed, share_out, start_stage, stop
 
-two = importlib.import_module("02_generate_critiques")  # the language side: what texts claim, what published files say
+two, three = map(importlib.import_module, ("02_generate_critiques", "03_train_ift"))  # 02: what texts and published files say
 COCO_VOCABULARY, SYNONYMS, Skip, swap_object = two.COCO_VOCABULARY, two.SYNONYMS, two.Skip, two.swap_object
 build_vocabulary, find_mentions, place_image, read_pairs = two.build_vocabulary, two.find_mentions, two.place_image, two.read_pairs
 
@@ -244,13 +244,12 @@ def without_overlap(items, source, image_root, counts):
 def write_candidates(items, model, processor, folder, args):
     """{id: [text]}: K responses of the policy per image, complete ones only (kept in candidates.jsonl)."""
     writer = RowWriter(folder / "candidates.jsonl")
-    done = {row["id"] for row in writer.rows}
-    for chunk, bar in in_chunks(items, done, args.batch_size, "candidates"):
+    for chunk, bar in in_chunks(items, writer.done, args.batch_size, args.candidates, "candidates"):
         requests = [{"id": row["id"], "image": Path(args.image_root) / row["image"], "text": row["prompt"]} for row in chunk]
         answers = common.sample(model, processor, requests, args.candidates, args.temperature, args.max_new_tokens,
                                 args.seed, args.batch_size, bar)
         for row, texts in zip(chunk, answers):
-            if row["id"] not in done:
+            if row["id"] not in writer.done:
                 writer.write({**row, "candidates": [a["text"].strip() for a in texts if a["complete"]]})
     return {row["id"]: row["candidates"] for row in writer.rows}
 
@@ -258,12 +257,12 @@ def write_candidates(items, model, processor, folder, args):
 def examine(questions, expert, folder, args):
     """{image: row of detections.jsonl} for {image: classes asked about}: each image examined once (kept in that file)."""
     writer = RowWriter(folder / "detections.jsonl")
-    done = {row["id"] for row in writer.rows}
-    for chunk, bar in in_chunks([{"id": image} for image in questions], done, 32, "examine"):
+    for chunk, bar in in_chunks([{"id": image} for image in questions], writer.done, 32, 1, "examine"):
         asked = {row["id"]: list(dict.fromkeys(questions[row["id"]])) for row in chunk}
         names = [name for name in asked if asked[name] or expert.classes]  # an open expert needs something to look for
-        found = dict(zip(names, expert.examine([Path(args.image_root) / name for name in names], [asked[n] for n in names])))
-        for name in (name for name in asked if name not in done):
+        found = dict(zip(names, share_out([names[i:i + 32] for i in range(0, len(names), 32)], lambda batch: expert.examine(
+            [Path(args.image_root) / name for name in batch], [asked[name] for name in batch]))))
+        for name in (name for name in asked if name not in writer.done):
             writer.write({"id": name, "asked": asked[name], "detections": found.get(name, [])})
         bar.update(len(chunk))
     return {row["id"]: row for row in writer.rows}
@@ -401,7 +400,7 @@ def main(args):
     print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.detections or args.expert}")
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
     writes = args.images or args.expert == "none"
-    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens) if writes else (None, None)
+    model, processor = three.load_judge(args) if writes else (None, None)
     expert = None if args.detections else load_expert(args.expert, sorted({*vocabulary.values()}), model, processor, args)
     classes = expert.classes if expert else None  # None: what it finds is what it is asked about
     vocabulary = build_vocabulary(classes, SYNONYMS) if classes and not args.vocabulary else vocabulary
@@ -435,9 +434,10 @@ def main(args):
         f"no pair could be made: {dict(reasons)}; mentions were {dict(statuses)}. Check --expert, --vocabulary, --absent")
 
     # 4. save and report ------------------------------------------------------------------------------------------
-    common.write_jsonl(folder / "preferences.jsonl", rows)
+    common.write_json(folder / "preferences.jsonl", rows)
     common.write_json(folder / "vocabulary.json", vocabulary)
-    draw_contact_sheet(rows, findings, args.image_root, folder / "contact_sheet.png")
+    if common.RANK == 0:
+        draw_contact_sheet(rows, findings, args.image_root, folder / "contact_sheet.png")
     counts = {**counts, **reasons, **{f"  {k} pairs": v for k, v in Counter(row["source"] for row in rows).items()}}
     counts |= {f"  in split {k}": v for k, v in Counter(row["split"] for row in rows).items()}
     counts |= {f"mentions {k}": statuses[k] for k in ("present", "absent", "unsure")}

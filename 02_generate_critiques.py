@@ -20,6 +20,7 @@ Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped) and
 """
 import argparse
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -33,6 +34,7 @@ from PIL import Image
 import common
 from common import RowWriter, both_orders, finish_stage, in_chunks, inherit, parse_checks, read_jsonl, start_stage
 
+ift = importlib.import_module("03_train_ift")
 LEAK = re.compile(r"\b(?:reference|ground[- ]truth|detector|known to be true|the findings?|the expert|"
                   r"(?:the|given|correct) label (?:says|is|states|shows|gives))\b", re.IGNORECASE)
 
@@ -257,8 +259,7 @@ FORMATS = {  # name: (columns it is known by, in lower case; what a row says); t
     "RLAIF-V": ("question chosen rejected image", lambda row: from_messages(row, "question")),
     "RLHF-V": ("text image", lambda row: from_messages(json.loads(row["text"]), "question")),
     "preferences.jsonl": ("image prompt chosen rejected evidence", lambda row: {**row, **from_messages(row)}),
-    "TRL preferences": ("image chosen rejected", from_messages),
-    "TRL preferences (images)": ("images chosen rejected", from_messages)}
+    "TRL preferences": ("image chosen rejected", from_messages), "TRL preferences (images)": ("images chosen rejected", from_messages)}
 
 
 def read_rows(source):
@@ -312,8 +313,8 @@ def place_image(image, image_root, folder):
     if data:
         file = Path(folder).resolve() / "images" / f"{hashlib.sha256(data).hexdigest()[:32]}.{kind}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".partial").write_bytes(data)
-        file.with_suffix(".partial").replace(file)  # whole or not at all
+        file.with_suffix(f".{common.RANK}").write_bytes(data)
+        file.with_suffix(f".{common.RANK}").replace(file)  # whole or not at all
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
@@ -362,9 +363,8 @@ def write_critiques(pairs, model, processor, vocabulary, path, n, guided, args, 
     evidence = {pair["id"]: pair["evidence"] for pair in pairs}
     questions = [question for pair in pairs for question in both_orders(pair)]
     writer = RowWriter(path)
-    written = {row["id"] for row in writer.rows}
-    done = {question["id"] for question in questions if f"{question['id']}-{n - 1}" in written}
-    for chunk, bar in in_chunks(questions, done, args.batch_size, "critiques"):
+    done = {question["id"] for question in questions if f"{question['id']}-{n - 1}" in writer.done}
+    for chunk, bar in in_chunks(questions, done, args.batch_size, n, "critiques"):
         requests = []
         for question in chunk:
             status = {found["object"]: found["status"] for found in evidence[question["pair_id"]]}
@@ -374,7 +374,7 @@ def write_critiques(pairs, model, processor, vocabulary, path, n, guided, args, 
         answers = common.sample(model, processor, requests, n, args.temperature, args.max_new_tokens, seed, args.batch_size, bar)
         for question, samples in zip(chunk, answers):
             for k, answer in enumerate(samples):
-                if f"{question['id']}-{k}" not in written:
+                if f"{question['id']}-{k}" not in writer.done:
                     reason = reason_to_drop(answer["text"], answer["complete"], question, evidence[question["pair_id"]],
                                             vocabulary, args.style)
                     writer.write({**question, "id": f"{question['id']}-{k}", "critique": answer["text"], "style": args.style,
@@ -425,7 +425,7 @@ def main(args):
     pairs = [pair for pair in pairs if pair["split"] == "train"][:args.pairs] or common.stop(
         f"{source} has no pair in split 'train': lower --validation in stage 01")
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
-    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
+    model, processor = ift.load_judge(args)
 
     # 2. write, filter --------------------------------------------------------------------------------------------
     samples = write_critiques(pairs, model, processor, vocabulary, folder / "samples.jsonl", args.critiques, True, args, args.seed)
@@ -433,7 +433,7 @@ def main(args):
         f"no critique was kept: {dict(Counter(row['dropped'] for row in samples))}; read {folder}/samples.jsonl")
 
     # 3. save and report ------------------------------------------------------------------------------------------
-    common.write_jsonl(folder / "critiques.jsonl", kept)
+    common.write_json(folder / "critiques.jsonl", kept)
     counts = {"critiques written": len(samples)}
     counts |= {f"dropped: {reason}": n for reason, n in Counter(row["dropped"] for row in samples).most_common() if reason}
     counts |= {"repeated": sum(row["dropped"] is None for row in samples) - len(kept), "kept": len(kept)} | {

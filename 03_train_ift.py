@@ -19,18 +19,23 @@ Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), metrics.jsonl, v
 """
 import argparse
 import contextlib
-import json
 import math
 import random
+import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import common
-from common import both_orders, finish_stage, inherit, read_jsonl, row_seed, start_stage, verdict_log_odds
+from common import RANK, WORLD, both_orders, finish_stage, inherit, read_jsonl, row_seed, start_stage, verdict_log_odds
+
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # the name that works with all of transformers 5
 
 
 # ---- The losses ------------------------------------------------------------------------------------------------------
@@ -65,11 +70,8 @@ def accuracy_by_order(rows):
     for row in rows:
         right.setdefault(row["id"], []).append(row["verdict"] == row["label"])
         parsed.setdefault(row["id"], []).append(row["verdict"] is not None)
-    result = {}
-    for order in orders:
-        here = [row["verdict"] == row["label"] for row in rows if row["order"] == order]
-        result[f"accuracy_{order}"] = sum(here) / len(here)
-    n = len(right)
+    here = {order: [row["verdict"] == row["label"] for row in rows if row["order"] == order] for order in orders}
+    result, n = {f"accuracy_{order}": sum(hits) / len(hits) for order, hits in here.items()}, len(right)
     return {"accuracy": sum(result.values()) / len(orders), **result,
             "both": sum(map(all, right.values())) / n,
             "agreement": sum(all(parsed[i]) and len(set(right[i])) == 1 for i in right) / n,
@@ -97,7 +99,7 @@ def judge(model, processor, questions, image_root, style="critique", votes=1, te
     critique, image}. votes > 1: majority over sampled critiques, mean P(A); a critique without verdict counts .5 there."""
     requests = [{"id": q["id"], "image": q.get("picture") or Path(image_root) / q["image"], "text": common.build_judge_prompt(
         q["prompt"], q["response_a"], q["response_b"], style)} for q in questions]
-    with tqdm(total=len(requests), desc=describe, unit="row", dynamic_ncols=True, disable=None) as bar:
+    with tqdm(total=len(requests), desc=describe, unit="row", dynamic_ncols=True, disable=None, file=sys.stdout) as bar:
         answers = common.sample(model, processor, requests, votes, temperature, max_new_tokens, seed, batch_size, bar)
     rows = []
     for question, samples in zip(questions, answers):
@@ -129,10 +131,49 @@ def validate(model, processor, pairs, image_root, style, folder, name, batch_siz
     print(f"validation, {name}: " + " | ".join(f"{k} {result[k]:.3f}" for k in (
         "accuracy", "both", "agreement", "bradley_terry_loss", "ece", "unparseable")) + f" | {result['n_pairs']} pairs")
     print(f"{rows[0]['image']}, label {rows[0]['label']}:\n{rows[0]['critique']}\n")
-    common.write_jsonl(folder / "validation.jsonl", rows)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"validation": name, **result}) + "\n")
+    common.write_json(folder / "validation.jsonl", rows)
+    common.RowWriter(folder / "metrics.jsonl").write({"validation": name, **result})
     return result
+
+
+# ---- Loading: what it will take is said before ----------------------------------------------------------------------
+def announce(model_path, device, task, flags, prepare=lambda blank: blank):
+    """Print what a model will take before it is loaded, and stop where the GPU has less free. prepare(model without weights)
+    adds or marks what is trained, which takes four times its bytes: weights, gradient, AdamW's two moments. flags: what to
+    change where it is too large."""
+    try:
+        with torch.device("meta"):
+            blank = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_path), dtype=common.pick_dtype(device))
+    except (OSError, ValueError) as error:  # no such model, or not one that reads pictures and writes text
+        common.stop(f"--model {model_path}: {str(error).splitlines()[0]}")
+    dtype = str(blank.dtype)[6:]
+    gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in prepare(blank.requires_grad_(False)).parameters()) / 2 ** 30
+    n, trained = (blank.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
+    print(f"{task}: {n:.2f} M weights in {dtype}{f', {trained:.2f} M trained in float32' if trained else ''}; {gib:.2f} GiB on "
+          f"{device.type}, activations not counted")
+    if device.type == "cuda":  # what torch keeps of models that are gone is free as well
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if gib > free / 2 ** 30:
+            common.stop(f"the GPU has {free / 2 ** 30:.2f} GiB free, {gib:.2f} GiB are needed before any activations: {flags}")
+
+
+def load_judge(args, checkpoint=None):
+    """common.load_judge by a stage's arguments, announced. An adapter's weights are too few to count."""
+    announce(args.model, common.pick_device(args.device), f"loading {args.model}{f' + {checkpoint}' if checkpoint else ''}",
+             "take a smaller --model, or end what else runs on it")
+    return common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens)
+
+
+def announce_training(args, rank, rows):
+    """Before loading: what will be trained on, and the memory for it; stops where the GPU has less. rows: in words."""
+    print(f"training on {rows}; {args.steps} steps of {args.train_batch} critiques + {args.train_batch} correct responses, "
+          f"{args.micro_batch} at a time")
+    announce(args.model, common.pick_device(args.device), f"training, {f'LoRA of rank {rank}' if rank else 'full'}, with gradients "
+             "and AdamW state", "take a smaller --model or (in stage 03) --lora-rank; activations: --micro-batch, --max-image-tokens",
+             lambda blank: add_lora(blank, rank))
+
+
+KINDS = ("critique", "correct")  # of rows, and of the two terms of L_IFT
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -147,16 +188,6 @@ def add_lora(model, rank):
             weight.data = weight.data.float()
             weight.requires_grad_(True)
     return model
-
-
-def announce_training(args, rank, rows):
-    """Before loading: what will be trained on, and the memory for it; stops where the GPU has less. rows: in words."""
-    device = common.pick_device(args.device)
-    print(f"training on {rows}; {args.steps} steps of {args.train_batch} critiques + {args.train_batch} correct responses, "
-          f"{args.micro_batch} at a time")
-    common.announce(args.model, device, f"training, {f'LoRA of rank {rank}' if rank else 'full'}, with gradients and AdamW state",
-                    "take a smaller --model or (in stage 03) --lora-rank; activations: --micro-batch, --max-image-tokens",
-                    lambda blank: add_lora(blank, rank))
 
 
 def training_rows(critiques):
@@ -223,15 +254,24 @@ def log_odds_of_verdict(logits, labels, tokenizer, verdict_ids):
     return verdict_log_odds(logits[rows, at - 1], ids_a, ids_b)
 
 
-def backward(model, processor, parts, n, lam, bt_weight):
-    """Gradient of the step's loss from parts = micro-batches (kind, inputs, labels, rows), n = {kind: tokens of the whole step}
-    -> ({kind: summed NLL}, summed Bradley-Terry loss) for the log."""
+def total(*numbers):
+    """Each number's sum over all processes."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if WORLD > 1:
+        torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def backward(model, processor, parts, n, n_rows, lam, bt_weight):
+    """Gradient of the step's loss from this process's parts = micro-batches (kind, inputs, labels, rows); n = {kind: tokens},
+    n_rows: critiques, of the whole step -> ({kind: summed NLL}, summed Bradley-Terry loss) of the parts, for the log."""
     verdict_ids = common.verdict_token_ids(processor.tokenizer)
-    n_rows = sum(len(rows) for kind, _, _, rows in parts if kind == "critique")
-    nll, bt_sum = {"critique": 0.0, "correct": 0.0}, 0.0
+    nll, bt_sum = dict.fromkeys(KINDS, 0.0), 0.0
     for kind, inputs, labels, rows in parts:
+        if WORLD > 1:  # processes exchange gradients once a step, in its last backward
+            model.require_backward_grad_sync = rows is parts[-1][-1]
         logits, labels = forward(model, inputs, labels)
-        sums = {"critique": 0.0, "correct": 0.0, kind: nll_sum(logits, labels)[0]}
+        sums = {**dict.fromkeys(KINDS, 0.0), kind: nll_sum(logits, labels)[0]}
         loss = ift_loss(sums["critique"], n["critique"], sums["correct"], n["correct"], lam)
         if kind == "critique" and bt_weight:
             label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
@@ -239,7 +279,7 @@ def backward(model, processor, parts, n, lam, bt_weight):
             bt = bradley_terry_loss(log_odds, label_is_a).sum()  # ()
             loss = loss + bt_weight * bt / n_rows
             bt_sum += bt.item()
-        loss.backward()
+        (loss * WORLD).backward()  # DistributedDataParallel takes the processes' mean, the step's loss is their sum
         nll[kind] += sums[kind].item()
     return nll, bt_sum
 
@@ -272,43 +312,44 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
     warmup = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(  # linear up, then linear down to a tenth
         optimizer, lambda t: min((t + 1) / warmup, 1 - 0.9 * max(0, t - warmup) / max(1, steps - warmup)))
-    batches = zip(stream(judged, batch_size, seed), stream(correct, batch_size, seed))
-    print(f"training: {len(judged)} critiques, {len(correct)} correct responses; {steps} steps of {batch_size} + {batch_size}"
-          f" = {steps * batch_size / len(judged):.1f} epochs of critiques; {sum(map(torch.numel, weights)) / 1e6:.2f} M weights")
+    print(f"{len(judged)} critiques, {len(correct)} correct responses: {steps * batch_size / len(judged):.1f} epochs of critiques")
 
     def encode(kind, rows):
         texts, images, responses = zip(*((row["text"], Path(image_root) / row["image"], row["response"]) for row in rows))
         inputs, labels = encode_supervised(processor, texts, images, responses, max_response_tokens)
         return kind, inputs.to(device), labels.to(device), rows
 
+    streams = [*zip(KINDS, [stream(rows, batch_size, seed) for rows in (judged, correct)[:2 if lam else 1]])]
+    prepared = ([encode(kind, part) for kind, rows in streams for part in micro_batches(next(rows)[RANK::WORLD], micro_batch)]
+                for _ in range(steps))  # of each step's rows every process takes its share
     model.train()
-    started, n_total, log = time.time(), 0, (folder / "metrics.jsonl").open("a", buffering=1)
-    bar = tqdm(range(1, steps + 1), desc="train", unit="step", dynamic_ncols=True, disable=None)
-    with activation_checkpointing(model, checkpoint_activations):
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    started, n_total, log = time.time(), 0, common.RowWriter(folder / "metrics.jsonl")
+    bar = tqdm(range(1, steps + 1), desc="train", unit="step", dynamic_ncols=True, disable=None, file=sys.stdout)
+    with activation_checkpointing(model, checkpoint_activations), ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, prepared)
         for step in bar:
-            critique_rows, correct_rows = next(batches)
+            parts, coming = coming.result(), pool.submit(next, prepared, None)  # a step ahead
             # Every token of the step weighs the same, so the counts must be known before the first backward.
-            parts = [encode("critique", rows) for rows in micro_batches(critique_rows, micro_batch)]
-            parts += [encode("correct", rows) for rows in micro_batches(correct_rows, micro_batch)] if lam else []
-            n = {kind: sum(int((part[2] != -100).sum()) for part in parts if part[0] == kind) for kind in ("critique", "correct")}
-            nll, bt_sum = backward(model, processor, parts, n, lam, bt_weight)
+            n = dict(zip(KINDS, total(*(sum(int((part[2] != -100).sum()) for part in parts if part[0] == kind) for kind in KINDS))))
+            nll, bt_sum = backward(parallel, processor, parts, n, batch_size, lam, bt_weight)
+            *nll, bt_sum = total(*(nll[kind] for kind in KINDS), bt_sum)
             grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
             if not math.isfinite(grad_norm):
-                common.stop(f"step {step}: gradient norm {grad_norm}; rows {[row['id'] for row in critique_rows + correct_rows]}."
-                            " Lower --lr")
+                common.stop(f"step {step}: gradient norm {grad_norm}; rows {[r['id'] for *_, rows in parts for r in rows]}. Lower --lr")
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             n_total += sum(n.values())
-            line = {"step": step, "loss": ift_loss(nll["critique"], n["critique"], nll["correct"], n["correct"], lam),
-                    "critique": nll["critique"] / n["critique"], "correct": nll["correct"] / n["correct"] if lam else None,
-                    "bradley_terry": bt_sum / batch_size if bt_weight else None, "grad_norm": grad_norm,
-                    "lr": schedule.get_last_lr()[0], "tokens_per_s": n_total / (time.time() - started)}
-            log.write(json.dumps(line) + "\n")
+            critique, correct_nll = nll[0] / n["critique"], nll[1] / max(1, n["correct"])  # nats per token
+            line = {"step": step, "loss": ift_loss(nll[0], n["critique"], nll[1], n["correct"], lam), "critique": critique,
+                    "correct": correct_nll if lam else None, "bradley_terry": bt_sum / batch_size if bt_weight else None,
+                    "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0], "tokens_per_s": n_total / (time.time() - started)}
+            log.write(line)
             if step % max(1, steps // 10) == 0:
-                bar.write(f"step {step:>5}/{steps} | loss {line['loss']:.3f} | critique {line['critique']:.3f} | correct "
-                          f"{nll['correct'] / max(1, n['correct']):.3f} | bt {bt_sum / batch_size:.3f} | grad {grad_norm:.2f} | "
-                          f"{line['tokens_per_s']:.0f} tok/s | {(time.time() - started) / 60:.1f} min")
+                bar.write(f"step {step:>5}/{steps} | loss {line['loss']:.3f} | critique {critique:.3f} | correct {correct_nll:.3f} | "
+                          f"bt {bt_sum / batch_size:.3f} | grad {grad_norm:.2f} | {line['tokens_per_s']:.0f} tok/s | "
+                          f"{(time.time() - started) / 60:.1f} min")
     model.eval()
 
 
@@ -395,11 +436,11 @@ def drop_long(critiques, processor, max_response_tokens):
 
 def save_checkpoint(model, processor, folder):
     """adapter/ that PeftModel.from_pretrained loads, or model/ that AutoModelForImageTextToText.from_pretrained loads."""
-    if hasattr(model, "get_base_model"):
-        model.save_pretrained(str(folder / "adapter"))
-    else:
-        model.save_pretrained(str(folder / "model"))
-        processor.save_pretrained(str(folder / "model"))
+    if RANK == 0:
+        name = "adapter" if hasattr(model, "get_base_model") else "model"
+        model.save_pretrained(str(folder / name))
+        if name == "model":
+            processor.save_pretrained(str(folder / name))
 
 
 if __name__ == "__main__":

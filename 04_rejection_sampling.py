@@ -173,15 +173,15 @@ def best_of_n(rows, candidates, model, processor, name, args):
 
 def sample_and_pick(rows, judges, folder, args):
     """({row id: the policy's responses}, {judge: best_of_n's winners}); both are kept in best_of_n.jsonl."""
-    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
+    model, processor = ift.load_judge(args)
     requests = [{"id": row["id"], "image": Path(args.image_root) / row["image"], "text": row["prompt"]} for row in rows]
     answers = common.sample(model, processor, requests, args.best_of, 1.0, args.max_new_tokens, args.seed, args.batch_size)
     candidates, picks = {row["id"]: [a["text"].strip() for a in texts] for row, texts in zip(rows, answers)}, {}
     for name, checkpoint in judges.items():
         model = None  # two models at a time would be one too many for the GPU
-        model, processor = common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens)
+        model, processor = ift.load_judge(args, checkpoint)
         picks[name] = best_of_n(rows, candidates, model, processor, name, args)
-    common.write_jsonl(folder / "best_of_n.jsonl", [{"id": row["id"], "image": row["image"], "candidates": candidates[row["id"]],
+    common.write_json(folder / "best_of_n.jsonl", [{"id": row["id"], "image": row["image"], "candidates": candidates[row["id"]],
                                                      **{name: picks[name][row["id"]] for name in picks}} for row in rows])
     return candidates, picks
 
@@ -206,15 +206,21 @@ def best_of_n_table(rows, candidates, picks, truth, vocabulary):
     return table
 
 
+def find_checkpoint(folder):
+    """The folder's adapter/ or model/, as stages 03 and 04 write them."""
+    found = [path for path in (Path(folder) / "adapter", Path(folder) / "model") if path.exists()]
+    return found[0] if found else common.stop(f"{folder} holds neither adapter/ nor model/: run the stage that writes it first")
+
+
 def find_conditions(run):
     """{name: checkpoint folder or None for the base model}: all that 03 and 04 have trained, in order."""
     found = {"base": None}
     if (run / "03_ift" / "meta.json").exists():
-        found["after 03"] = common.find_checkpoint(run / "03_ift")
+        found["after 03"] = find_checkpoint(run / "03_ift")
     for stage in sorted(run.glob("04_rejection*")):
         rule = stage.name.removeprefix("04_rejection").removeprefix("_") or "margin"
         for done in sorted(stage.glob("iter*/done.json"), key=lambda p: int(p.parent.name[4:])):
-            found[f"{rule}, iteration {done.parent.name[4:]}"] = common.find_checkpoint(done.parent)
+            found[f"{rule}, iteration {done.parent.name[4:]}"] = find_checkpoint(done.parent)
     return found
 
 
@@ -250,10 +256,11 @@ def run_iteration(t, pool, model, processor, vocabulary, replayed, folder, args)
         if not kept:
             common.stop(f"iteration {t} keeps nothing: {dict(Counter(row['dropped'] for row in samples))}; lower --margin, or "
                         f"read {folder}/samples.jsonl")
-        common.write_jsonl(folder / "kept.jsonl", kept)
+        common.write_json(folder / "kept.jsonl", kept)
         pairs_kept = list(dict.fromkeys(row["pair_id"] for row in kept))
         share = len(pairs_kept) / len(pool)
-        draw_margins(margins, pairs_kept, folder / "margins.png", f"iteration {t}, {args.select}: {share:.0%} kept")
+        if common.RANK == 0:
+            draw_margins(margins, pairs_kept, folder / "margins.png", f"iteration {t}, {args.select}: {share:.0%} kept")
         counts = {"pairs in the pool": len(pool), "critiques sampled": len(samples)}
         counts |= {f"dropped: {why}": n for why, n in Counter(row["dropped"] for row in samples).most_common() if why}
         counts |= {"pairs with margin 0": sum(m == 0 for m in margins.values()), "pairs kept": len(pairs_kept)}
@@ -287,7 +294,7 @@ def main(args):
     pools = cut_pools([pair for pair in pairs if pair["split"] == "pool"], args.pool, args.iterations)
     finished = [t for t in range(1, args.iterations + 1) if (folder / f"iter{t}" / "done.json").exists()]
     last = folder / f"iter{finished[-1]}" if finished else run / "03_ift"
-    checkpoint = common.find_checkpoint(last)
+    checkpoint = find_checkpoint(last)
     rank = json.loads((checkpoint / "adapter_config.json").read_text())["r"] if checkpoint.name == "adapter" else 0
     rows = f"the best of {sum(map(len, pools))} pairs in {len(pools)} iterations x 2 orders x {args.samples} critiques"
     ift.announce_training(args, rank, f"{len(replayed)} critiques of stage 02" if args.select == "continue" else rows)
@@ -297,7 +304,7 @@ def main(args):
     replayed = ift.drop_long(replayed, processor, args.max_response_tokens)
 
     # 2. iterate --------------------------------------------------------------------------------------------------
-    results = {}
+    results = {f"iteration {t}": json.loads((folder / f"iter{t}" / "done.json").read_text()) for t in finished}
     for t in range(1, args.iterations + 1):
         here = folder / f"iter{t}"
         if t not in finished:
@@ -306,8 +313,8 @@ def main(args):
             counts = run_iteration(t, pools[t - 1], model, processor, vocabulary, replayed, here, args)
             result = ift.validate(model, processor, validation, args.image_root, args.style, here, f"iteration {t}",
                                   args.batch_size, args.max_new_tokens)
-            common.write_json(here / "done.json", {"counts": counts, "validation": result})
-        results[f"iteration {t}"] = json.loads((here / "done.json").read_text())
+            results[f"iteration {t}"] = {"counts": counts, "validation": result}
+            common.write_json(here / "done.json", results[f"iteration {t}"])
 
     # 3. report ---------------------------------------------------------------------------------------------------
     counts = {f"iteration {t}, {name}": n for t in range(1, args.iterations + 1)

@@ -216,7 +216,7 @@ def answer_in_the_wild(judge, checkpoint, folder, args):
         chosen["judge"] = {key: winners[-1] for key, winners in picks[judge].items()}
     for name, texts in chosen.items():
         model_id = f"{Path(args.model).name}, {name} of {args.best_of}"
-        common.write_jsonl(folder / f"answers_{name}.jsonl", [
+        common.write_json(folder / f"answers_{name}.jsonl", [
             {"question_id": row["question_id"], "prompt": row["prompt"], "text": texts[row["id"]],
              "answer_id": f"{model_id}, {row['id']}", "model_id": model_id, "metadata": {}} for row in rows])
     return markdown(("answers", "characters, mean"), [
@@ -389,7 +389,7 @@ def main(args):
     head = ["# Evaluation", "", f"`{args.pairs}`", "", NOTES.get(args.benchmark, "")]
     if args.benchmark == "llava-wild":
         lines, counts = answer_in_the_wild(last, conditions[last], folder, args)
-        (folder / "report.md").write_text("\n".join([*head, *lines, ""]))
+        common.write_text(folder / "report.md", "\n".join([*head, *lines, ""]))
         return finish_stage(folder, args, counts, inputs, f"read {folder}/report.md")
     pairs, counts = read_benchmark(folder, args)
     by_id, sizes = {pair["id"]: pair for pair in pairs}, Counter(pair.get("category") for pair in pairs)
@@ -408,7 +408,7 @@ def main(args):
     writer, judged, judge = RowWriter(folder / "judgements.jsonl"), {}, None
     for name, checkpoint in conditions.items():
         del judge  # two at a time would be one too many for the GPU
-        judge = *common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens), writer, args
+        judge = *ift.load_judge(args, checkpoint), writer, args
         judged[name] = judge_condition(name, questions, *judge)
         for label, how in ((f"{name}, {how} image", how) for how in (args.withhold if name == last else ())):
             judged[label] = judge_condition(label, withheld(questions, how, args.image_root, args.seed), *judge)
@@ -438,8 +438,9 @@ def main(args):
     # 4. report ---------------------------------------------------------------------------------------------------
     lines = table_lines(table, best_of, differences, expert, how, PUBLISHED if args.benchmark == "vl-rewardbench" else {})
     lines += before_and_after(judged, ("base", last)) if last != "base" else []
-    (folder / "report.md").write_text("\n".join([*head, *lines, "", "![reliability](reliability.png)", ""]))
-    draw_reliability({name: judged[name] for name in ("base", "after 03", last) if name in judged}, folder / "reliability.png")
+    common.write_text(folder / "report.md", "\n".join([*head, *lines, "", "![reliability](reliability.png)", ""]))
+    if common.RANK == 0:
+        draw_reliability({name: judged[name] for name in ("base", "after 03", last) if name in judged}, folder / "reliability.png")
     common.write_json(folder / "metrics.json", dict(table=table, differences=differences, expert=expert, best_of_n=best_of))
     print("\n".join(lines))
     finish_stage(folder, args, counts | {"pairs": len(pairs), "judgements": len(writer.rows)}, inputs, f"read {folder}/report.md")

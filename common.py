@@ -1,5 +1,5 @@
 """What the five stages must agree on byte for byte, and plumbing: the judge's prompt and verdict, model loading,
-encoding, batched sampling with the verdict's log-odds, and resumable run directories.
+encoding, batched sampling with the verdict's log-odds, several processes, and resumable run directories.
 
 None of the method's ideas live here; they stand in the stage that introduces them. Letters used in all files:
 B sequences, T tokens, V vocabulary entries, P prompt tokens (image included), R response tokens.
@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import mmap
 import os
 import re
 import resource
@@ -15,19 +16,18 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # a bar of its own per loaded checkpoint hides ours
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # the name that works with all of transformers 5
 
 # ---- The judge's prompt, verdict and checks --------------------------------------------------------------------------
 INSTRUCTIONS = {
@@ -92,7 +92,6 @@ def parse_checks(text):
     return checks
 
 
-# ---- The verdict's log-odds ------------------------------------------------------------------------------------------
 def verdict_log_odds(logits, id_a, id_b):
     """r = log P(A) - log P(B) in nats (B,), from logits (B,V) at the verdict position; the softmax's normaliser cancels.
     id_a, id_b: token ids of the two letters, ints or (B,) tensors."""
@@ -111,7 +110,13 @@ def stop(message):
 
 
 def pick_device(name=None):
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"))
+    cuda = torch.cuda.is_available() and f"cuda:{torch.cuda.current_device()}"  # of several processes each has its own
+    return torch.device(name or cuda or ("mps" if torch.backends.mps.is_available() else "cpu"))
+
+
+def pick_dtype(device):
+    """bf16 on GPUs that have it, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
 def unwrap(model):
@@ -119,41 +124,16 @@ def unwrap(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def announce(model_path, device, task, flags, prepare=lambda blank: blank):
-    """Print what a model will take before it is loaded, and stop where the GPU has less free -> its dtype: bf16 on GPUs that
-    have it, float32 elsewhere. prepare(model without weights) marks or adds what will be trained; flags: what to change where
-    it is too large. Bytes = weights + 3 x trained weights (gradient, AdamW's two moments), each in the weight's dtype."""
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    try:
-        with torch.device("meta"):
-            blank = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
-    except (OSError, ValueError) as error:  # no such model, or not one that reads pictures and writes text
-        stop(f"--model {model_path}: {str(error).splitlines()[0]}")
-    gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in prepare(blank.requires_grad_(False)).parameters()) / 2 ** 30
-    trained = blank.num_parameters(only_trainable=True) / 1e6
-    print(f"{task}: {blank.num_parameters() / 1e6:.2f} M weights in {str(dtype)[6:]}"
-          f"{f', {trained:.2f} M trained in float32' if trained else ''}; {gib:.2f} GiB on {device.type}, activations not counted")
-    if device.type == "cuda":  # what torch keeps of models that are gone is free as well
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if gib > free / 2 ** 30:
-            stop(f"the GPU has {free / 2 ** 30:.2f} GiB free, {gib:.2f} GiB are needed before any activations: {flags}")
-    return dtype
-
-
 def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, trainable=False):
     """(model, processor) from a hub id or folder; checkpoint: a PEFT adapter folder, or a fully fine-tuned model's folder.
-    bf16 on GPUs that have it, float32 elsewhere. max_image_tokens: no picture takes more of the prompt's tokens."""
+    max_image_tokens: no picture takes more of the prompt's tokens."""
     device = pick_device(device)
     is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
-    if checkpoint is not None and not is_adapter and not (Path(checkpoint) / "config.json").exists():
-        stop(f"{checkpoint} holds neither adapter_config.json nor config.json: run the stage that writes it first")
     weights = model_path if checkpoint is None or is_adapter else str(checkpoint)
-    task = f"loading {weights}{f' + adapter {checkpoint}' if is_adapter else ''}"
-    dtype = announce(weights, device, task, "take a smaller --model, or end what else runs on it")
     try:
         processor = AutoProcessor.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(weights, dtype=dtype, attn_implementation="sdpa")
-    except OSError as error:
+        model = AutoModelForImageTextToText.from_pretrained(weights, dtype=pick_dtype(device), attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
         stop(f"--model {weights}: {str(error).splitlines()[0]}")
     if max_image_tokens:  # an image token covers merge_size x merge_size patches
         vision = processor.image_processor
@@ -173,12 +153,6 @@ def load_adapter(model, folder, trainable=False):
         stop(f"the adapter {folder} does not fit the model:\n  only in the adapter: {sorted(found - expected)[:8]}\n"
              f"  only in the model:   {sorted(expected - found)[:8]}")
     return model
-
-
-def find_checkpoint(folder):
-    """The folder's adapter/ or model/, as stages 03 and 04 write them."""
-    found = [path for path in (Path(folder) / "adapter", Path(folder) / "model") if path.exists()]
-    return found[0] if found else stop(f"{folder} holds neither adapter/ nor model/: run the stage that writes it first")
 
 
 # ---- Encoding --------------------------------------------------------------------------------------------------------
@@ -210,7 +184,7 @@ def row_seed(seed, *keys):
 
 class ReservedLayer(DynamicLayer):
     """A prompt's cache layer repeated for its samples, with room for the tokens to come: DynamicLayer copies everything it
-    holds at every token, this one writes in place."""
+    holds at every token, this one writes in place. keys, values (B*n, H, length, D): views of what is written so far."""
 
     def __init__(self, layer, repeats, room):
         super().__init__()
@@ -219,7 +193,7 @@ class ReservedLayer(DynamicLayer):
         self._show(layer.keys.shape[2])
 
     def _show(self, length):
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)  # (B*n, H, length, D), views
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
     def update(self, keys, values, *args, **kwargs):  # (B*n, H, 1, D) each
         start = self.keys.shape[2]
@@ -297,30 +271,34 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
     batch_size counts sequences; out of memory halves it. Row by row the randomness comes from (seed, id)."""
     tokenizer, device = processor.tokenizer, unwrap(model).device
     stop_ids = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=device).reshape(-1)
-    verdict_ids = verdict_token_ids(tokenizer)
+    verdict_ids, size = verdict_token_ids(tokenizer), max(1, batch_size // n)
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # batches of like length pad little
-    step, results = max(1, batch_size // n), [None] * len(requests)
-    while order:
-        batch = order[:step]
-        chosen = [requests[i] for i in batch]
-        uniforms = torch.stack([torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(
-            row_seed(seed, request["id"]))) for request in chosen])  # (B, n, R)
-        inputs = encode_prompts(processor, [r["text"] for r in chosen], [r["image"] for r in chosen]).to(device)
-        try:
-            tokens, log_odds = _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids)
-        except torch.OutOfMemoryError:
-            if step == 1:
-                stop("out of memory with a single prompt: lower --max-image-tokens or --max-new-tokens, or take a smaller --model")
-            step = (step + 1) // 2
-            torch.cuda.empty_cache()
-            print(f"out of memory: going on with {step} prompts at a time")
-            continue
-        for i, *samples in zip(batch, tokens.split(n), log_odds.split(n)):
-            results[i] = [_finish(tokenizer, *one, stop_ids, verdict_ids) for one in zip(*samples)]
-        order = order[step:]
-        if bar is not None:
-            bar.update(len(batch))
-    return results
+
+    def answer(batch):
+        nonlocal size
+        answers = []
+        while len(answers) < len(batch):
+            chosen = [requests[i] for i in batch[len(answers):][:size]]
+            uniforms = torch.stack([torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(
+                row_seed(seed, request["id"]))) for request in chosen])  # (B, n, R)
+            inputs = encode_prompts(processor, [r["text"] for r in chosen], [r["image"] for r in chosen]).to(device)
+            try:
+                tokens, log_odds = _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    stop("out of memory with a single prompt: lower --max-image-tokens, --max-new-tokens, or take a smaller --model")
+                size = (len(chosen) + 1) // 2
+                torch.cuda.empty_cache()
+                print(f"out of memory: going on with {size} prompts at a time")
+                continue
+            answers += [[_finish(tokenizer, *one, stop_ids, verdict_ids) for one in zip(*samples)]
+                        for samples in zip(tokens.split(n), log_odds.split(n))]
+        if bar is not None:  # as if all processes were as far as this one
+            bar.update(min(len(batch) * WORLD, bar.total - bar.n))
+        return answers
+
+    answers = share_out([order[i:i + size] for i in range(0, len(order), size)], answer)
+    return [samples for _, samples in sorted(zip(order, answers), key=lambda pair: pair[0])]
 
 
 def _finish(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
@@ -332,6 +310,23 @@ def _finish(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
     return {"text": text, "complete": bool(len(ends)), "verdict": verdict, "log_odds": r}
 
 
+# ---- Several processes: torchrun --nproc-per-node K script.py ... ----------------------------------------------------
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+if RANK:  # process 0 alone speaks and writes files; bars go to stdout, too, and are off where that is no terminal
+    sys.stdout = open(os.devnull, "w")
+
+
+def share_out(batches, work):
+    """The lists work(batch) of all batches, joined: process r of K does batches r, r + K, ... and gets the others' results. So
+    the batches, and with them every number, are those of a single process."""
+    done = [work(batch) for batch in batches[RANK::WORLD]]
+    if WORLD > 1:
+        of_rank = [None] * WORLD
+        dist.all_gather_object(of_rank, done)
+        done = [of_rank[i % WORLD][i // WORLD] for i in range(len(batches))]
+    return [result for results in done for result in results]
+
+
 # ---- Run directories: rows that survive an interruption, meta.json as the sign of completion -------------------------
 def read_jsonl(path, fields=()):
     """Rows of a jsonl file; file, line and field are named where one is missing or malformed."""
@@ -340,32 +335,28 @@ def read_jsonl(path, fields=()):
     rows, ids = [], set()
     for number, line in enumerate(Path(path).open(), 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            stop(f"{path} line {number}: not JSON ({error})")
-        if not isinstance(row, dict):
-            stop(f"{path} line {number}: a JSON object is expected, not {line[:40]}")
-        if missing := [field for field in fields if row.get(field) is None]:
+            rows.append(dict(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            stop(f"{path} line {number}: a JSON object is expected, not {line[:40]!r} ({error})")
+        if missing := [field for field in fields if rows[-1].get(field) is None]:
             stop(f"{path} line {number}: field {missing[0]!r} is missing")
-        if "id" in fields and row["id"] in ids:
-            stop(f"{path} line {number}: id {row['id']!r} occurs twice")
-        ids |= {row["id"]} if "id" in fields else set()
-        rows.append(row)
+        if "id" in fields and rows[-1]["id"] in ids:
+            stop(f"{path} line {number}: id {rows[-1]['id']!r} occurs twice")
+        ids.add(rows[-1].get("id"))
     return rows if rows or not fields else stop(f"{path} is empty: nothing to work on")
 
 
 def write_text(path, text):
     """Atomic: a reader sees the old file or the new one, never half of it."""
-    Path(f"{path}.partial").write_text(text)
-    os.replace(f"{path}.partial", path)
+    if RANK == 0:
+        Path(f"{path}.partial").write_text(text)
+        os.replace(f"{path}.partial", path)
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """A JSON value, or, where the file's name ends in .jsonl, a list of rows, one per line."""
+    rows, indent = (value, None) if Path(path).suffix == ".jsonl" else ([value], 1)
+    write_text(path, "".join(json.dumps(row, indent=indent, ensure_ascii=False) + "\n" for row in rows))
 
 
 class RowWriter:
@@ -376,20 +367,24 @@ class RowWriter:
         self.path = Path(path)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[:data.rfind(b"\n") + 1]
-        if whole != data:
+        share_out([], None)  # all have read before one writes
+        if whole != data and RANK == 0:
             self.path.write_bytes(whole)
         self.rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
-        self.file = self.path.open("a", buffering=1)  # by line
+        self.done = {row.get("id") for row in self.rows}  # before this run
+        self.file = open(os.devnull if RANK else self.path, "a", buffering=1)  # by line
 
     def write(self, row):
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rows.append(row)
 
 
-def in_chunks(rows, done, size, describe):
+def in_chunks(rows, done, batch_size, n, describe):
     """Fixed chunks of rows with a progress bar, those already done left out as wholes: a resumed run forms the same batches
-    as an uninterrupted one, so it writes the same bytes. Yields (chunk, bar)."""
-    with tqdm(total=len(rows), desc=describe, unit="row", dynamic_ncols=True, disable=None) as bar:
+    as an uninterrupted one, so it writes the same bytes. A chunk makes 8 batches of n sequences per row, which is what so many
+    processes share, and what an interruption can cost. Yields (chunk, bar)."""
+    size = 8 * max(1, batch_size // n)
+    with tqdm(total=len(rows), desc=describe, unit="row", dynamic_ncols=True, disable=None, file=sys.stdout) as bar:
         for chunk in (rows[i:i + size] for i in range(0, len(rows), size)):
             if all(row["id"] in done for row in chunk):
                 bar.update(len(chunk))
@@ -397,16 +392,19 @@ def in_chunks(rows, done, size, describe):
                 yield chunk, bar
 
 
-# Arguments that leave a stage's result as it is, up to rounding: a run that went out of memory goes on with smaller ones.
-NOT_COMPARED = {"run", "device", "overwrite", "batch_size", "micro_batch", "checkpoint_activations"}
-
-
 def start_stage(args, name):
     """The stage's folder, ready to be written or resumed; None when it is complete with the same arguments."""
     folder = Path(args.run) / name
-    wanted = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in NOT_COMPARED}
-    if args.overwrite and folder.exists():
+    # What leaves the result as it is, up to rounding, may change: a run that went out of memory goes on with smaller batches.
+    free = {"run", "device", "overwrite", "batch_size", "micro_batch", "checkpoint_activations"}
+    wanted = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in free}
+    if WORLD > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if args.overwrite and folder.exists() and RANK == 0:
         shutil.rmtree(folder)
+    share_out([], None)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "args.json").exists():
         old = json.loads((folder / "args.json").read_text())
@@ -417,6 +415,7 @@ def start_stage(args, name):
             print(f"{folder} is complete (meta.json is there): nothing to do; --overwrite makes it anew")
             return None
         print(f"resuming {folder}")
+    share_out([], None)
     write_json(folder / "args.json", wanted)
     args.started = time.time()
     return folder
@@ -426,14 +425,14 @@ def finish_stage(folder, args, counts, inputs=(), next_command="", **extra):
     """Print what was made and dropped, and write meta.json last: its presence means that the stage is complete."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     meta = {"args": json.loads((folder / "args.json").read_text()), "counts": counts, **extra,
-            "inputs": {str(p): hashlib.sha256(Path(p).read_bytes()).hexdigest()[:16] for p in inputs},
+            "inputs": {str(p): hashlib.sha256(mmap.mmap(os.open(p, os.O_RDONLY), 0, prot=mmap.PROT_READ)).hexdigest()[:16] for p in inputs},
             "seconds": round(time.time() - args.started, 1), "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2),
             "git_commit": git.stdout.strip() or None, "python": sys.version.split()[0],
-            "versions": {p: importlib.metadata.version(p) for p in "torch transformers peft ultralytics numpy pillow".split()}}
+            "versions": {p: importlib.metadata.version(p) for p in "torch transformers peft datasets ultralytics numpy pillow".split()}}
     print(*(f"  {reason:<44} {count:>8}" for reason, count in counts.items()), sep="\n")
-    print(f"{folder}: done in {meta['seconds']:.0f} s, peak memory {meta['peak_memory_gib']} GiB, of the GPU {meta['peak_gpu_gib']}")
-    print(f"next: {next_command}" if next_command else "")
+    print(f"{folder}: done in {meta['seconds']:.0f} s, peak memory {meta['peak_memory_gib']} GiB, of the GPU {meta['peak_gpu_gib']}\n"
+          f"next: {next_command}")
     write_json(folder / "meta.json", meta)
 
 

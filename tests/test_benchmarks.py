@@ -37,6 +37,7 @@ def judge(trained, monkeypatch):
     """Stage 05's judge is the trained one, whatever is to be loaded; the names asked for are listed."""
     asked = []
     monkeypatch.setattr(common, "load_judge", lambda *args, **kwargs: (asked.append(args[:2]), trained[:2])[1])
+    monkeypatch.setattr(five.ift, "announce", lambda *args: None)
     return asked
 
 
@@ -326,7 +327,7 @@ def test_our_own_pairs_keep_their_fields(tmp_path, pictures, judge):
              "rejected": "red ring.", "category": ("shape", "other")[i % 2], "hallucinated": ["red ring"] * (i < 3), "evidence": [
                  {"object": "red circle", "claimed_by": "chosen", "status": "present", "confidence": 1.0, "box": None},
                  {"object": "red ring", "claimed_by": "rejected", "status": "absent", "confidence": 0.0, "box": None}]} for i in range(4)]
-    common.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    common.write_json(tmp_path / "pairs.jsonl", rows)
     (tmp_path / "run" / "01_preferences").mkdir(parents=True)
     common.write_json(tmp_path / "run" / "01_preferences" / "vocabulary.json", {"red circle": "red circle", "red ring": "red ring"})
     report, folder = evaluate(tmp_path, "--pairs", tmp_path / "pairs.jsonl", "--image-root", pictures, "--withhold")

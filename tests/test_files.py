@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import common
 import pytest
-from common import RowWriter, in_chunks, inherit, read_jsonl, start_stage, write_json, write_jsonl
+from common import RowWriter, in_chunks, inherit, read_jsonl, start_stage, write_json
 from conftest import ROOT, STAGES, stage
 
 
@@ -28,8 +28,8 @@ def test_row_writer_cuts_a_half_written_line_and_goes_on(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (None, ["does not exist", "run the stage that writes it"]), ("", ["empty"]),
-    ('{"id": 1, "image": "x"}\n{"id": 2, "ima\n', ["line 2", "not JSON"]),
-    ('{"id": 1, "image": "x"}\n\n', ["line 2", "not JSON"]),
+    ('{"id": 1, "image": "x"}\n{"id": 2, "ima\n', ["line 2", "JSON object is expected"]),
+    ('{"id": 1, "image": "x"}\n\n', ["line 2", "JSON object is expected"]),
     ('{"id": 1, "image": "x"}\n{"id": 2}\n', ["line 2", "field 'image'"]),
     ('{"id": 1, "image": null}\n', ["line 1", "field 'image'"]),
     ('{"id": 1, "image": "x"}\n{"id": 3, "image": "x"}\n{"id": 1, "image": "y"}\n', ["line 3", "id 1 occurs twice"]),
@@ -47,7 +47,7 @@ def test_read_jsonl_names_file_line_and_field(tmp_path, content, words):
                                   "line\u2028separator\x85"])
 def test_rows_come_back_as_written(tmp_path, text):
     rows = [{"id": "1", "text": text}, {"id": "2", "text": text, "empty": [], "zero": 0}]
-    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_json(tmp_path / "a.jsonl", rows)
     writer = RowWriter(tmp_path / "b.jsonl")
     for row in rows:
         writer.write(row)
@@ -56,25 +56,29 @@ def test_rows_come_back_as_written(tmp_path, text):
         assert read_jsonl(tmp_path / name, ("id", "text")) == RowWriter(tmp_path / name).rows == rows
 
 
-@pytest.mark.parametrize("write, value", [(write_json, {"x": 1}), (write_jsonl, [{"x": 1}])])
-def test_writing_is_atomic(tmp_path, write, value):
-    path = tmp_path / "x.json"
-    write(path, value)
+@pytest.mark.parametrize("name, value", [("x.json", {"x": 1}), ("x.jsonl", [{"x": 1}])])
+def test_writing_is_atomic(tmp_path, name, value):
+    path = tmp_path / name
+    write_json(path, value)
     old = path.read_bytes()
     with pytest.raises(TypeError):
-        write(path, [value, {"y": object()}] if isinstance(value, list) else {"y": object()})
+        write_json(path, [value, {"y": object()}] if isinstance(value, list) else {"y": object()})
     assert path.read_bytes() == old and json.loads(old) in (value, value[0] if isinstance(value, list) else None)
-    write(path, value)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    write_json(path, value)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_chunks_are_fixed():
-    rows = [{"id": i} for i in range(10)]
-    def ids(done):
-        return [[row["id"] for row in chunk] for chunk, _ in in_chunks(rows, done, 4, "x")]
-    assert ids(set()) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert ids({0, 1, 2, 3, 4, 5}) == [[4, 5, 6, 7], [8, 9]]  # a chunk half done is done again as a whole
-    assert ids({0, 1, 2, 9}) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] and ids(set(range(10))) == []
+    """Of 8 batches: 16 rows where two rows of four samples each make a batch of eight sequences."""
+    rows = [{"id": i} for i in range(40)]
+
+    def ids(done, batch_size=8, n=4):
+        return [[row["id"] for row in chunk] for chunk, _ in in_chunks(rows, done, batch_size, n, "x")]
+    first, second, third = [*range(16)], [*range(16, 32)], [*range(32, 40)]
+    assert ids(set()) == [first, second, third]
+    assert ids({*range(20)}) == [second, third]  # a chunk half done is done again as a whole
+    assert ids({0, 1, 2, 39}) == [first, second, third] and ids({*range(40)}) == []
+    assert [len(chunk) for chunk in ids(set(), 2, 4)] == [8] * 5  # one row at least is a batch
 
 
 def arguments(tmp_path, **changed):
@@ -151,6 +155,7 @@ def attributes_read(source):
 def test_every_flag_is_read(name):
     sources = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
     added, read = flags(sources[name]), attributes_read(sources[name]) | attributes_read(sources["common"])
+    read |= {"model", "device", "max_image_tokens"} if "load_judge(args" in sources[name] else set()
     if "add_training_arguments(" in sources[name]:
         added |= flags(sources["03_train_ift"]) - {"lora_rank"}
         read |= attributes_read(sources["03_train_ift"])

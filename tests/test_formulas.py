@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import build_judge_prompt, both_orders, verdict_log_odds
+from common import both_orders, verdict_log_odds
 from conftest import stage
 
 three, four, five = stage("03_train_ift"), stage("04_rejection_sampling"), stage("05_evaluate")

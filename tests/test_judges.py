@@ -331,7 +331,7 @@ def test_what_is_trained_is_float32_on_a_bf16_model(judge, pictures, tmp_path, m
     assert {w.dtype for name, w in model.named_parameters() if not w.requires_grad} == {torch.bfloat16}
     capsys.readouterr()
     monkeypatch.setattr(common, "stop", lambda message: pytest.fail(message))
-    assert common.announce(str(folder), torch.device("cuda"), "task", "flags", lambda blank: three.add_lora(blank, rank)) is torch.bfloat16
+    three.announce(str(folder), torch.device("cuda"), "task", "flags", lambda blank: three.add_lora(blank, rank))
     said = capsys.readouterr().out
     assert said == (f"task: {sum(w.numel() for w in model.parameters()) / 1e6:.2f} M weights in bfloat16, "
                     f"{sum(w.numel() for w in model.parameters() if w.requires_grad) / 1e6:.2f} M trained in float32; "
@@ -341,7 +341,7 @@ def test_what_is_trained_is_float32_on_a_bf16_model(judge, pictures, tmp_path, m
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (used[0] - short, 2 ** 40))
         monkeypatch.setattr(common, "stop", lambda message: stopped.append(message))
         stopped = []
-        common.announce(str(folder), torch.device("cuda"), "task", "flags", lambda blank: three.add_lora(blank, rank))
+        three.announce(str(folder), torch.device("cuda"), "task", "flags", lambda blank: three.add_lora(blank, rank))
         assert bool(stopped) != fits
 
 
@@ -358,10 +358,10 @@ def test_gpu_that_is_too_small_is_refused_before_loading(judge, monkeypatch, cap
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000, 2 ** 40))
     monkeypatch.setattr(common.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(SystemExit, match="the GPU has 0.00 GiB free, 0.00 GiB are needed .*--model"):
-        common.load_judge(str(folder), device="cuda")
-    assert "M weights in bfloat16; 0.00 GiB on cuda" in capsys.readouterr().out
     args = three.parse_args(["--model", str(folder), "--device", "cuda"])
+    with pytest.raises(SystemExit, match="the GPU has 0.00 GiB free, 0.00 GiB are needed .*--model"):
+        three.load_judge(args)
+    assert "M weights in bfloat16; 0.00 GiB on cuda" in capsys.readouterr().out
     with pytest.raises(SystemExit) as error:
         three.announce_training(args, 4, "8 critiques")
     assert all(flag in str(error.value) for flag in ("--model", "--lora-rank", "--micro-batch", "--max-image-tokens"))
