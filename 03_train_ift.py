@@ -166,6 +166,8 @@ def load_judge(args, checkpoint=None):
 
 def announce_training(args, rank, rows):
     """Before loading: what will be trained on, and the memory for it; stops where the GPU has less. rows: in words."""
+    if args.train_batch % WORLD:
+        common.stop(f"--train-batch {args.train_batch} must be a multiple of the {WORLD} processes")
     print(f"training on {rows}; {args.steps} steps of {args.train_batch} critiques + {args.train_batch} correct responses, "
           f"{args.micro_batch} at a time")
     announce(args.model, common.pick_device(args.device), f"training, {f'LoRA of rank {rank}' if rank else 'full'}, with gradients "

@@ -438,11 +438,11 @@ def main(args):
     # 4. report ---------------------------------------------------------------------------------------------------
     lines = table_lines(table, best_of, differences, expert, how, PUBLISHED if args.benchmark == "vl-rewardbench" else {})
     lines += before_and_after(judged, ("base", last)) if last != "base" else []
+    common.write_json(folder / "metrics.json", dict(table=table, differences=differences, expert=expert, best_of_n=best_of))
     common.write_text(folder / "report.md", "\n".join([*head, *lines, "", "![reliability](reliability.png)", ""]))
+    print("\n".join(lines))
     if common.RANK == 0:
         draw_reliability({name: judged[name] for name in ("base", "after 03", last) if name in judged}, folder / "reliability.png")
-    common.write_json(folder / "metrics.json", dict(table=table, differences=differences, expert=expert, best_of_n=best_of))
-    print("\n".join(lines))
     finish_stage(folder, args, counts | {"pairs": len(pairs), "judgements": len(writer.rows)}, inputs, f"read {folder}/report.md")
 
 
