@@ -384,12 +384,11 @@ def write_critiques(pairs, model, processor, vocabulary, path, n, guided, args, 
 
 def keep_distinct(samples):
     """The kept critiques, each text once per question."""
-    seen, kept = set(), []
-    for row in samples:
-        if row["dropped"] is None and (key := (row["pair_id"], row["order"], row["critique"])) not in seen:
-            seen.add(key)
-            kept.append({name: value for name, value in row.items() if name not in ("dropped", "log_odds")})
-    return kept
+    kept = {}
+    for row in (row for row in samples if row["dropped"] is None):
+        kept.setdefault((row["pair_id"], row["order"], row["critique"]), {
+            name: value for name, value in row.items() if name not in ("dropped", "log_odds")})
+    return [*kept.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,6 +401,7 @@ def parse_args(argv=None):
     add("--max-image-tokens", type=int, help="default: as in stage 01")
     add("--image-root", help="default: as in stage 01")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
     add("--style", choices=tuple(common.INSTRUCTIONS), default="critique",
         help="critique: claim by claim; descriptive: the image first; none: the verdict alone")
     add("--critiques", type=int, default=4, help="M, critiques written per pair and order")
@@ -425,7 +425,7 @@ def main(args):
     pairs = [pair for pair in pairs if pair["split"] == "train"][:args.pairs] or common.stop(
         f"{source} has no pair in split 'train': lower --validation in stage 01")
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
-    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
+    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens, endpoint=args.endpoint)
 
     # 2. write, filter --------------------------------------------------------------------------------------------
     samples = write_critiques(pairs, model, processor, vocabulary, folder / "samples.jsonl", args.critiques, True, args, args.seed)

@@ -346,6 +346,7 @@ def parse_args(argv=None):
     add("--max-image-tokens", type=int, help="default: as in stage 01")
     add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02, critique without it")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
     add("--votes", type=int, default=1, help="K: 1 judges greedily, more take the majority of sampled critiques")
     add("--mean-probability", action="store_true", help="decide by mean P(A) over the votes instead of the majority")
     add("--withhold", nargs="*", choices=("blank", "other"), default=["blank", "other"],
@@ -383,8 +384,7 @@ def main(args):
     if folder is None:
         return
     # 1. load -----------------------------------------------------------------------------------------------------
-    margins = [name for name in conditions if name.startswith("margin")]
-    last = margins[-1] if margins else list(conditions)[-1]
+    last = ([name for name in conditions if name.startswith("margin")] or list(conditions))[-1]
     inputs = [args.pairs] if Path(args.pairs).is_file() else []
     head = ["# Evaluation", "", f"`{args.pairs}`", "", NOTES.get(args.benchmark, "")]
     if args.benchmark == "llava-wild":
@@ -408,7 +408,7 @@ def main(args):
     writer, judged, judge = RowWriter(folder / "judgements.jsonl"), {}, None
     for name, checkpoint in conditions.items():
         del judge  # two at a time would be one too many for the GPU
-        judge = *common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens), writer, args
+        judge = *common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens, endpoint=args.endpoint), writer, args
         judged[name] = judge_condition(name, questions, *judge)
         for label, how in ((f"{name}, {how} image", how) for how in (args.withhold if name == last else ())):
             judged[label] = judge_condition(label, withheld(questions, how, args.image_root, args.seed), *judge)

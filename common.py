@@ -140,9 +140,13 @@ def announce(model_path, device, task, flags, prepare=lambda blank: blank):
     return dtype
 
 
-def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, trainable=False):
+def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, trainable=False, endpoint=None):
     """(model, processor) from a hub id or folder; checkpoint: a PEFT adapter folder, or a fully fine-tuned model's folder.
-    bf16 on GPUs that have it, float32 elsewhere. max_image_tokens: no picture takes more of the prompt's tokens."""
+    bf16 on GPUs that have it, float32 elsewhere. max_image_tokens: no picture takes more of the prompt's tokens. endpoint: a
+    server's URL; then nothing is loaded here, and the model is one that can only be given to sample."""
+    if endpoint:  # 04 imports this file, hence not at the top
+        four = importlib.import_module("04_rejection_sampling")
+        return four.Endpoint(endpoint, model_path, checkpoint, device, max_image_tokens), None
     device = pick_device(device)
     is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
     if checkpoint is not None and not is_adapter and not (Path(checkpoint) / "config.json").exists():
@@ -295,6 +299,8 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
     """n samples per request {"id", "image": path or PIL, "text"}, in the asked order: lists of n dicts {"text", "complete":
     the stop token was written, "verdict": "A"/"B"/None, "log_odds": r at the verdict position in nats, None without verdict}.
     batch_size counts sequences; out of memory halves it. Row by row the randomness comes from (seed, id)."""
+    if hasattr(model, "sample"):  # 04's Endpoint
+        return model.sample(requests, n, temperature, max_new_tokens, seed, batch_size, bar)
     tokenizer, device = processor.tokenizer, unwrap(model).device
     stop_ids = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=device).reshape(-1)
     verdict_ids = verdict_token_ids(tokenizer)
@@ -398,7 +404,7 @@ def in_chunks(rows, done, size, describe):
 
 
 # Arguments that leave a stage's result as it is, up to rounding: a run that went out of memory goes on with smaller ones.
-NOT_COMPARED = {"run", "device", "overwrite", "batch_size", "micro_batch", "checkpoint_activations"}
+NOT_COMPARED = {"run", "device", "endpoint", "overwrite", "batch_size", "micro_batch", "checkpoint_activations"}
 
 
 def start_stage(args, name):
