@@ -23,7 +23,6 @@ import base64
 import hashlib
 import importlib
 import io
-import itertools
 import json
 import os
 import random
@@ -148,13 +147,13 @@ def draw_margins(margins, kept, path, title):
 def read_choice(choice):
     """A server's choice as common.sample's answer. log_odds: None where no log-probabilities are given; they must be those before
     temperature (vLLM's default), and a letter that is not listed counts as the least likely token that is."""
-    verdict = common.parse_verdict(text := choice.message.content or "")
+    verdict, index = common.find_verdict(text := choice.message.content or "")
     answer = {"text": text, "complete": choice.finish_reason == "stop", "verdict": verdict, "log_odds": None}
-    tokens = (choice.logprobs and choice.logprobs.content) or []
-    written = [*itertools.accumulate((token.token for token in tokens), initial="")]
-    found = map(common.find_verdict, written[:-3:-1])  # the last token may be the stop token, which the text does not hold
-    index = next((index for side, index in found if side == verdict is not None), None)
-    at = next((token for token, text in zip(tokens, written[1:]) if index is not None and len(text) > index), None)
+    place, at = 0, None  # the tokens stand in the text one after another, except special ones and those that are half a letter
+    for token in (choice.logprobs and choice.logprobs.content) or ():
+        if (start := text.find(token.token, place)) >= 0:
+            place = start + len(token.token)
+            at = token if start <= index < place else at
     if at is None or not at.top_logprobs:
         return answer
     listed = {at.token: at.logprob} | {other.token: other.logprob for other in reversed(at.top_logprobs)}
@@ -184,7 +183,8 @@ class Endpoint:
         self.serve(checkpoint)
 
     def fail(self, error, advice=""):
-        common.stop(f"--endpoint {self.url}, model {self.name}: {advice}{error} {error.__cause__ or ''}"[:800])
+        said = f"{error.status_code} {error.response.text}" if hasattr(error, "response") else f"{error} {error.__cause__ or ''}"
+        common.stop(f"--endpoint {self.url}, model {self.name}: {advice}{' '.join(said.split())[:400]}")
 
     def serve(self, checkpoint):
         """Ask for this checkpoint from now on. An adapter is called after its weights, so that none is taken for another, and
