@@ -176,7 +176,7 @@ class Endpoint:
             vision = max_image_tokens and common.AutoProcessor.from_pretrained(model).image_processor
         except (ImportError, OSError) as error:
             common.stop(f"--endpoint needs the openai client (pip install openai), --max-image-tokens the model's files: {error}")
-        self.side = vision and vision.patch_size * vision.merge_size  # of an image token, in pixels
+        self.side, self.least = (vision.patch_size * vision.merge_size, vision.size["shortest_edge"]) if vision else (None, None)
         self.openai, self.url = openai, url.rstrip("/").removesuffix("/v1") + "/v1"
         self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=8)
         self.model, self.device, self.bound, self.local = model, device, max_image_tokens, local
@@ -192,7 +192,7 @@ class Endpoint:
         self.checkpoint, self.name, place = checkpoint, str(checkpoint or self.model), Path(checkpoint or self.model).resolve()
         try:
             cards = self.client.with_options(max_retries=1).models.list().data
-        except self.openai.APIError as error:  # with a status: `transformers serve` has no list where the hub's cache is empty
+        except (self.openai.APIError, AttributeError) as error:  # status 500: `transformers serve` where the hub's cache is empty
             cards = [] if hasattr(error, "status_code") else self.fail(error)
         if (weights := place / "adapter_model.safetensors").exists():
             self.name = f"judge-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
@@ -212,8 +212,8 @@ class Endpoint:
         """The picture as a local model gets it: a file's own bytes where they are that already, else a PNG."""
         seen = common.load_image(image, min(200, self.bound or 200))
         if self.side:
-            height, width = smart_resize(seen.height, seen.width, self.side, 1, self.bound * self.side ** 2)
-            seen = seen.resize((width, height), Image.Resampling.BICUBIC) if width * height < seen.width * seen.height else seen
+            h, w = smart_resize(seen.height, seen.width, self.side, min(self.least, (most := self.bound * self.side ** 2) // 4), most)
+            seen = seen.resize((w, h), Image.Resampling.BICUBIC) if w * h < seen.width * seen.height else seen
         if not isinstance(image, Image.Image):
             with Image.open(image) as file:  # servers may turn a picture by its EXIF tag, and blend transparency with white
                 if file.format in ("PNG", "JPEG", "WEBP") and file.size == seen.size and file.mode in ("RGB", "L") and \

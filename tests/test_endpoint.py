@@ -308,11 +308,14 @@ def test_one_failure_drops_what_waits(server, path, pictures):
     assert len(server.bodies) < 5
 
 
-def test_no_server(path, monkeypatch):
+def test_no_server(server, path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as gone:
         url = f"http://127.0.0.1:{gone.server_address[1]}"
     with pytest.raises(SystemExit, match=f"--endpoint {url}/v1, model .*Connection error.*refused"):
         common.load_judge(path, endpoint=url)
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.reply(200, "a page"))
+    with pytest.raises(SystemExit, match=f"--endpoint {server.url}, model .*no attribute"):
+        common.load_judge(path, endpoint=server.url)
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(SystemExit, match="pip install openai"):
         common.load_judge(path, endpoint=url)
@@ -387,7 +390,7 @@ def test_max_image_tokens_bounds_what_is_sent(tiny, server, bound, tmp_path):
     processor.save_pretrained(tmp_path)
     bounded = common.load_judge(str(tmp_path), device="cpu", max_image_tokens=bound)[1]
     judge = common.load_judge(str(tmp_path), max_image_tokens=bound, endpoint=server.url)[0]
-    pictures = [Image.new("RGB", size) for size in ((500, 400), (90, 410), (640, 480), (3000, 100), (84, 84), (57, 55))]
+    pictures = [Image.new("RGB", size) for size in ((500, 400), (90, 410), (640, 480), (3000, 100), (84, 84), (57, 55), (3000, 10), (9, 700))]
     sent = [Image.open(io.BytesIO(base64.b64decode(judge.data_uri(picture).split(",")[1]))) for picture in pictures]
     grids = [common.encode_prompts(p, ["red?"] * len(pictures), some)["image_grid_thw"].tolist()
              for p, some in ((bounded, pictures), (processor, sent))]
