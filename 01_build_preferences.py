@@ -316,8 +316,7 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
         sides = [side for side in ("chosen", "rejected") if name in claims[side]]
         evidence.append({"object": name, "claimed_by": sides[0] if len(sides) == 1 else "both", "status": status[name],
                          "confidence": best.get("confidence", 0.0), "box": best.get("box")})
-    hallucinated = [name for name in claims["rejected"] if status[name] == "absent"]
-    if not hallucinated:  # the swapped-in name merged with its neighbours into another mention
+    if not (hallucinated := [name for name in claims["rejected"] if status[name] == "absent"]):  # merged with its neighbours
         return None, "the swap names nothing absent"
     return {"id": item["id"], "image": item["image"], "prompt": item["prompt"], "chosen": chosen, "rejected": rejected,
             "source": source, "hallucinated": hallucinated, "evidence": evidence}, None
@@ -373,6 +372,7 @@ def parse_args(argv=None):
     source.add_argument("--detections", help="findings made elsewhere, as in detections.jsonl, instead of an expert")
     add("--vocabulary", help="json {phrase: class}; default: the expert's classes, or COCO's, with plurals and synonyms")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
     add("--candidates", type=int, default=4, help="K, responses per image")
     add("--temperature", type=float, default=1.0, help="of the candidates")
     add("--max-new-tokens", type=int, default=256, help="longest candidate; an unfinished one is dropped")
@@ -384,8 +384,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="delete this stage's folder first")
     args = parser.parse_args(argv)
-    if not 0 <= args.absent <= args.present <= 1:
-        parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
+    if not 0 <= args.absent <= args.present <= 1 or args.endpoint and args.expert == "none":
+        parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1, and no --endpoint for --expert none")
     near = args.images or (args.pairs if Path(args.pairs).is_dir() else Path(args.pairs).parent)
     args.image_root = str(Path(args.image_root or near).resolve())
     return args

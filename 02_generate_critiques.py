@@ -159,7 +159,7 @@ def mention_spans(text, vocabulary):
     mentions do not count. Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor", "orange car".
     """
     text, phrases = text.lower().replace("’", "'"), COMPOUNDS | vocabulary  # the vocabulary wins
-    known, longest = {*vocabulary.values()}, max(len(phrase.split()) for phrase in phrases)
+    known, longest = {*vocabulary.values()}, 1 + max(phrase.count(" ") for phrase in phrases)
     words = list(re.finditer(r"[^\W_]+|[^\w\s'-]", text))  # a comma is a word of its own, so that no phrase crosses it
     found, i = [], 0  # (start, end, phrase), from left to right
     while i < len(words):
@@ -384,12 +384,11 @@ def write_critiques(pairs, model, processor, vocabulary, path, n, guided, args, 
 
 def keep_distinct(samples):
     """The kept critiques, each text once per question."""
-    seen, kept = set(), []
-    for row in samples:
-        if row["dropped"] is None and (key := (row["pair_id"], row["order"], row["critique"])) not in seen:
-            seen.add(key)
-            kept.append({name: value for name, value in row.items() if name not in ("dropped", "log_odds")})
-    return kept
+    kept = {}
+    for row in (row for row in samples if row["dropped"] is None):
+        kept.setdefault((row["pair_id"], row["order"], row["critique"]), {
+            name: value for name, value in row.items() if name not in ("dropped", "log_odds")})
+    return [*kept.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,6 +401,7 @@ def parse_args(argv=None):
     add("--max-image-tokens", type=int, help="default: as in stage 01")
     add("--image-root", help="default: as in stage 01")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
     add("--style", choices=tuple(common.INSTRUCTIONS), default="critique",
         help="critique: claim by claim; descriptive: the image first; none: the verdict alone")
     add("--critiques", type=int, default=4, help="M, critiques written per pair and order")

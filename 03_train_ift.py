@@ -19,6 +19,9 @@ Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), metrics.jsonl, v
 """
 import argparse
 import contextlib
+import copy
+import importlib
+import itertools
 import math
 import random
 import sys
@@ -107,9 +110,8 @@ def judge(model, processor, questions, image_root, style="critique", votes=1, te
         n_a, n_b = (sum(s["verdict"] == side for s in samples) for side in "AB")
         probability_a = log_odds.sigmoid().mean().item()
         verdict = "A" if n_a > n_b else "B" if n_b > n_a else None if n_a == 0 else "A" if probability_a > 0.5 else "B"
-        rows.append({"id": question["pair_id"], "order": question["order"], "image": question["image"],
-                     "label": question["label"], "verdict": verdict, "probability_a": probability_a,
-                     "critique": samples[0]["text"]})
+        rows.append({"id": question["pair_id"], "order": question["order"], "image": question["image"], "label": question["label"],
+                     "verdict": verdict, "probability_a": probability_a, "critique": samples[0]["text"]})
     return rows
 
 
@@ -117,8 +119,7 @@ def measure(rows):
     """accuracy_by_order plus Bradley-Terry loss (nats) and expected calibration error of judgement rows."""
     p = torch.tensor([row["probability_a"] for row in rows]).clamp(1e-6, 1 - 1e-6)  # (B,)
     label_is_a = torch.tensor([row["label"] == "A" for row in rows])  # (B,)
-    given = [p if row["verdict"] == "A" else 1 - p if row["verdict"] == "B" else 0.5
-             for row, p in zip(rows, p.tolist())]
+    given = [p if row["verdict"] == "A" else 1 - p if row["verdict"] == "B" else 0.5 for row, p in zip(rows, p.tolist())]
     return {**accuracy_by_order(rows), "bradley_terry_loss": bradley_terry_loss(p.logit(), label_is_a).mean().item(),
             "ece": expected_calibration_error(given, [row["verdict"] == row["label"] for row in rows])}
 
@@ -146,10 +147,9 @@ def announce(model_path, device, task, flags, prepare=lambda blank: blank):
             blank = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_path), dtype=common.pick_dtype(device))
     except (OSError, ValueError) as error:  # no such model, or not one that reads pictures and writes text
         common.stop(f"--model {model_path}: {str(error).splitlines()[0]}")
-    dtype = str(blank.dtype)[6:]
     gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in prepare(blank.requires_grad_(False)).parameters()) / 2 ** 30
     n, trained = (blank.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
-    print(f"{task}: {n:.2f} M weights in {dtype}{f', {trained:.2f} M trained in float32' if trained else ''}; {gib:.2f} GiB on "
+    print(f"{task}: {n:.2f} M weights in {str(blank.dtype)[6:]}{f', {trained:.2f} M trained in float32' if trained else ''}; {gib:.2f} GiB on "
           f"{device.type}, activations not counted")
     if device.type == "cuda":  # what torch keeps of models that are gone is free as well
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -158,7 +158,9 @@ def announce(model_path, device, task, flags, prepare=lambda blank: blank):
 
 
 def load_judge(args, checkpoint=None):
-    """common.load_judge by a stage's arguments, announced. An adapter's weights are too few to count."""
+    """common.load_judge by a stage's arguments, announced; with --endpoint (Endpoint, None), for common.sample alone."""
+    if getattr(args, "endpoint", None):  # 04 imports this stage, hence not at the top
+        return importlib.import_module("04_rejection_sampling").Endpoint(args, checkpoint), None
     announce(args.model, common.pick_device(args.device), f"loading {args.model}{f' + {checkpoint}' if checkpoint else ''}",
              "take a smaller --model, or end what else runs on it")
     return common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens)
@@ -203,8 +205,8 @@ def training_rows(critiques):
 
 def stream(rows, size, seed):
     """Batches of `size` rows forever, one shuffled epoch after another."""
-    epoch, batch = 0, []
-    while True:
+    batch = []
+    for epoch in itertools.count():
         order = list(rows)
         random.Random(row_seed(seed, "epoch", epoch)).shuffle(order)
         for row in order:
@@ -212,7 +214,6 @@ def stream(rows, size, seed):
             if len(batch) == size:
                 yield batch
                 batch = []
-        epoch += 1
 
 
 def micro_batches(rows, size):
@@ -267,7 +268,6 @@ def total(*numbers):
 def backward(model, processor, parts, n, n_rows, lam, bt_weight):
     """Gradient of the step's loss from this process's parts = micro-batches (kind, inputs, labels, rows); n = {kind: tokens},
     n_rows: critiques, of the whole step -> ({kind: summed NLL}, summed Bradley-Terry loss) of the parts, for the log."""
-    verdict_ids = common.verdict_token_ids(processor.tokenizer)
     nll, bt_sum = dict.fromkeys(KINDS, 0.0), 0.0
     for kind, inputs, labels, rows in parts:
         if WORLD > 1:  # processes exchange gradients once a step, in its last backward
@@ -277,7 +277,7 @@ def backward(model, processor, parts, n, n_rows, lam, bt_weight):
         loss = ift_loss(sums["critique"], n["critique"], sums["correct"], n["correct"], lam)
         if kind == "critique" and bt_weight:
             label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
-            log_odds = log_odds_of_verdict(logits, labels, processor.tokenizer, verdict_ids)  # (B,)
+            log_odds = log_odds_of_verdict(logits, labels, processor.tokenizer, common.verdict_token_ids(processor.tokenizer))  # (B,)
             bt = bradley_terry_loss(log_odds, label_is_a).sum()  # ()
             loss = loss + bt_weight * bt / n_rows
             bt_sum += bt.item()
@@ -308,7 +308,7 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
           max_response_tokens, checkpoint_activations=False):
     """Minimise L_IFT for `steps` optimizer steps of batch_size critiques and as many correct responses; in place.
     Writes one line a step to folder/metrics.jsonl. 04 trains with this same function."""
-    device = common.unwrap(model).device
+    device, own = common.unwrap(model).device, copy.deepcopy(processor)  # a tokenizer serves one thread at a time
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     warmup = max(1, steps // 20)
@@ -318,7 +318,7 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
 
     def encode(kind, rows):
         texts, images, responses = zip(*((row["text"], Path(image_root) / row["image"], row["response"]) for row in rows))
-        inputs, labels = encode_supervised(processor, texts, images, responses, max_response_tokens)
+        inputs, labels = encode_supervised(own, texts, images, responses, max_response_tokens)
         return kind, inputs.to(device), labels.to(device), rows
 
     streams = [*zip(KINDS, [stream(rows, batch_size, seed) for rows in (judged, correct)[:2 if lam else 1]])]
@@ -350,8 +350,7 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
             log.write(line)
             if step % max(1, steps // 10) == 0:
                 bar.write(f"step {step:>5}/{steps} | loss {line['loss']:.3f} | critique {critique:.3f} | correct {correct_nll:.3f} | "
-                          f"bt {bt_sum / batch_size:.3f} | grad {grad_norm:.2f} | {line['tokens_per_s']:.0f} tok/s | "
-                          f"{(time.time() - started) / 60:.1f} min")
+                          f"bt {bt_sum / batch_size:.3f} | grad {grad_norm:.2f} | {line['tokens_per_s']:.0f} tok/s")
     model.eval()
 
 

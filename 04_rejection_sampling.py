@@ -12,28 +12,33 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      pairs, the critique with the largest S), continue (stage 03's own rows, trained on for as many steps).
 
 Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterations), 03_ift/, 02_critiques/critiques.jsonl.
-Writes 04_rejection/iter<t>/: samples.jsonl (all critiques), kept.jsonl, margins.png, adapter/, validation.jsonl
-       (04_rejection_<select>/ for the controls)
+Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), kept.jsonl, margins.png, adapter/, validation.jsonl
 
     python 04_rejection_sampling.py --run runs/demo --iterations 2 --pool 600 --steps 60 --lr 1.5e-3
     python 04_rejection_sampling.py                              # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
 """
 import argparse
+import base64
+import hashlib
 import importlib
+import io
 import json
+import os
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import ExifTags, Image
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 import common
 from common import both_orders, finish_stage, inherit, read_jsonl, row_seed, start_stage
 
-critiques_stage = importlib.import_module("02_generate_critiques")
-ift = importlib.import_module("03_train_ift")
+critiques_stage, ift = map(importlib.import_module, ("02_generate_critiques", "03_train_ift"))
 
 
 # ---- The method: confidence, margin, selection -----------------------------------------------------------------------
@@ -94,8 +99,7 @@ def margins_of_pairs(samples):
     critiques}); samples get their "confidence_in_label". A critique without a verdict has no S and does not enter."""
     questions, passing = {}, {}
     for row in (row for row in samples if row["verdict"]):
-        label_is_a = torch.tensor([row["label"] == "A"])
-        row["confidence_in_label"] = confidence_in_label(torch.tensor([row["log_odds"]]), label_is_a).item()
+        row["confidence_in_label"] = confidence_in_label(torch.tensor([row["log_odds"]]), torch.tensor([row["label"] == "A"])).item()
         questions.setdefault((row["pair_id"], row["order"]), []).append(row)
         if row["dropped"] is None:
             passing.setdefault((row["pair_id"], row["order"]), []).append(row)
@@ -119,23 +123,143 @@ def keep(margins, passing, args, iteration):
     rows = []
     for key in ((pair_id, order) for pair_id in chosen for order in ("ab", "ba")):
         rng = random.Random(row_seed(args.seed, "critique", iteration, *key))
-        best = rng.choice(passing[key]) if args.select == "random" else \
-            max(passing[key], key=lambda row: row["confidence_in_label"])
+        best = rng.choice(passing[key]) if args.select == "random" else max(passing[key], key=lambda row: row["confidence_in_label"])
         rows.append({**best, "margin": margins[key[0]], "iteration": iteration})
     return rows
 
 
 def draw_margins(margins, kept, path, title):
     """Histogram of the pool's margins, the kept ones in front."""
-    figure = Figure((6, 3.2))
+    figure = Figure((6, 3.2), layout="tight")
     axis = figure.subplots()
-    bins = [i / 25 for i in range(26)]
-    axis.hist(list(margins.values()), bins, color="lightgrey", label=f"pool, {len(margins)} pairs")
+    axis.hist(list(margins.values()), bins := [i / 25 for i in range(26)], color="lightgrey", label=f"pool, {len(margins)} pairs")
     axis.hist([margins[key] for key in kept], bins, color="seagreen", label=f"kept, {len(kept)}")
     axis.set(xlabel="margin of a pair: mean over orders of S(c+) - S(c-)", ylabel="pairs", title=title, yscale="log")
     axis.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+# ---- Sampling through a server (--endpoint of 01, 02, 04 and 05; here for want of room there) ------------------------
+def read_choice(choice):
+    """A server's choice as common.sample's answer. log_odds: None where no log-probabilities are given; they must be those before
+    temperature (vLLM's default), and a letter that is not listed counts as the least likely token that is."""
+    verdict, index = common.find_verdict(text := choice.message.content or "")
+    answer = {"text": text, "complete": choice.finish_reason == "stop", "verdict": verdict, "log_odds": None}
+    place, at = 0, None  # the tokens stand in the text one after another, except special ones and those that are half a letter
+    for token in (choice.logprobs and choice.logprobs.content) or ():
+        if (start := text.find(token.token, place)) >= 0:
+            place = start + len(token.token)
+            at = token if start <= index < place else at
+    if at is None or not at.top_logprobs:
+        return answer
+    listed = {at.token: at.logprob} | {other.token: other.logprob for other in reversed(at.top_logprobs)}
+    spelled = ("A", "B") if at.token in ("A", "B") else (" A", " B")  # as in common.verdict_token_ids
+    log_p_a, log_p_b = (listed.get(letter, min(listed.values())) for letter in spelled)
+    return {**answer, "log_odds": log_p_a - log_p_b}
+
+
+class Endpoint:
+    """A judge behind an OpenAI-compatible server, to be given to common.sample. args: a stage's; checkpoint: as in load_judge;
+    local: (model, processor) with the same weights, where they are loaded anyway."""
+    # No truncation, which else follows generation_config.json (Qwen2-VL's: top_k 1), for vLLM and SGLang, or `transformers serve`
+    untruncated = {"top_k": -1, "repetition_penalty": 1}, {"generation_config": '{"do_sample": true, "top_k": 0, "repetition_penalty": 1}'}
+    judging = tuple(common.INSTRUCTIONS.values())  # the end of a prompt that asks for a verdict; no others need log-odds
+
+    def __init__(self, args, checkpoint=None, local=None):
+        self.model, self.device, self.bound, self.local = args.model, args.device, args.max_image_tokens, local
+        try:
+            import openai
+            vision = self.bound and common.AutoProcessor.from_pretrained(self.model).image_processor
+        except (ImportError, OSError) as error:
+            common.stop(f"--endpoint needs the openai client (pip install openai), --max-image-tokens the model's files: {error}")
+        self.side, self.least = (vision.patch_size * vision.merge_size, vision.size["shortest_edge"]) if vision else (None, None)
+        self.openai, self.url = openai, args.endpoint.rstrip("/").removesuffix("/v1") + "/v1"
+        self.client = openai.OpenAI(base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=8)
+        self.serve(checkpoint)
+
+    def fail(self, error, advice=""):
+        said = f"{error.status_code} {error.response.text}" if hasattr(error, "response") else f"{error} {error.__cause__ or ''}"
+        common.stop(f"--endpoint {self.url}, model {self.name}: {advice}{' '.join(said.split())[:400]}")
+
+    def serve(self, checkpoint):
+        """Ask for this checkpoint from now on. An adapter is called after its weights, so that none is taken for another, and
+        loaded into the server if need be; a model has its path or hub id, or what the server calls that, or its only model."""
+        self.checkpoint, self.name, place = checkpoint, str(checkpoint or self.model), Path(checkpoint or self.model).resolve()
+        try:
+            cards = self.client.with_options(max_retries=1).models.list().data
+        except (self.openai.APIError, AttributeError) as error:  # status 500: `transformers serve` where the hub's cache is empty
+            cards = [] if hasattr(error, "status_code") else self.fail(error)
+        if (weights := place / "adapter_model.safetensors").exists():
+            self.name = f"judge-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
+            try:
+                if self.name not in [card.id for card in cards]:
+                    self.client.post("/load_lora_adapter", cast_to=object, body={"lora_name": self.name, "lora_path": str(place)})
+            except self.openai.APIError as error:
+                self.fail(error, "start vLLM with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment "
+                          f"or --lora-modules {self.name}={place}; then run this again, it goes on from here. It said: ")
+        else:
+            bases = [card.id for card in cards if not getattr(card, "parent", None)]
+            named = [card.id for card in cards if place in {Path(x).resolve() for x in (card.id, getattr(card, "root", 0)) if x}]
+            self.name = (named or (bases if len(bases) == 1 and not checkpoint else [self.name]))[0]
+        print(f"sampling from {self.url}, model {self.name}: {checkpoint or self.model}")
+
+    def data_uri(self, image):
+        """The picture as a local model gets it: a file's own bytes where they are that already, else a PNG."""
+        seen = common.load_image(image, min(200, self.bound or 200))
+        if self.side:
+            h, w = smart_resize(seen.height, seen.width, self.side, min(self.least, (most := self.bound * self.side ** 2) // 4), most)
+            seen = seen.resize((w, h), Image.Resampling.BICUBIC) if w * h < seen.width * seen.height else seen
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as file:  # servers may turn a picture by its EXIF tag, and blend transparency with white
+                if file.format in ("PNG", "JPEG", "WEBP") and file.size == seen.size and file.mode in ("RGB", "L") and \
+                        file.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                    return f"data:image/{file.format.lower()};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+        seen.save(png := io.BytesIO(), "PNG")
+        return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+
+    def ask(self, request, n, temperature, max_new_tokens, seed):
+        """n answers to one request; a server that gives fewer is asked again for the rest."""
+        image, answers = {"type": "image_url", "image_url": {"url": self.data_uri(request["image"])}}, []
+        turn = {"role": "user", "content": [image, {"type": "text", "text": request["text"]}]}
+        body = dict(model=self.name, messages=[turn], temperature=temperature, top_p=1.0, max_tokens=max_new_tokens)
+        body |= {"logprobs": True, "top_logprobs": 20} if request["text"].endswith(self.judging) else {}
+        while len(answers) < n:
+            body |= {"n": n - len(answers), "seed": row_seed(seed, request["id"], len(answers)) % 2 ** 31}
+            for extra in self.untruncated:
+                try:
+                    choices = self.client.chat.completions.create(**body, extra_body=extra).choices
+                    self.untruncated = (extra,)  # what this server takes
+                    break
+                except self.openai.APIError as error:  # after the client's own retries with back-off
+                    if extra is self.untruncated[-1] or getattr(error, "status_code", None) not in (400, 422):
+                        self.fail(error)
+            answers += map(read_choice, choices or self.fail(self.openai.OpenAIError("an answer without choices")))
+        return answers[:n]
+
+    def sample(self, requests, n, temperature, max_new_tokens, seed, batch_size, bar=None):
+        """As common.sample; batch_size: sequences that the server is asked for at a time."""
+        answers, asked = [], n if temperature else 1  # greedy samples are all the same, and vLLM refuses to write them twice
+        with ThreadPoolExecutor(max(1, batch_size // n)) as pool:  # map drops the requests that wait where one has failed
+            for samples in pool.map(lambda request: self.ask(request, asked, temperature, max_new_tokens, seed), requests):
+                answers.append(samples)
+                if bar is not None:
+                    bar.update(1)
+        rows = [{**request, "response": answer["text"], "answer": answer} for request, samples in zip(requests, answers)
+                for answer in samples if request["text"].endswith(self.judging)]
+        self.score([row for row in rows if row["answer"]["verdict"] and row["answer"]["log_odds"] is None])
+        return [[dict(samples[k % asked]) for k in range(n)] for samples in answers]
+
+    @torch.inference_mode()
+    def score(self, rows):
+        """Gives each row's "answer" the log-odds that the server did not: a teacher-forced forward of the local model."""
+        for part in ift.micro_batches(rows, 8):
+            model, processor = self.local = self.local or common.load_judge(self.model, self.checkpoint, self.device, self.bound)
+            columns = ([row[name] for row in part] for name in ("text", "image", "response"))
+            inputs, labels = (x.to(common.unwrap(model).device) for x in ift.encode_supervised(processor, *columns))
+            logits, labels = ift.forward(model, inputs, labels)
+            r = ift.log_odds_of_verdict(logits, labels, processor.tokenizer, common.verdict_token_ids(processor.tokenizer))
+            for row, value in zip(part, r.tolist()):
+                row["answer"]["log_odds"] = value
 
 
 # ---- Best-of-N: the judge picks among responses, as it does among critiques (measured in 05) -------------------------
@@ -236,6 +360,7 @@ def parse_args(argv=None):
     add("--margin", type=float, help="tau: keep the pairs with at least this margin instead of a share")
     add("--select", choices=("margin", "random", "best", "continue"), default="margin", help="the rule, or a control")
     add("--replay", type=float, default=0.25, help="share of each batch drawn from stage 03's rows")
+    add("--endpoint", help="URL of an OpenAI-compatible server that samples, with each iteration's newest adapter")
     ift.add_training_arguments(add, steps=125, lr=5e-5)
     args = parser.parse_args(argv)
     if not 0 < args.retention <= 1 or not 0 <= args.replay < 1:
@@ -249,11 +374,12 @@ def run_iteration(t, pool, model, processor, vocabulary, replayed, folder, args)
     if args.select == "continue":
         judged, correct = ift.training_rows(replayed)
     else:
-        samples = critiques_stage.write_critiques(pool, model, processor, vocabulary, folder / "samples.jsonl", args.samples,
+        last = folder.with_name(f"iter{t - 1}") if t > 1 else Path(args.run) / "03_ift"
+        sampler = Endpoint(args, find_checkpoint(last), (model, processor)) if args.endpoint else model
+        samples = critiques_stage.write_critiques(pool, sampler, processor, vocabulary, folder / "samples.jsonl", args.samples,
                                                   False, args, row_seed(args.seed, t))
         margins, passing = margins_of_pairs(samples)
-        kept = keep(margins, passing, args, t)
-        if not kept:
+        if not (kept := keep(margins, passing, args, t)):
             common.stop(f"iteration {t} keeps nothing: {dict(Counter(row['dropped'] for row in samples))}; lower --margin, or "
                         f"read {folder}/samples.jsonl")
         common.write_json(folder / "kept.jsonl", kept)
@@ -267,14 +393,12 @@ def run_iteration(t, pool, model, processor, vocabulary, replayed, folder, args)
         print(f"iteration {t}: kept {len(pairs_kept)} of {len(pool)} pairs = {share:.1%}, smallest kept margin "
               f"{min(margins[key] for key in pairs_kept):.3f}")
         if not 0.3 <= share <= 0.5:
-            print(f"warning: retention {share:.1%} is outside 30-50 %: change "
-                  + ("--margin" if args.margin is not None else "--retention, or give harder or more pairs (--pool)"))
+            print(f"warning: retention {share:.1%} is outside 30-50 %: change --retention or --margin, or give harder or more pairs")
         judged, correct = ift.training_rows(kept)
-        if args.replay:  # enough old rows to make up their share of each epoch
-            n_old = round(len(judged) * args.replay / (1 - args.replay))
-            old = select_random([row["id"] for row in replayed], n_old, row_seed(args.seed, "replay", t))
-            more = ift.training_rows([row for row in replayed if row["id"] in set(old)])
-            judged, correct = judged + more[0], correct + more[1]
+        n_old = round(len(judged) * args.replay / (1 - args.replay))  # so many make up their share of each epoch
+        old = set(select_random([row["id"] for row in replayed], n_old, row_seed(args.seed, "replay", t)))
+        more = ift.training_rows([row for row in replayed if row["id"] in old])
+        judged, correct = judged + more[0], correct + more[1]
     ift.train(model, processor, judged, correct, folder, **{**ift.training_settings(args), "seed": row_seed(args.seed, t)})
     ift.save_checkpoint(model, processor, folder)
     return counts
@@ -299,8 +423,7 @@ def main(args):
     rows = f"the best of {sum(map(len, pools))} pairs in {len(pools)} iterations x 2 orders x {args.samples} critiques"
     ift.announce_training(args, rank, f"{len(replayed)} critiques of stage 02" if args.select == "continue" else rows)
     model, processor = common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens, trainable=True)
-    if not hasattr(model, "get_base_model"):
-        model = ift.add_lora(model, 0)
+    model = model if hasattr(model, "get_base_model") else ift.add_lora(model, 0)
     replayed = ift.drop_long(replayed, processor, args.max_response_tokens)
 
     # 2. iterate --------------------------------------------------------------------------------------------------
@@ -317,8 +440,7 @@ def main(args):
             common.write_json(here / "done.json", results[f"iteration {t}"])
 
     # 3. report ---------------------------------------------------------------------------------------------------
-    counts = {f"iteration {t}, {name}": n for t in range(1, args.iterations + 1)
-              for name, n in results[f"iteration {t}"]["counts"].items()}
+    counts = {f"{step}, {name}": n for step, result in results.items() for name, n in result["counts"].items()}
     finish_stage(folder, args, counts, [run / "01_preferences" / "preferences.jsonl"],
                  f"python 05_evaluate.py --run {args.run} --pairs HELD_OUT.jsonl", iterations=results)
 

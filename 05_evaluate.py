@@ -160,7 +160,7 @@ def expert_against_truth(rows, truth):
     agrees = [[(e["status"] == "present") == (e["object"] in objects) for e in evidence if e["status"] != "unsure"]
               for evidence, objects in known]
     labels = [{e["claimed_by"] for e in evidence if e["object"] not in objects} == {"rejected"} for evidence, objects in known]
-    findings = sum(agrees, [])
+    findings = [agree for row in agrees for agree in row]
     return {"findings_contradicted": 1 - float(np.mean(findings)), "pairs_contradicted": 1 - float(np.mean([*map(all, agrees)])),
             "labels_wrong": 1 - float(np.mean(labels)), "n_findings": len(findings), "n_pairs": len(known)} if findings else {}
 
@@ -225,9 +225,8 @@ def answer_in_the_wild(judge, checkpoint, folder, args):
 
 def official_questions(pair, seed, calls=10):
     """VL-RewardBench's calls for one pair, each in an order drawn for that call."""
-    orders = list(both_orders(pair))
     for call in range(calls):
-        question = orders[row_seed(seed, "order", pair["id"], call) % 2]
+        question = [*both_orders(pair)][row_seed(seed, "order", pair["id"], call) % 2]
         yield {**question, "id": f"{question['id']}-{call}"}
 
 
@@ -235,6 +234,7 @@ def official_questions(pair, seed, calls=10):
 def withheld(questions, how, image_root, seed):
     """The same questions with a blank picture (uniform grey, same size), or with the picture of another row."""
     names, blanks, changed = sorted({q["image"] for q in questions}), {}, []
+    place = {name: k for k, name in enumerate(names)}
     if how == "other" and len(names) < 2:
         stop("--withhold other needs pairs of at least two images")
     for q in questions:
@@ -242,8 +242,8 @@ def withheld(questions, how, image_root, seed):
             size = Image.open(Path(image_root) / q["image"]).size
             picture = blanks.setdefault(size, Image.new("RGB", size, (128, 128, 128)))  # one per size: there may be thousands
         else:
-            others = [name for name in names if name != q["image"]]
-            picture = Path(image_root) / others[row_seed(seed, "other", q["image"]) % len(others)]
+            k = row_seed(seed, "other", q["image"]) % (len(names) - 1)  # among the others: the names without this one
+            picture = Path(image_root) / names[k + (k >= place[q["image"]])]
         changed.append({**q, "picture": picture})
     return changed
 
@@ -346,6 +346,7 @@ def parse_args(argv=None):
     add("--max-image-tokens", type=int, help="default: as in stage 01")
     add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02, critique without it")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
     add("--votes", type=int, default=1, help="K: 1 judges greedily, more take the majority of sampled critiques")
     add("--mean-probability", action="store_true", help="decide by mean P(A) over the votes instead of the majority")
     add("--withhold", nargs="*", choices=("blank", "other"), default=["blank", "other"],
@@ -364,8 +365,7 @@ def parse_args(argv=None):
     if args.protocol == "official" and (args.benchmark != "vl-rewardbench" or args.votes > 1 or args.mean_probability):
         parser.error("--protocol official is for vl-rewardbench and takes votes of its own: no --votes, no --mean-probability")
     args.best_of = args.best_of or int(wild)
-    beside = args.pairs if Path(args.pairs).is_dir() else Path(args.pairs).parent
-    args.image_root = str(Path(args.image_root or beside).resolve())
+    args.image_root = str(Path(args.image_root or (args.pairs if Path(args.pairs).is_dir() else Path(args.pairs).parent)).resolve())
     return args
 
 
@@ -383,8 +383,7 @@ def main(args):
     if folder is None:
         return
     # 1. load -----------------------------------------------------------------------------------------------------
-    margins = [name for name in conditions if name.startswith("margin")]
-    last = margins[-1] if margins else list(conditions)[-1]
+    last = ([name for name in conditions if name.startswith("margin")] or list(conditions))[-1]
     inputs = [args.pairs] if Path(args.pairs).is_file() else []
     head = ["# Evaluation", "", f"`{args.pairs}`", "", NOTES.get(args.benchmark, "")]
     if args.benchmark == "llava-wild":

@@ -269,6 +269,8 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
     """n samples per request {"id", "image": path or PIL, "text"}, in the asked order: lists of n dicts {"text", "complete":
     the stop token was written, "verdict": "A"/"B"/None, "log_odds": r at the verdict position in nats, None without verdict}.
     batch_size counts sequences; out of memory halves it. Row by row the randomness comes from (seed, id)."""
+    if hasattr(model, "sample"):  # 04's Endpoint
+        return model.sample(requests, n, temperature, max_new_tokens, seed, batch_size, bar)
     tokenizer, device = processor.tokenizer, unwrap(model).device
     stop_ids = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=device).reshape(-1)
     verdict_ids, size = verdict_token_ids(tokenizer), max(1, batch_size // n)
@@ -319,12 +321,10 @@ if RANK:  # process 0 alone speaks and writes files; bars go to stdout, too, and
 def share_out(batches, work):
     """The lists work(batch) of all batches, joined: process r of K does batches r, r + K, ... and gets the others' results. So
     the batches, and with them every number, are those of a single process."""
-    done = [work(batch) for batch in batches[RANK::WORLD]]
+    of_rank = [[work(batch) for batch in batches[RANK::WORLD]]] * WORLD
     if WORLD > 1:
-        of_rank = [None] * WORLD
-        dist.all_gather_object(of_rank, done)
-        done = [of_rank[i % WORLD][i // WORLD] for i in range(len(batches))]
-    return [result for results in done for result in results]
+        dist.all_gather_object(of_rank, of_rank[RANK])
+    return [result for i in range(len(batches)) for result in of_rank[i % WORLD][i // WORLD]]
 
 
 # ---- Run directories: rows that survive an interruption, meta.json as the sign of completion -------------------------
@@ -396,7 +396,7 @@ def start_stage(args, name):
     """The stage's folder, ready to be written or resumed; None when it is complete with the same arguments."""
     folder = Path(args.run) / name
     # What leaves the result as it is, up to rounding, may change: a run that went out of memory goes on with smaller batches.
-    free = {"run", "device", "overwrite", "batch_size", "micro_batch", "checkpoint_activations"}
+    free = {"run", "device", "endpoint", "overwrite", "batch_size", "micro_batch", "checkpoint_activations"}
     wanted = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in free}
     if WORLD > 1:
         if torch.cuda.is_available():
