@@ -1,17 +1,31 @@
 """Speed as ratios, each measured in one run against what a user would pick instead, in turn, A B A B ...
 
     python tests/bench.py --world runs/demo/world                # all parts
-    python tests/bench.py sample --world runs/demo/world         # one of: sample, expert
+    python tests/bench.py train --world runs/demo/world          # one of: scale, train, sample, expert
 
+scale:  each stage on 1,000, 4,000, 16,000 rows (--sizes): does time grow with the rows, and memory not?
+train:  stage 03's train against TRL's SFTTrainer (pip install trl) on the same rows, model, adapter, steps and learning rates.
 sample: common.sample against transformers' generate(num_return_sequences=8) plus a forward that scores the verdicts.
 expert: stage 01's Detector on files against ultralytics' own batched predict.
 """
 import argparse
+import contextlib
+import copy
+import functools
 import importlib
+import io
+import json
+import os
+import re
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
+from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,23 +33,57 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import common  # noqa: E402
+import demo  # noqa: E402
 import toy_world  # noqa: E402
 
+two, ift = map(importlib.import_module, ("02_generate_critiques", "03_train_ift"))
 SAMPLES = 8
 
 
-def paired(name, ours, theirs, runs):
-    """Run the two in turn, one warm-up each -> row of the table; the ratio is theirs / ours, pair by pair."""
-    seconds = {"ours": [], "theirs": []}
+def timed(watches, function, *args, **kwargs):
+    """{name: seconds} of the call: for watches (owner, attribute, name) what is spent in that callable less that of watched
+    callables within it, and "rest"; their sum is the call's time. name may be a function of the keyword arguments. Calls by other
+    threads do not count: what they do costs time only where it is waited for."""
+    seconds, inner, thread = Counter(), [0.0], threading.get_ident()
+
+    def wrap(watched, name):
+        @functools.wraps(watched)
+        def call(*args, **kwargs):
+            if threading.get_ident() != thread:
+                return watched(*args, **kwargs)
+            inner.append(0.0)
+            started = time.perf_counter()
+            try:
+                return watched(*args, **kwargs)
+            finally:
+                spent = time.perf_counter() - started
+                seconds[name(kwargs) if callable(name) else name] += spent - inner.pop()
+                inner[-1] += spent
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, name in watches:
+            stack.enter_context(mock.patch.object(owner, attribute, wrap(getattr(owner, attribute), name)))
+        started = time.perf_counter()
+        function(*args, **kwargs)
+        return {**seconds, "rest": time.perf_counter() - started - inner[0]}
+
+
+def paired(name, ours, theirs, runs, unit="s", amount=None):
+    """Run the two in turn, one warm-up each; each returns timed's {part: seconds} -> (row of the table, where the time goes).
+    The ratio is theirs / ours in seconds, pair by pair. amount: what both got done, shown per second instead of the seconds."""
+    parts = {"ours": [], "theirs": []}
     for run in range(runs + 1):
         for who, function in (("ours", ours), ("theirs", theirs)):
-            started = time.perf_counter()
-            function()
-            if run:
-                seconds[who].append(time.perf_counter() - started)
-    ratio = np.divide(seconds["theirs"], seconds["ours"])
-    return f"| {name} | {np.median(seconds['ours']):.2f} s | {np.median(seconds['theirs']):.2f} s | " \
-           f"{ratio.min():.2f} | {np.median(ratio):.2f} | {ratio.max():.2f} |"
+            spent = function()
+            parts[who] += [spent] if run else []
+    seconds = {who: np.array([sum(run.values()) for run in ran]) for who, ran in parts.items()}
+    shown = [f"{amount / s:.0f} {unit}" if amount else f"{s:.2f} {unit}" for s in map(np.median, seconds.values())]
+    ratio = seconds["theirs"] / seconds["ours"]
+    where = "; ".join(f"{who} " + ", ".join(f"{part} {np.median([run[part] for run in ran]):.2f}" for part in ran[0])
+                      for who, ran in parts.items())
+    return (f"| {name} | {' | '.join(shown)} | {ratio.min():.2f} | {np.median(ratio):.2f} | {ratio.max():.2f} |",
+            f"{name}, median seconds: {where}")
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -59,11 +107,12 @@ def generate_and_score(model, processor, requests, max_new_tokens):
             common.verdict_log_odds(logits[row, place][None], *spaced)
 
 
-def large_model(folder):
+def large_model():
     """Random weights in larger proportions: hidden 768, 12 layers, a vocabulary of 32,000, pictures of 256 tokens."""
     from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    toy_world.build_processor().save_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        toy_world.build_processor().save_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 448 * 448, "longest_edge": 448 * 448}
     token = processor.tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
@@ -80,32 +129,205 @@ def large_model(folder):
     return model, processor
 
 
-def bench_sample(world, runs):
+def bench_sample(world, runs, sizes):
+    def against(name, model, processor, requests, max_new_tokens):
+        watches = (common, "encode_prompts", "encode"), (model, "forward", lambda call: "scoring" if not call["use_cache"] else
+                                                         "decode" if call["input_ids"].shape[1] == 1 else "prefill")
+        return paired(name, lambda: timed(watches, common.sample, model, processor, requests, SAMPLES, 1.0, max_new_tokens, batch_size=256),
+                      lambda: timed(watches, generate_and_score, model, processor, requests, max_new_tokens), runs)
+
     model, processor = common.load_judge(str(world / "model"), device="cpu")
     pairs = common.read_jsonl(world / "heldout.jsonl")[:16]
     toy = [{"id": q["id"], "image": world / q["image"], "text": common.build_judge_prompt(q["prompt"], q["response_a"], q["response_b"])}
            for pair in pairs for q in common.both_orders(pair)]
-    yield paired("sample, toy judge, 32 x 8", lambda: common.sample(model, processor, toy, SAMPLES, 1.0, 96, batch_size=256),
-                 lambda: generate_and_score(model, processor, toy, 96), runs)
-    with tempfile.TemporaryDirectory() as folder:
-        model, processor = large_model(folder)
+    yield against("sample, toy judge, 32 x 8", model, processor, toy, 96)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (448, 448, 3), dtype=np.uint8))
     large = [{"id": str(k), "image": picture, "text": "red circle, " * 100} for k in range(2)]
-    yield paired("sample, hidden 768, 12 layers, 2 x 8", lambda: common.sample(model, processor, large, SAMPLES, 1.0, 64),
-                 lambda: generate_and_score(model, processor, large, 64), runs)
+    yield against("sample, hidden 768, 12 layers, 2 x 8", *large_model(), large, 64)
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+# The settings of train; lam = 0, critiques alone, since SFTTrainer knows one mean over one kind of row.
+SHAPES = {"toy judge": dict(steps=10, batch_size=32, micro_batch=8), "hidden 768, 12 layers": dict(steps=2, batch_size=4, micro_batch=2)}
+SETTINGS = dict(lr=1e-3, lam=0.0, bt_weight=0.0, seed=0, max_response_tokens=1024)
+
+
+def training_set(world, shape):
+    """(model without adapter, processor, rows of D_critique): the held-out pairs with the truth as critique, so of many lengths."""
+    pairs = common.read_jsonl(world / "heldout.jsonl")[:200]
+    vocabulary = two.build_vocabulary({found["object"] for pair in pairs for found in pair["evidence"]})
+    status = {pair["id"]: {found["object"]: found["status"] for found in pair["evidence"]} for pair in pairs}
+    critiques = [{**q, "style": "critique", "critique": two.render_reference(q, status[q["pair_id"]], vocabulary)}
+                 for pair in pairs for q in common.both_orders(pair)]
+    rows, _ = ift.training_rows(critiques)
+    if shape == "toy judge":
+        return *common.load_judge(str(world / "model"), device="cpu"), rows
+    torch.manual_seed(0)
+    return *large_model(), [{**row, "text": "red circle, " * 60 + row["text"]} for row in rows]
+
+
+def watch_training(model):
+    inner = common.unwrap(model)
+    return (inner.model.visual, "forward", "vision"), (inner, "forward", "forward"), (torch.Tensor, "backward", "backward")
+
+
+def train_ours(model, processor, rows, shape, world):
+    """(timed seconds, losses of the steps, learning rates of the steps)"""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        seconds = timed([(ift, "encode_supervised", "encode"), *watch_training(model)], ift.train, model, processor, rows, rows,
+                        Path(folder), image_root=world, **SHAPES[shape], **SETTINGS)
+        log = common.read_jsonl(Path(folder) / "metrics.jsonl")
+    # it logs the rate of the step to come; fewer than 40 steps have no warm-up
+    return seconds, [line["loss"] for line in log], [SETTINGS["lr"], *(line["lr"] for line in log)]
+
+
+def train_theirs(model, processor, rows, shape, world, rates):
+    """(timed seconds, losses). The rows of each step are those of ours. Prompt and completion are given as strings, since TRL
+    would supervise what the chat template writes after the stop token as well; no checkpointing of activations on either side."""
+    from datasets import Dataset
+    from datasets import Image as Picture
+    from torch.utils.data.dataloader import _BaseDataLoaderIter
+    from trl import SFTConfig, SFTTrainer
+    steps, size, micro = SHAPES[shape].values()
+    data = [{"image": str(world / row["image"]), "completion": row["response"] + processor.tokenizer.eos_token,
+             "prompt": processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {
+                 "type": "text", "text": row["text"]}]}], tokenize=False, add_generation_prompt=True)}
+            for batch in islice(ift.stream(rows, size, SETTINGS["seed"]), steps) for row in batch]
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=SETTINGS["lr"], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: rates[t] / SETTINGS["lr"])
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=micro, gradient_accumulation_steps=size // micro,
+                         train_sampling_strategy="sequential", completion_only_loss=True, max_length=None, pad_to_multiple_of=None,
+                         gradient_checkpointing=False, max_grad_norm=1.0, bf16=False, use_cpu=True, logging_steps=1,
+                         save_strategy="no", report_to="none", disable_tqdm=True)
+        trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(data).cast_column("image", Picture()),
+                             processing_class=processor, optimizers=(optimizer, schedule))
+        seconds = timed([(_BaseDataLoaderIter, "__next__", "encode"), *watch_training(model)], trainer.train)
+    return seconds, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def peak_mib():
+    """Peak memory of this process so far, in MiB. (Linux's ru_maxrss also counts what the parent held when it started it.)"""
+    if Path("/proc/self/status").exists():
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 10
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
+def train_once(who, shape, world, rates=None):
+    """One training, its seconds thrown away: prints {"losses", "rates", "peak": MiB that training added to the process's peak}."""
+    model, processor, rows = training_set(Path(world), shape)
+    torch.manual_seed(0)
+    model, before = ift.add_lora(model, 16), peak_mib()
+    result = train_ours(model, processor, rows, shape, Path(world)) if who == "ours" else \
+        train_theirs(model, processor, rows, shape, Path(world), rates)
+    print(json.dumps({"losses": result[1], "rates": result[2] if who == "ours" else None, "peak": peak_mib() - before}))
+
+
+def bench_train(world, runs, sizes):
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("train compares with TRL's SFTTrainer, which is not installed: pip install trl")
+
+    def own_process(*args):  # memory of one side must not count for the other
+        done = subprocess.run([sys.executable, "-c", f"import bench; bench.train_once(*{args!r})"], cwd=Path(__file__).parent,
+                              stdout=subprocess.PIPE, check=True, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    for shape, settings in SHAPES.items():
+        ours = own_process("ours", shape, str(world.resolve()))
+        theirs = own_process("theirs", shape, str(world.resolve()), ours["rates"])
+        base, processor, rows = training_set(world, shape)
+
+        def fresh():
+            torch.manual_seed(0)
+            return ift.add_lora(copy.deepcopy(base), 16), processor, rows, shape, world
+        used = [row for batch in islice(ift.stream(rows, settings["batch_size"], 0), settings["steps"]) for row in batch]
+        n = sum(len(processor.tokenizer(row["response"]).input_ids) + 1 for row in used)
+        row, where = paired(f"train, {shape}, {settings['steps']} x {settings['batch_size']} rows, supervised tokens",
+                            lambda: train_ours(*fresh())[0], lambda: train_theirs(*fresh(), ours["rates"])[0], runs, "/s", n)
+        gap = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+        yield row, f"{where}\n  loss {ours['losses'][0]:.4f} -> ours {ours['losses'][-1]:.5f}, theirs {theirs['losses'][-1]:.5f}, largest " \
+                   f"difference {gap:.1e}; memory added: ours {ours['peak']:.0f} MiB, theirs {theirs['peak']:.0f} MiB"
+
+
+# ---- Scale -----------------------------------------------------------------------------------------------------------
+def make_rows(world, folder, n):
+    """n pictures (links to 64 of the world's) with findings and truth, n // 2 pairs of them; paths start from folder."""
+    pairs = common.read_jsonl(world / "heldout.jsonl")[:64]
+    (folder / "images").mkdir(parents=True)
+    rows = [{**pairs[k % len(pairs)], "id": str(k), "image": f"images/{k:05d}.png"} for k in range(n)]
+    for k, row in enumerate(rows):
+        (folder / row["image"]).symlink_to((world / pairs[k % len(pairs)]["image"]).resolve())
+    seen = [[found for found in row["evidence"] if found["status"] == "present"] for row in rows]
+    common.write_jsonl(folder / "detections.jsonl", [{"id": row["image"], "detections": found} for row, found in zip(rows, seen)])
+    common.write_jsonl(folder / "truth.jsonl", [{"image": row["image"], "objects": found} for row, found in zip(rows, seen)])
+    common.write_jsonl(folder / "pairs.jsonl", rows[:n // 2])
+    common.write_json(folder / "vocabulary.json", two.build_vocabulary(sorted({f["object"] for row in pairs for f in row["evidence"]})))
+
+
+def stage_commands(world, folder, n):
+    """{stage folder: command}: everything per row is done, but short: one candidate, critiques that are verdicts, two steps.
+    05 comes before 03, so that it judges with one model."""
+    run, here = ["--run", f"{folder}/run"], str(folder)
+    train = [*run, "--steps", "2", "--train-batch", "8", "--lr", "1e-6", "--max-new-tokens", "8"]
+    return {
+        "01_preferences": ["01_build_preferences.py", *run, "--images", f"{here}/images", "--image-root", here, "--model", f"{world}/model",
+                           "--detections", f"{here}/detections.jsonl", "--vocabulary", f"{here}/vocabulary.json", "--prompts",
+                           f"{world}/prompts.txt", "--candidates", "1", "--max-new-tokens", "16", "--validation", "8", "--train", str(n // 2)],
+        "02_critiques": ["02_generate_critiques.py", *run, "--style", "none", "--critiques", "1", "--max-new-tokens", "8"],
+        "05_evaluation": ["05_evaluate.py", *run, "--pairs", f"{here}/pairs.jsonl", "--truth", f"{here}/truth.jsonl", "--withhold", "other",
+                          "--max-new-tokens", "8"],
+        "03_ift": ["03_train_ift.py", *train],
+        "04_rejection": ["04_rejection_sampling.py", *train, "--iterations", "1", "--pool", str(n), "--samples", "1", "--margin", "0"]}
+
+
+def growth(sizes, seconds, mib):
+    """(seconds per row at the last size over the first; the same of the last increase over the first, which leaves out what every
+    run costs, None with two sizes; peak memory at the last size over the first; KiB a row of its increase)"""
+    steps = np.diff(seconds) / np.diff(sizes)
+    return (seconds[-1] / sizes[-1] * sizes[0] / seconds[0], steps[-1] / steps[0] if len(steps) > 1 else None,
+            mib[-1] / mib[0], (mib[-1] - mib[0]) * 1024 / (sizes[-1] - sizes[0]))
+
+
+def bench_scale(world, runs, sizes):
+    """One run a size: seconds as meta.json has them (imports left out), memory as the kernel counts it for the process."""
+    measured = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for n in sizes:
+            folder = Path(scratch) / str(n)
+            make_rows(world, folder, n)
+            for stage, command in stage_commands(world.resolve(), folder, n).items():
+                log = folder / f"{stage}.log"
+                process = demo.start(command, log)
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+                if process.returncode:
+                    sys.exit(f"{stage} failed at {n} rows:\n{log.read_text()[-3000:]}")
+                seconds = json.loads((folder / "run" / stage / "meta.json").read_text())["seconds"]
+                measured.setdefault(stage, []).append((seconds, usage.ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)))
+    for stage, values in sorted(measured.items()):
+        seconds, mib = zip(*values)
+        per_row, increase, peak, kib = growth(sizes, seconds, mib)
+        yield f"| {stage}, {' / '.join(map(str, sizes))} rows | {' / '.join(f'{s:.0f}' for s in seconds)} | {per_row:.2f} | " \
+              f"{increase:.2f} | {' / '.join(f'{m:.0f}' for m in mib)} | {peak:.2f} | {kib:.1f} |", ""
 
 
 # ---- The expert ------------------------------------------------------------------------------------------------------
-def bench_expert(world, runs):
+def bench_expert(world, runs, sizes):
     from ultralytics import YOLO
-    detector = importlib.import_module("01_build_preferences").Detector(str(world / "expert.pt"), 0.05, "cpu")
+    detector = importlib.import_module("01_build_preferences").Detector(str(world / "expert.pt"), 0.05, "cpu", [])
     yolo, paths = YOLO(world / "expert.pt"), sorted((world / "images").glob("*.png"))[:320]
     batches = [[str(path) for path in paths[i:i + 32]] for i in range(0, len(paths), 32)]
-    yield paired("expert, 320 pictures", lambda: [detector.examine(batch, None) for batch in batches],
-                 lambda: [yolo.predict(batch, conf=0.05, batch=32, device="cpu", verbose=False) for batch in batches], runs)
+
+    yield paired("expert, 320 pictures", lambda: timed((), lambda: [detector.examine(batch, [[]] * 32) for batch in batches]), lambda: timed(
+        (), lambda: [yolo.predict(batch, conf=0.05, batch=32, device="cpu", verbose=False) for batch in batches]),
+        runs, "pictures/s", len(paths))
 
 
-PARTS = {"sample": bench_sample, "expert": bench_expert}
+# Scale first: Linux counts what this process has held so far for the processes that it starts, and by then that is little.
+PARTS = {"scale": bench_scale, "train": bench_train, "sample": bench_sample, "expert": bench_expert}
+HEADS = {True: "| stage | seconds | a row, last / first | of the last increase | peak MiB | last / first | KiB a row |\n|---|---|---|---|---|---|---|",
+         False: "| what | ours | theirs | ratio min | median | max |\n|---|---|---|---|---|---|"}
 
 
 def main():
@@ -113,12 +335,15 @@ def main():
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none means all")
     parser.add_argument("--world", type=Path, default=Path("runs/demo/world"))
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[500, 2000, 8000], help="of scale, in rows")
     args = parser.parse_args()
     if not (args.world / "meta.json").exists():
         sys.exit(f"{args.world} is no finished toy world: python tests/toy_world.py --out {args.world}")
-    lines = [line for part in args.parts or PARTS for line in PARTS[part](args.world, args.runs)]
-    print(f"\n{torch.get_num_threads()} thread(s), {args.runs} paired runs after one warm-up\n\n| what | ours | theirs | ratio min | median | max |\n|---|---|---|---|---|---|")
-    print("\n".join(lines))
+    found = [(part == "scale", *line) for part in PARTS if part in (args.parts or PARTS)
+             for line in PARTS[part](args.world, args.runs, args.sizes)]
+    print(f"\n{torch.get_num_threads()} thread(s), {args.runs} paired runs after one warm-up\n", *filter(None, (note for *_, note in found)), sep="\n")
+    for is_scale in sorted({kind for kind, *_ in found}):
+        print("", HEADS[is_scale], *(row for kind, row, _ in found if kind == is_scale), sep="\n")
 
 
 if __name__ == "__main__":
