@@ -84,3 +84,9 @@ def test_train_ours_reports_what_train_did(tiny, pictures, monkeypatch):
     assert rates == pytest.approx([1e-3, 1e-3, 1e-4])  # of steps 1 and 2, and of one to come: a tenth of the peak
     ids = [row["id"] for row in bench.rows_of_steps(judged_rows(), "two steps")]
     assert sorted(ids[:4]) == sorted(ids[4:]) == sorted(row["id"] for row in judged_rows())
+
+
+def test_without_trl_train_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    [(row, note)] = bench.bench_train(tmp_path, 1, None)
+    assert "not measured" in row and "pip install trl" in note
