@@ -259,9 +259,9 @@ def make_rows(world, folder, n):
     found = {row["image"]: [found for found in row["evidence"] if found["status"] == "present"] for row in rows}
     for k, image in enumerate(found):
         (folder / image).symlink_to((world / pairs[k % 64]["image"]).resolve())
-    common.write_jsonl(folder / "detections.jsonl", [{"id": image, "detections": objects} for image, objects in found.items()])
-    common.write_jsonl(folder / "truth.jsonl", [{"image": image, "objects": objects} for image, objects in found.items()])
-    common.write_jsonl(folder / "pairs.jsonl", rows[:n // 2])
+    common.write_json(folder / "detections.jsonl", [{"id": image, "detections": objects} for image, objects in found.items()])
+    common.write_json(folder / "truth.jsonl", [{"image": image, "objects": objects} for image, objects in found.items()])
+    common.write_json(folder / "pairs.jsonl", rows[:n // 2])
     classes = sorted({found["object"] for pair in pairs for found in pair["evidence"]})
     common.write_json(folder / "vocabulary.json", two.build_vocabulary(classes))
 

@@ -449,7 +449,7 @@ def test_stages_sample_through_the_server(trained, tiny, server, pictures, tmp_p
         loads.append(threading.current_thread() is threading.main_thread()), load(*args, **kwargs))[1])
 
     findings = [{"id": f"{i}.png", "detections": []} for i in range(4)]
-    common.write_jsonl(tmp_path / "found.jsonl", findings)
+    common.write_json(tmp_path / "found.jsonl", findings)
     with pytest.raises(SystemExit, match="no pair could be made"):  # random weights name nothing
         one.main(one.parse_args([*here, *through, "--images", str(pictures), "--model", path,
                                  "--detections", str(tmp_path / "found.jsonl"), "--candidates", "3"]))
@@ -462,7 +462,7 @@ def test_stages_sample_through_the_server(trained, tiny, server, pictures, tmp_p
     made = [{"id": f"p{i}", "image": f"{i % 4}.png", "prompt": "List the objects in the image.", "chosen": "red circle.",
              "rejected": "blue star.", "evidence": [], "split": split}
             for i, split in enumerate(("train", "validation", "pool", "pool", "pool", "pool"))]
-    common.write_jsonl(run / "01_preferences/preferences.jsonl", made)
+    common.write_json(run / "01_preferences/preferences.jsonl", made)
     common.write_json(run / "01_preferences/vocabulary.json", {"red circle": "red circle"})
     common.write_json(run / "01_preferences/meta.json", {"args": {
         "model": path, "max_image_tokens": None, "image_root": str(pictures)}})
@@ -476,7 +476,7 @@ def test_stages_sample_through_the_server(trained, tiny, server, pictures, tmp_p
     common.write_json(run / "03_ift/meta.json", {"args": settings})
     critiques = [{**q, "pair_id": q["pair_id"], "critique": f"Verdict: {q['label']}", "style": "critique"}
                  for q in common.both_orders(made[0])]
-    common.write_jsonl(run / "02_critiques/critiques.jsonl", critiques)
+    common.write_json(run / "02_critiques/critiques.jsonl", critiques)
     three.save_checkpoint(three.add_lora(copy.deepcopy(trained[0]), 2), tiny[1], run / "03_ift")
     four.main(four.parse_args([*here, *through, "--iterations", "2", "--pool", "2", "--samples", "4", "--steps", "1",
                                "--train-batch", "2", "--margin", "0", "--lr", "1e-3", "--temperature", "0.5"]))
@@ -485,8 +485,8 @@ def test_stages_sample_through_the_server(trained, tiny, server, pictures, tmp_p
     asked = Counter(body["model"] for body in server.bodies[-8:])
     assert len(asked) == 2 and set(asked.values()) == {4}
 
-    common.write_jsonl(tmp_path / "truth.jsonl", [{"image": f"{i}.png", "objects": [{"object": "red circle"}]} for i in range(4)])
-    common.write_jsonl(tmp_path / "pairs.jsonl", made[:1])
+    common.write_json(tmp_path / "truth.jsonl", [{"image": f"{i}.png", "objects": [{"object": "red circle"}]} for i in range(4)])
+    common.write_json(tmp_path / "pairs.jsonl", made[:1])
     server.bodies.clear()
     five.main(five.parse_args([*here, *through, "--pairs", str(tmp_path / "pairs.jsonl"), "--image-root", str(pictures),
                                "--truth", str(tmp_path / "truth.jsonl"), "--best-of", "2", "--best-of-images", "1", "--withhold", "blank"]))
