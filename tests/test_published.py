@@ -5,11 +5,11 @@ import random
 from argparse import Namespace
 from collections import Counter
 
+import datasets
 import pytest
 from conftest import stage
 from PIL import Image
 
-datasets = pytest.importorskip("datasets")
 one = stage("01_build_preferences")
 
 
