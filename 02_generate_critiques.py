@@ -2,15 +2,15 @@
 
     written with:  image, question, A, B, findings + label          (reference-guided, both orders, M samples at T = 1)
     trained on as: image, question, A, B  ->  critique + verdict    (stage 03: the prompt there has no reference)
-    kept if:       verdict = label  and  verdict follows from the critique's own checks  and  no check contradicts a
-                   present/absent finding or names what the response does not say  and  the reference is not cited
+    kept if:       verdict = label  and  verdict follows from the critique's own checks  and  every present/absent object of the
+                   responses is checked, none against its finding, and nothing else  and  the reference is not cited
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) findings are laid out as the very lines that the critique will hold, since models copy a separate list wrongly;
   2) "verdict = label" alone is too weak a filter: lucky verdicts with false facts pass it and training on them makes the
-     judge worse, so the checks are held against each other and against the expert;
+     judge worse, so the checks are held against each other and the expert, and must be complete: of critiques that may skip
+     objects stage 04 prefers those that do (surer verdicts), and the judge learns to look at less;
   3) pairs without findings (reasoning, general questions) are kept on verdict and leak alone, and counted apart.
-
 Reads  01_preferences/preferences.jsonl (split "train"), vocabulary.json.
 Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped) and
        critiques.jsonl {id, pair_id, image, prompt, response_a, response_b, label, critique, verdict, style}
@@ -69,8 +69,8 @@ def contradicts_expert(checks, said, status, vocabulary):
                 bare in vocabulary and status.get(vocabulary[bare]) == "present":
             return "contradicts the expert"
         checked[side].update(named)
-    if any(status.get(name) == "absent" and name not in checked[side] for side in "AB" for name in said[side]):
-        return "leaves out an absent object"
+    if any(status.get(name, "unsure") != "unsure" and name not in checked[side] for side in "AB" for name in said[side]):
+        return "leaves out a verified object"
     return None
 
 
