@@ -28,19 +28,21 @@ def test_verdict_of_checks(text, verdict):
     assert two.verdict_of_checks(parse_checks(text)) == verdict
 
 
+WHOLE = "A: dog: yes\nA: cat: yes\nB: dog: yes\nB: bus: no"  # what is unsure may go unchecked
+
+
 @pytest.mark.parametrize("text, reason", [
-    ("A: dog: yes\nA: cat: yes\nB: dog: yes\nB: bus: no\nB: hat: no", None),
-    ("B: bus: no", None),                                              # what is present may go unchecked
-    ("B: bus: no\nA: a puppy: yes", None),                             # another word for the same
-    ("A: a dog with a cat: no\nB: bus: no", None),                     # more than the bare object: may be right
-    ("A: an old dog: no\nB: bus: no", None),
-    ("A: dog: no\nB: bus: no", "contradicts the expert"),
-    ("A: There is a dog: no\nB: bus: no", "contradicts the expert"),
-    ("A: the puppy: no\nB: bus: no", "contradicts the expert"),
+    (WHOLE, None), (WHOLE + "\nB: hat: no", None), (WHOLE + "\nB: hat: yes", None),
+    (WHOLE.replace("A: dog", "A: a puppy"), None),                     # another word for the same
+    ("A: a dog with a cat: no\nB: dog: yes\nB: bus: no", None),        # more than the bare object: may be right
+    (WHOLE.replace("A: dog: yes", "A: an old dog: no"), None),
+    (WHOLE.replace("A: dog: yes", "A: dog: no"), "contradicts the expert"),
+    (WHOLE.replace("A: dog: yes", "A: There is a dog: no"), "contradicts the expert"),
+    (WHOLE.replace("A: dog: yes", "A: the puppy: no"), "contradicts the expert"),
     ("B: bus: yes", "contradicts the expert"),
     ("B: a dog in a bus: yes", "contradicts the expert"),
-    ("A: dog: yes", "leaves out an absent object"),
-    ("B: hat: no", "leaves out an absent object"), ("", "leaves out an absent object"),
+    *((WHOLE.replace(line, ""), "leaves out a verified object") for line in WHOLE.splitlines()),
+    ("B: hat: no", "leaves out a verified object"), ("", "leaves out a verified object"),
     ("A: bus: no\nB: bus: no", "checks what the response does not say"),
     ("B: cat: yes\nB: bus: no", "checks what the response does not say")])
 def test_contradicts_expert(text, reason):
@@ -67,7 +69,7 @@ GOOD = "A: dog: yes\nA: cat: yes\nB: dog: yes\nB: bus: no\nB: hat: yes\nB names 
     (GOOD.replace("B names", "By the REFERENCE, B names"), "cites the reference"),
     (GOOD.replace("B names", "The label says that B names"), "cites the reference"),
     (GOOD.replace("B: dog: yes", "B: dog: no"), "contradicts the expert"),
-    ("B: hat: no\nVerdict: A", "leaves out an absent object"),
+    ("B: hat: no\nVerdict: A", "leaves out a verified object"), ("B: bus: no\nVerdict: A", "leaves out a verified object"),
     (GOOD.replace("A: cat", "A: hat"), "checks what the response does not say")])
 def test_reason_to_drop(critique, reason):
     assert two.reason_to_drop(critique, True, QUESTION, EVIDENCE, VOCABULARY, "critique") == reason
@@ -96,7 +98,7 @@ def test_pairs_without_evidence(critique, reason):
 
 def test_leak_phrase_of_a_response_may_be_quoted():
     question = {**QUESTION, "response_b": "A bus and a smoke detector."}
-    critique = "B: bus: no\nB: a smoke detector: no\nVerdict: A"
+    critique = "A: a puppy: yes\nA: cat: yes\nB: bus: no\nB: a smoke detector: no\nVerdict: A"
     assert two.reason_to_drop(critique, True, question, EVIDENCE, VOCABULARY, "critique") is None
     assert two.reason_to_drop(critique, True, QUESTION, EVIDENCE, VOCABULARY, "critique") == "cites the reference"
 

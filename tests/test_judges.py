@@ -393,7 +393,7 @@ def test_five_stages_on_a_povid_file(judge, world, tmp_path):
     the critiques of the very pairs: every filter, margin and verdict of what follows is the judge's own doing."""
     _, _, model, processor = judge
     (tmp_path / "coco").mkdir()
-    pairs = [json.loads(line) for line in (world / "heldout.jsonl").read_text().splitlines()][:16]
+    pairs = [json.loads(line) for line in (world / "heldout.jsonl").read_text().splitlines()][:14]
     for i, pair in enumerate(pairs):
         Image.open(world / pair["image"]).save(tmp_path / "coco" / f"COCO_train2014_{i:012d}.jpg", quality=95)
     (tmp_path / "povid.json").write_text(json.dumps([{
@@ -404,11 +404,11 @@ def test_five_stages_on_a_povid_file(judge, world, tmp_path):
     here = ["--run", str(tmp_path / "run")]
     said = run(["01_build_preferences.py", *here, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco"),
                 "--model", str(tmp_path / "judge"), "--expert", str(world / "expert.pt"), "--validation", "2", "--train", "4"])
-    assert "read as POVID, 16 of 16 rows" in said
+    assert "read as POVID, 14 of 14 rows" in said
 
     made = [json.loads(line) for line in (tmp_path / "run/01_preferences/preferences.jsonl").read_text().splitlines()]
     vocabulary = json.loads((tmp_path / "run/01_preferences/vocabulary.json").read_text())
-    assert len(made) >= 12  # the detector may call a true object absent
+    assert len(made) >= 11  # the detector may call a true object absent
     rows, two = [], stage("02_generate_critiques")
     for pair in made:
         status = {found["object"]: found["status"] for found in pair["evidence"]}
@@ -420,7 +420,7 @@ def test_five_stages_on_a_povid_file(judge, world, tmp_path):
                      for asked in (None, reference)]
     learner = three.add_lora(copy.deepcopy(model), 0)
     (tmp_path / "by_heart").mkdir()
-    three.train(learner, processor, rows, [], tmp_path / "by_heart", steps=200, lr=3e-3, lam=0.0, bt_weight=0.0, batch_size=32,
+    three.train(learner, processor, rows, [], tmp_path / "by_heart", steps=140, lr=3e-3, lam=0.0, bt_weight=0.0, batch_size=32,
                 micro_batch=32, seed=0, image_root=tmp_path / "coco", max_response_tokens=96)
     learner.save_pretrained(tmp_path / "judge")
     processor.save_pretrained(tmp_path / "judge")
@@ -429,7 +429,7 @@ def test_five_stages_on_a_povid_file(judge, world, tmp_path):
     training = [*sizes, "--steps", "3", "--train-batch", "8", "--lr", "1e-4"]
     run(["02_generate_critiques.py", *here, *sizes, "--critiques", "2"])
     run(["03_train_ift.py", *here, *training])
-    said = run(["04_rejection_sampling.py", *here, *training, "--iterations", "1", "--pool", "6", "--samples", "4"])
+    said = run(["04_rejection_sampling.py", *here, *training, "--iterations", "1", "--pool", "5", "--samples", "4"])
     assert "iteration 1: kept" in said
     run(["05_evaluate.py", *here, *sizes, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco")])
     table = json.loads((tmp_path / "run/05_evaluation/metrics.json").read_text())["table"]
