@@ -149,8 +149,8 @@ def announce(model_path, device, task, flags, prepare=lambda blank: blank):
         common.stop(f"--model {model_path}: {str(error).splitlines()[0]}")
     gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in prepare(blank.requires_grad_(False)).parameters()) / 2 ** 30
     n, trained = (blank.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
-    print(f"{task}: {n:.2f} M weights in {str(blank.dtype)[6:]}{f', {trained:.2f} M trained in float32' if trained else ''}; {gib:.2f} GiB on "
-          f"{device.type}, activations not counted")
+    print(f"{task}: {n:.2f} M weights in {str(blank.dtype)[6:]}{f', {trained:.2f} M trained in float32' if trained else ''}; "
+          f"{gib:.2f} GiB on {device.type}, activations not counted")
     if device.type == "cuda":  # what torch keeps of models that are gone is free as well
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if gib > free / 2 ** 30:
@@ -196,8 +196,8 @@ def add_lora(model, rank):
 
 def training_rows(critiques):
     """(D_critique, D_correct) as rows {id, image, text, response} from critique rows; each pair's chosen response once."""
-    judged = [{"id": row["id"], "image": row["image"], "label": row["label"], "response": row["critique"], "text": common.build_judge_prompt(
-        row["prompt"], row["response_a"], row["response_b"], row["style"])} for row in critiques]
+    judged = [{"id": row["id"], "image": row["image"], "label": row["label"], "response": row["critique"], "text":
+               common.build_judge_prompt(row["prompt"], row["response_a"], row["response_b"], row["style"])} for row in critiques]
     correct = {row["pair_id"]: {"id": row["pair_id"], "image": row["image"], "text": row["prompt"],
                                 "response": row["response_a" if row["label"] == "A" else "response_b"]} for row in critiques}
     return judged, list(correct.values())
@@ -277,7 +277,7 @@ def backward(model, processor, parts, n, n_rows, lam, bt_weight):
         loss = ift_loss(sums["critique"], n["critique"], sums["correct"], n["correct"], lam)
         if kind == "critique" and bt_weight:
             label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
-            log_odds = log_odds_of_verdict(logits, labels, processor.tokenizer, common.verdict_token_ids(processor.tokenizer))  # (B,)
+            log_odds = log_odds_of_verdict(logits, labels, processor.tokenizer, common.verdict_token_ids(processor.tokenizer))
             bt = bradley_terry_loss(log_odds, label_is_a).sum()  # ()
             loss = loss + bt_weight * bt / n_rows
             bt_sum += bt.item()

@@ -424,8 +424,9 @@ def start_stage(args, name):
 def finish_stage(folder, args, counts, inputs=(), next_command="", **extra):
     """Print what was made and dropped, and write meta.json last: its presence means that the stage is complete."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    content = {str(p): mmap.mmap(os.open(p, os.O_RDONLY), 0, prot=mmap.PROT_READ) for p in inputs}  # may be gigabytes
     meta = {"args": json.loads((folder / "args.json").read_text()), "counts": counts, **extra,
-            "inputs": {str(p): hashlib.sha256(mmap.mmap(os.open(p, os.O_RDONLY), 0, prot=mmap.PROT_READ)).hexdigest()[:16] for p in inputs},
+            "inputs": {p: hashlib.sha256(data).hexdigest()[:16] for p, data in content.items()},
             "seconds": round(time.time() - args.started, 1), "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2),
             "git_commit": git.stdout.strip() or None, "python": sys.version.split()[0],
