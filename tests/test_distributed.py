@@ -7,7 +7,7 @@ import sys
 
 import common
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, run_here
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -46,7 +46,7 @@ def test_two_processes_give_what_one_gives(world, tmp_path):
     (tmp_path / "heldout.jsonl").write_text("\n".join((world / "heldout.jsonl").read_text().splitlines()[:40]))
     one, two = tmp_path / "one", tmp_path / "two"
     for name, command in stages.items():
-        run([*command, "--run", str(one)])
+        run_here([*command, "--run", str(one)])
         if name == "05":  # by the same adapters: those of the two trainings may differ in the last bits
             by_two = two
             two = tmp_path / "copy"

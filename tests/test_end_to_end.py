@@ -88,7 +88,7 @@ def test_interrupted_stages_resume_to_identical_files(world, finished, tmp_path)
 @pytest.mark.parametrize("expert, style", [(None, "descriptive"), ("none", "critique")])
 def test_ablations_run(world, finished, tmp_path, expert, style):
     folder, _ = finished
-    extra = {"01": ["--limit", "400", "--vocabulary", str(folder / "01_preferences" / "vocabulary.json"),
+    extra = {"01": ["--limit", "250", "--vocabulary", str(folder / "01_preferences" / "vocabulary.json"),
                     "--present", "0.5", "--absent", "0.5", "--validation", "20", "--train", "60"],
              "03": ["--steps", "10"], "05": ["--best-of", "0", "--withhold"]}
     for name, command in demo.commands(world, tmp_path / "r", 0, (), expert=expert, style=style):

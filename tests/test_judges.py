@@ -8,7 +8,7 @@ import common
 import pytest
 import torch
 import toy_world
-from conftest import correct_rows, judged_rows, run, stage, train
+from conftest import correct_rows, judged_rows, run_here, stage, train
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -388,8 +388,8 @@ def test_seven_billion_parameters_are_counted_without_weights(tmp_path, monkeypa
 # ---- From a published file to a score --------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize("judge", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
-def test_five_stages_on_a_povid_file(judge, world, tmp_path):
-    """By the real command lines. Random weights write nothing that the filters keep, so the judge is first taught, by heart,
+def test_five_stages_on_a_povid_file(judge, world, tmp_path, capsys):
+    """By the real arguments. Random weights write nothing that the filters keep, so the judge is first taught, by heart,
     the critiques of the very pairs: every filter, margin and verdict of what follows is the judge's own doing."""
     _, _, model, processor = judge
     (tmp_path / "coco").mkdir()
@@ -402,9 +402,9 @@ def test_five_stages_on_a_povid_file(judge, world, tmp_path):
             for side, field in (("chosen", "conversations"), ("rejected", "rejected_conversations"))}}
         for i, pair in enumerate(pairs)]))
     here = ["--run", str(tmp_path / "run")]
-    said = run(["01_build_preferences.py", *here, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco"),
+    run_here(["01_build_preferences.py", *here, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco"),
                 "--model", str(tmp_path / "judge"), "--expert", str(world / "expert.pt"), "--validation", "2", "--train", "4"])
-    assert "read as POVID, 14 of 14 rows" in said
+    assert "read as POVID, 14 of 14 rows" in capsys.readouterr().out
 
     made = [json.loads(line) for line in (tmp_path / "run/01_preferences/preferences.jsonl").read_text().splitlines()]
     vocabulary = json.loads((tmp_path / "run/01_preferences/vocabulary.json").read_text())
@@ -427,11 +427,11 @@ def test_five_stages_on_a_povid_file(judge, world, tmp_path):
 
     sizes = ["--max-new-tokens", "96"]
     training = [*sizes, "--steps", "3", "--train-batch", "8", "--lr", "1e-4"]
-    run(["02_generate_critiques.py", *here, *sizes, "--critiques", "2"])
-    run(["03_train_ift.py", *here, *training])
-    said = run(["04_rejection_sampling.py", *here, *training, "--iterations", "1", "--pool", "5", "--samples", "4"])
-    assert "iteration 1: kept" in said
-    run(["05_evaluate.py", *here, *sizes, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco")])
+    run_here(["02_generate_critiques.py", *here, *sizes, "--critiques", "2"])
+    run_here(["03_train_ift.py", *here, *training])
+    run_here(["04_rejection_sampling.py", *here, *training, "--iterations", "1", "--pool", "5", "--samples", "4"])
+    assert "iteration 1: kept" in capsys.readouterr().out
+    run_here(["05_evaluate.py", *here, *sizes, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco")])
     table = json.loads((tmp_path / "run/05_evaluation/metrics.json").read_text())["table"]
     assert {"base", "after 03", "margin, iteration 1"} <= set(table)
     assert table["margin, iteration 1"]["accuracy"] >= 0.7 and table["margin, iteration 1"]["unparseable"] <= 0.1
