@@ -312,7 +312,7 @@ def _finish(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
     return {"text": text, "complete": bool(len(ends)), "verdict": verdict, "log_odds": r}
 
 
-# ---- Several processes: torchrun --nproc-per-node K script.py ... ----------------------------------------------------
+# ---- Several processes: torchrun --nproc-per-node K -- script.py ... -------------------------------------------------
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 if RANK:  # process 0 alone speaks and writes files; bars go to stdout, too, and are off where that is no terminal
     sys.stdout = open(os.devnull, "w")

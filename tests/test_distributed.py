@@ -9,7 +9,7 @@ import common
 import pytest
 from conftest import ROOT, run, run_here
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
 
 def test_batches_are_shared_out_in_turn_and_come_back_in_order(monkeypatch):

@@ -434,4 +434,4 @@ def test_five_stages_on_a_povid_file(judge, world, tmp_path, capsys):
     run_here(["05_evaluate.py", *here, *sizes, "--pairs", str(tmp_path / "povid.json"), "--image-root", str(tmp_path / "coco")])
     table = json.loads((tmp_path / "run/05_evaluation/metrics.json").read_text())["table"]
     assert {"base", "after 03", "margin, iteration 1"} <= set(table)
-    assert table["margin, iteration 1"]["accuracy"] >= 0.7 and table["margin, iteration 1"]["unparseable"] <= 0.1
+    assert table["margin, iteration 1"]["accuracy"] >= 0.7 and table["margin, iteration 1"]["unparseable"] <= 0.2
