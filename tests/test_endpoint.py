@@ -220,6 +220,7 @@ def test_greedy_is_asked_for_once(trained, server, path, pictures, no_local_mode
     assert got[0][0] is not got[0][1]
 
 
+@pytest.mark.slow
 def test_a_server_without_n_and_log_probabilities(trained, server, path, pictures, tmp_path, monkeypatch):
     """Asked once a sample; the verdicts are scored by the local model of --model and checkpoint, loaded once, when needed."""
     model, processor = trained[:2]
@@ -336,6 +337,7 @@ def test_names(server, path, capsys):
     assert asks_for(("one", "/one", None), ("two", "/two", None)) == asks_for() == path
 
 
+@pytest.mark.slow
 def test_adapters(tiny, server, path, pictures, tmp_path):
     """Loaded when first asked for, under a name of its own weights; the base model stays what it is."""
     learner, asked = three.add_lora(copy.deepcopy(tiny[0]), 2), judgements(pictures)[:2]
@@ -418,6 +420,7 @@ def transformers_serve(trained, tiny, tmp_path, monkeypatch):
     running.kill_server()
 
 
+@pytest.mark.slow
 def test_transformers_serve(trained, transformers_serve, pictures):
     """It takes neither n nor logprobs: one request a sample, and the verdicts are scored here."""
     (url, folder), (model, processor, _) = transformers_serve, trained
@@ -433,6 +436,7 @@ def test_transformers_serve(trained, transformers_serve, pictures):
 
 
 # ---- The stages ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_stages_sample_through_the_server(trained, tiny, server, pictures, tmp_path, monkeypatch, capsys):
     """01, 02 and 05 load no model; 04 asks each iteration for the newest adapter and 05 for each condition's."""
     one, two, three, five = map(stage, ("01_build_preferences", "02_generate_critiques", "03_train_ift", "05_evaluate"))
