@@ -93,7 +93,9 @@ def generate_and_score(model, processor, requests, max_new_tokens):
     """The usual loop: generate 8 samples per prompt, then one teacher-forced forward of every sample to read its verdict."""
     tokenizer, spaced = processor.tokenizer, [ids[0] for ids in common.verdict_token_ids(processor.tokenizer)]
     inputs = common.encode_prompts(processor, [r["text"] for r in requests], [r["image"] for r in requests])
-    out = model.generate(**inputs, do_sample=True, top_k=0, num_return_sequences=SAMPLES, max_new_tokens=max_new_tokens)
+    out = model.generate(**inputs, do_sample=True, top_k=0, num_return_sequences=SAMPLES,
+                         suppress_tokens=[model.config.image_token_id],  # random weights write it, and scoring would want its picture
+                         max_new_tokens=max_new_tokens)
     n_prompt = inputs["input_ids"].shape[1]
     new = out[:, n_prompt:]
     again = common.encode_prompts(processor, [r["text"] for r in requests for _ in range(SAMPLES)],
