@@ -4,11 +4,11 @@ encoding, batched sampling with the verdict's log-odds, several processes, and r
 None of the method's ideas live here; they stand in the stage that introduces them. Letters used in all files:
 B sequences, T tokens, V vocabulary entries, P prompt tokens (image included), R response tokens.
 """
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
-import mmap
 import os
 import re
 import resource
@@ -23,8 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # a bar of its own per loaded checkpoint hides ours
@@ -182,28 +181,49 @@ def row_seed(seed, *keys):
     return int.from_bytes(hashlib.sha256("/".join(map(str, (seed, *keys))).encode()).digest()[:8], "big") >> 1
 
 
-class ReservedLayer(DynamicLayer):
-    """A prompt's cache layer repeated for its samples, with room for the tokens to come: DynamicLayer copies everything it
-    holds at every token, this one writes in place. keys, values (B*n, H, length, D): views of what is written so far."""
+def attention(q, k, v, bias=0.0):
+    """(softmax(q k^T + bias) v (..., D), log of the softmax's normaliser (..., 1)) in float32; the last key is never hidden."""
+    scores = q @ k.float().mT + bias  # (..., queries, keys)
+    log_p = scores.log_softmax(-1)
+    return log_p.exp() @ v.float(), (scores - log_p)[..., -1:]
 
-    def __init__(self, layer, repeats, room):
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.buffers = [F.pad(x.repeat_interleave(repeats, 0), (0, 0, 0, room)) for x in (layer.keys, layer.values)]
-        self._show(layer.keys.shape[2])
 
-    def _show(self, length):
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+class SharedPrompt:
+    """A layer's cache: the prompts' keys and values (B, H, P, D) are kept and read once for all n samples of a prompt; what each
+    sample writes goes in place into (S, H, R, D), S = B*n at first. slots (S,): the samples still here, as b*n + k."""
 
-    def update(self, keys, values, *args, **kwargs):  # (B*n, H, 1, D) each
-        start = self.keys.shape[2]
-        self._show(start + keys.shape[2])
-        self.keys[:, :, start:], self.values[:, :, start:] = keys, values
-        return self.keys, self.values
+    def __init__(self, layer, mask, n, room):
+        self.prompt, self.n, self.length = (layer.keys, layer.values), n, 0
+        self.bias = torch.where(mask.bool(), 0.0, -torch.inf)[:, None, None]  # (B, 1, 1, P): hides the padding
+        self.own = [x.new_empty(len(x) * n, x.shape[1], room, x.shape[3]) for x in self.prompt]
+        self.slots = torch.arange(len(mask) * n, device=mask.device)
+
+    def update(self, keys, values, *args, **kwargs):  # (S, H, 1, D) each
+        for own, new in zip(self.own, (keys, values)):
+            own[:, :, self.length] = new[:, :, 0]
+        self.length += 1
+        return self, None  # transformers hands this to the attention function as keys and values: see below
+
+    def attend(self, query, scale):
+        """query (S, H*G, 1, D), G heads to each of H -> (S, 1, H*G, D). The two parts' attention, weighted by normaliser z: with
+        w = z_prompt / (z_prompt + z_own) it is w out_prompt + (1 - w) out_own, as if there were one cache."""
+        B, H, P, D = self.prompt[0].shape
+        q = query.reshape(len(query), H, -1, D).float() * scale  # (S, H, G, D)
+        all_q = q.new_zeros(B * self.n, *q.shape[1:]).index_copy_(0, self.slots, q)  # zeros for samples that have left
+        all_q = all_q.view(B, self.n, H, -1, D).transpose(1, 2).flatten(2, 3)  # (B, H, n*G, D)
+        prompt, log_z_prompt = (x.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)[self.slots] for x in attention(
+            all_q, *self.prompt, self.bias))  # (S, H, G, D), (S, H, G, 1)
+        own, log_z_own = attention(q, *(x[:, :, :self.length] for x in self.own))  # (S, H, G, D), (S, H, G, 1)
+        out = own.lerp(prompt, (log_z_prompt - log_z_own).sigmoid())
+        return out.to(query.dtype).reshape(len(query), 1, -1, D)
 
     def batch_select_indices(self, indices):
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self._show(self.keys.shape[2])
+        self.own, slots = [x[indices] for x in self.own], self.slots[indices]
+        here, place = (slots // self.n).unique(return_inverse=True)  # prompts without samples leave, too
+        self.prompt, self.bias, self.slots = [x[here] for x in self.prompt], self.bias[here], place * self.n + slots % self.n
+
+
+AttentionInterface.register("shared_prompt", lambda module, query, cache, *_, scaling, **__: (cache.attend(query, scaling), None))
 
 
 def verdict_token_ids(tokenizer):
@@ -231,12 +251,13 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     B, n, R = uniforms.shape
     out = model(**inputs, use_cache=True, logits_to_keep=1)
     cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)  # (B*n, V)
-    cache.layers = [ReservedLayer(layer, n, R) for layer in cache.layers]
-    mask = inputs["attention_mask"].repeat_interleave(n, 0)  # (B*n, P)
-    inner = unwrap(model).model
+    if others := {type(layer).__name__ for layer in cache.layers} - {"DynamicLayer"}:
+        stop(f"this model's cache has layers of kind {', '.join(others)}: only full attention can be sampled from here")
+    cache.layers = [SharedPrompt(layer, inputs["attention_mask"], n, R) for layer in cache.layers]
+    inner, config = unwrap(model).model, unwrap(model).model.language_model.config
     deltas = getattr(inner, "rope_deltas", None)  # image tokens take fewer positions than places: next = length + delta
     inner.rope_deltas = None  # hidden state that no later forward must see
-    position = mask.sum(1, keepdim=True) + (0 if deltas is None else deltas.repeat_interleave(n, 0))  # (B*n, 1)
+    position = (inputs["attention_mask"].sum(1, keepdim=True) + (0 if deltas is None else deltas)).repeat_interleave(n, 0)  # (B*n, 1)
     uniforms = uniforms.reshape(B * n, R).to(logits.device).double()
     tokens, log_odds = torch.full((B * n, R), -1), torch.zeros(B * n, R, 2)
     # the samples in the batch, and which of them have not stopped
@@ -252,15 +273,17 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
         going &= ~torch.isin(new, stop_ids)  # (rows,)
         if t + 1 == R or not going.any():
             break
-        mask = F.pad(mask, (0, 1), value=1)
         if going.float().mean() < 0.75:  # finished samples leave the batch
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            state = (rows, new, mask, position, uniforms, going)
-            rows, new, mask, position, uniforms, going = (x[keep.to(x.device)] for x in state)
+            state = (rows, new, position, uniforms, going)
+            rows, new, position, uniforms, going = (x[keep.to(x.device)] for x in state)
         # A finished sample that has not left yet keeps writing; tokens after the stop are cut off by the caller.
-        logits = model(input_ids=new[:, None], attention_mask=mask, past_key_values=cache, use_cache=True, position_ids=(
-            position if deltas is None else position.expand(3, -1, -1))).logits[:, -1]  # (3, rows, 1): time, height, width
+        with contextlib.ExitStack() as afterwards:
+            afterwards.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = "shared_prompt"
+            logits = model(input_ids=new[:, None], past_key_values=cache, use_cache=True, position_ids=(
+                position if deltas is None else position.expand(3, -1, -1))).logits[:, -1]  # (3, rows, 1): time, height, width
         position = position + 1
     return tokens, log_odds
 
@@ -424,9 +447,8 @@ def start_stage(args, name):
 def finish_stage(folder, args, counts, inputs=(), next_command="", **extra):
     """Print what was made and dropped, and write meta.json last: its presence means that the stage is complete."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    content = {str(p): mmap.mmap(os.open(p, os.O_RDONLY), 0, prot=mmap.PROT_READ) for p in inputs}  # may be gigabytes
     meta = {"args": json.loads((folder / "args.json").read_text()), "counts": counts, **extra,
-            "inputs": {p: hashlib.sha256(data).hexdigest()[:16] for p, data in content.items()},
+            "inputs": {str(p): hashlib.file_digest(open(p, "rb"), "sha256").hexdigest()[:16] for p in inputs},
             "seconds": round(time.time() - args.started, 1), "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2),
             "git_commit": git.stdout.strip() or None, "python": sys.version.split()[0],

@@ -182,3 +182,24 @@ def test_training_sees_what_sampling_did(trained, pictures):
         ids = common.verdict_token_ids(processor.tokenizer)
         r = three.log_odds_of_verdict(*three.forward(model, inputs, labels), processor.tokenizer, ids)
     assert r.tolist() == pytest.approx([answer["log_odds"] for _, answer in rows], abs=1e-4)
+
+
+@torch.no_grad()
+def test_attention_over_a_shared_prompt_is_attention_over_its_copies():
+    """Against PyTorch's own attention over each sample's whole row; grouped heads, padding, samples and a prompt that leave."""
+    torch.manual_seed(0)
+    B, n, H, G, P, D = 3, 4, 2, 3, 7, 8
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]])
+    prompt = type("Layer", (), {"keys": 3 * torch.randn(B, H, P, D), "values": torch.randn(B, H, P, D)})
+    layer = common.SharedPrompt(prompt, mask, n, room=5)
+    rows = [x.repeat_interleave(n, 0) for x in (mask.bool(), prompt.keys, prompt.values)]  # (S, ...) each
+    for keep in (range(12), [0, 2, 3, 8, 9, 11], [1, 2, 4, 5], [3]):
+        layer.batch_select_indices(torch.tensor(keep))
+        rows = [x[list(keep)] for x in rows]
+        query, key, value = (torch.randn(len(keep), heads, 1, D) for heads in (H * G, H, H))
+        rows = [torch.cat([x, new], -1 if x is rows[0] else 2) for x, new in zip(rows, (
+            torch.ones(len(keep), 1, dtype=torch.bool), key, value))]
+        got = layer.update(key, value)[0].attend(query, scale=D ** -0.5)  # (S, 1, H*G, D)
+        whole = torch.nn.functional.scaled_dot_product_attention(query, *rows[1:], rows[0][:, None, None], enable_gqa=True)
+        assert torch.allclose(got, whole.transpose(1, 2), atol=1e-5)
+    assert len(layer.prompt[0]) == 1 and layer.slots.tolist() == [3]  # of the sequence kept in the end
