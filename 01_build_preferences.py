@@ -18,7 +18,6 @@ Writes 01_preferences/: candidates.jsonl, detections.jsonl, vocabulary.json, con
     python 01_build_preferences.py --images coco/train2017       # one GPU: Qwen2-VL-7B writes, YOLO11x verifies
     python 01_build_preferences.py --pairs openbmb/RLAIF-V-Dataset --exclude MMInstruction/VL-RewardBench
 """
-import argparse
 import importlib
 import json
 import random
@@ -355,9 +354,9 @@ def draw_contact_sheet(rows, findings, image_root, path, n=12):
 
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.stage_parser(__doc__)
+    parser.set_defaults(model="Qwen/Qwen2-VL-7B-Instruct")  # the policy here, which writes the candidates
     add = parser.add_argument
-    add("--run", default="runs/default", help="run directory, shared by all stages")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", help="folder of images for which the policy writes responses")
     source.add_argument("--pairs", help="published pairs instead: file or folder of parquet, json, jsonl, or hub id[:config]")
@@ -365,13 +364,10 @@ def parse_args(argv=None):
     add("--exclude", nargs="+", default=[], help="evaluation sets, read like --pairs, whose images and responses are dropped")
     add("--prompts", help="text file, one prompt per line, instead of the built-in ones")
     add("--limit", type=int, help="read only the first so many rows or images")
-    add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="policy that writes the candidates, and the judge to be trained")
-    add("--max-image-tokens", type=int, help="bound on an image's tokens; default: the processor's own")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--expert", default="yolo11x.pt", help="*.pt: ultralytics; owner/name: transformers; none: the policy")
     source.add_argument("--detections", help="findings made elsewhere, as in detections.jsonl, instead of an expert")
     add("--vocabulary", help="json {phrase: class}; default: the expert's classes, or COCO's, with plurals and synonyms")
-    add("--device", help="cuda, mps or cpu; default: the first of these that is there")
     add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
     add("--candidates", type=int, default=4, help="K, responses per image")
     add("--temperature", type=float, default=1.0, help="of the candidates")
@@ -380,9 +376,6 @@ def parse_args(argv=None):
     add("--absent", type=float, default=0.05, help="confidence below which an object counts as absent")
     add("--validation", type=int, default=200, help="pairs set aside for validation in 03 and 04")
     add("--train", type=int, default=5000, help="pairs for critiques (02); all further ones are the pool of 04")
-    add("--batch-size", type=int, default=64, help="sequences decoded together")
-    add("--seed", type=int, default=0)
-    add("--overwrite", action="store_true", help="delete this stage's folder first")
     args = parser.parse_args(argv)
     if not 0 <= args.absent <= args.present <= 1 or args.endpoint and args.expert == "none":
         parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1, and no --endpoint for --expert none")

@@ -18,7 +18,6 @@ Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped) and
     python 02_generate_critiques.py --run runs/demo
     python 02_generate_critiques.py                              # one GPU: 5,000 pairs x 2 orders x 4 critiques
 """
-import argparse
 import hashlib
 import importlib
 import io
@@ -393,23 +392,16 @@ def keep_distinct(samples):
 
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.stage_parser(__doc__)
     add = parser.add_argument
-    add("--run", default="runs/default", help="run directory, shared by all stages")
     add("--pairs", type=int, help="use only the first so many training pairs")
-    add("--model", help="default: as in stage 01")
-    add("--max-image-tokens", type=int, help="default: as in stage 01")
     add("--image-root", help="default: as in stage 01")
-    add("--device", help="cuda, mps or cpu; default: the first of these that is there")
     add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
     add("--style", choices=tuple(common.INSTRUCTIONS), default="critique",
         help="critique: claim by claim; descriptive: the image first; none: the verdict alone")
     add("--critiques", type=int, default=4, help="M, critiques written per pair and order")
     add("--temperature", type=float, default=1.0)
     add("--max-new-tokens", type=int, default=512, help="longest critique; an unfinished one is dropped")
-    add("--batch-size", type=int, default=64, help="sequences decoded together")
-    add("--seed", type=int, default=0)
-    add("--overwrite", action="store_true", help="delete this stage's folder first")
     return parser.parse_args(argv)
 
 

@@ -357,12 +357,8 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
 # ---------------------------------------------------------------------------------------------------------------------
 def add_training_arguments(add, steps, lr):
     """The arguments that 03 and 04 share."""
-    add("--run", default="runs/default", help="run directory, shared by all stages")
-    add("--model", help="default: as in stage 01")
-    add("--max-image-tokens", type=int, help="default: as in stage 01")
     add("--image-root", help="default: as in stage 01")
     add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02")
-    add("--device", help="cuda, mps or cpu; default: the first of these that is there")
     add("--steps", type=int, default=steps, help="optimizer steps")
     add("--lr", type=float, default=lr, help="peak learning rate")
     add("--lam", type=float, default=1 / 3, help="lambda, weight of L_SFT on the correct responses")
@@ -373,13 +369,10 @@ def add_training_arguments(add, steps, lr):
         "slower; default: on cuda")
     add("--max-response-tokens", type=int, default=1024, help="longer correct responses are cut, longer critiques dropped")
     add("--max-new-tokens", type=int, default=512, help="longest critique written in validation")
-    add("--batch-size", type=int, default=64, help="sequences decoded together")
-    add("--seed", type=int, default=0)
-    add("--overwrite", action="store_true", help="delete this stage's folder first")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.stage_parser(__doc__)
     add = parser.add_argument
     add("--lora-rank", type=int, default=16, help="0: full fine-tuning of the language model")
     add_training_arguments(add, steps=300, lr=1e-4)

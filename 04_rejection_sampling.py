@@ -17,7 +17,6 @@ Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), kept.js
     python 04_rejection_sampling.py --run runs/demo --iterations 2 --pool 600 --steps 60 --lr 1.5e-3
     python 04_rejection_sampling.py                              # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
 """
-import argparse
 import base64
 import hashlib
 import importlib
@@ -350,7 +349,7 @@ def find_conditions(run):
 
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.stage_parser(__doc__)
     add = parser.add_argument
     add("--iterations", type=int, default=3, help="T")
     add("--pool", type=int, default=5000, help="fresh pairs per iteration")

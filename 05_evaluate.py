@@ -20,7 +20,6 @@ Writes 05_evaluation[_BENCHMARK[_official]]/: report.md, metrics.json, judgement
     python 05_evaluate.py --run runs/demo --pairs world/heldout.jsonl --truth world/truth.jsonl
     python 05_evaluate.py --run runs/eval --benchmark vl-rewardbench --model Qwen/Qwen2-VL-7B-Instruct   # no stage before it
 """
-import argparse
 import importlib
 import json
 import re
@@ -334,18 +333,14 @@ def before_and_after(judged, names):
 
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.stage_parser(__doc__)
     add = parser.add_argument
-    add("--run", default="runs/default", help="run directory, shared by all stages")
     add("--benchmark", choices=tuple(HUB), default="pairs")
     add("--pairs", help="where its data lie: file, folder or hub id; default: the published hub id; required for pairs")
     add("--protocol", choices=("both-orders", "official"), default="both-orders", help="official: vl-rewardbench's own scoring")
     add("--image-root", help="folder that their image paths start from; default: the folder of --pairs")
     add("--truth", help="jsonl {image, objects: [{object}]}: judges the expert and scores Best-of-N")
-    add("--model", help="default: as in stage 01")
-    add("--max-image-tokens", type=int, help="default: as in stage 01")
     add("--style", choices=tuple(common.INSTRUCTIONS), help="default: as in stage 02, critique without it")
-    add("--device", help="cuda, mps or cpu; default: the first of these that is there")
     add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
     add("--votes", type=int, default=1, help="K: 1 judges greedily, more take the majority of sampled critiques")
     add("--mean-probability", action="store_true", help="decide by mean P(A) over the votes instead of the majority")
@@ -354,9 +349,6 @@ def parse_args(argv=None):
     add("--best-of", type=int, default=0, help="N, a power of 2: Best-of-N on the policy's responses (--truth or llava-wild)")
     add("--best-of-images", type=int, default=100)
     add("--max-new-tokens", type=int, default=512, help="longest critique")
-    add("--batch-size", type=int, default=64, help="sequences decoded together")
-    add("--seed", type=int, default=0)
-    add("--overwrite", action="store_true", help="delete this stage's folder first")
     args = parser.parse_args(argv)
     args.pairs = args.pairs or HUB[args.benchmark] or parser.error("--benchmark pairs needs --pairs")
     wild = args.benchmark == "llava-wild"

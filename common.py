@@ -4,6 +4,7 @@ encoding, batched sampling with the verdict's log-odds, several processes, and r
 None of the method's ideas live here; they stand in the stage that introduces them. Letters used in all files:
 B sequences, T tokens, V vocabulary entries, P prompt tokens (image included), R response tokens.
 """
+import argparse
 import contextlib
 import hashlib
 import importlib.metadata
@@ -413,6 +414,20 @@ def in_chunks(rows, done, batch_size, n, describe):
                 bar.update(len(chunk))
             else:
                 yield chunk, bar
+
+
+def stage_parser(doc):
+    """A script's parser with what all stages take."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--run", default="runs/default", help="run directory, shared by all stages")
+    add("--model", help="hub id or folder of the judge to be; default: as in stage 01")
+    add("--max-image-tokens", type=int, help="bound on an image's tokens; default: as in stage 01, there the processor's own")
+    add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    add("--batch-size", type=int, default=64, help="sequences decoded together")
+    add("--seed", type=int, default=0)
+    add("--overwrite", action="store_true", help="delete this stage's folder first")
+    return parser
 
 
 def start_stage(args, name):
