@@ -50,14 +50,17 @@ def share_first_samples(run):
 
 
 def pooled(out, seeds, suffix=""):
-    """{condition: (right per question (N,), right in both (N,), unparseable share, clusters (N,))} over the seeds' held-out pairs."""
+    """{condition: {"right": per pair, the share of its orders (N,), "clusters": image (N,), "seeds": accuracy of each, "unparseable"}}
+    over the seeds' held-out pairs; the preference for the shorter response first."""
     result = {}
     for seed in seeds:
         rows = evaluate.read_jsonl(out / f"seed{seed}{suffix}" / "05_evaluation" / "judgements.jsonl")
+        image = {row["id"]: f"{seed}/{row['image']}" for row in rows}  # 05 leaves out a pair that occurs twice
+        pairs = [pair for pair in evaluate.read_jsonl(out / f"world{seed}" / "heldout.jsonl") if pair["id"] in image]
+        rows = [{**row, "condition": "shorter response"} for row in evaluate.heuristic_rows(pairs)] + rows
         for condition in dict.fromkeys(row["condition"] for row in rows):
             here = [row for row in rows if row["condition"] == condition]
             right = evaluate.right_per_pair(here)
-            image = {row["id"]: f"{seed}/{row['image']}" for row in here}
             entry = result.setdefault(condition, {"right": [], "clusters": [], "seeds": [], "unparseable": []})
             entry["right"] += right.values()
             entry["clusters"] += [image[key] for key in right]
@@ -78,13 +81,14 @@ def print_table(title, result):
 def print_differences(result):
     margins = [name for name in result if name.startswith("margin") and "image" not in name]
     last = margins[-1]
-    print(f"\n| {last} minus | difference | 95 % interval, paired over {len(result[last]['seeds'])} seeds |\n|---|---|---|")
+    print(f"\n| {last} minus | difference | 95 % interval, paired by question | per seed |\n|---|---|---|---|")
     for name in result:
         if name == last or "image" in name or name == "shorter response":
             continue
         gain = np.array(result[last]["right"]) - np.array(result[name]["right"])
         low, high = evaluate.cluster_bootstrap(gain, result[last]["clusters"])
-        print(f"| {name} | {gain.mean():+.3f} | {low:+.3f} to {high:+.3f} |")
+        seeds = " ".join(f"{a - b:+.3f}" for a, b in zip(result[last]["seeds"], result[name]["seeds"]))
+        print(f"| {name} | {gain.mean():+.3f} | {low:+.3f} to {high:+.3f} | {seeds} |")
 
 
 def main():
