@@ -236,13 +236,18 @@ class Endpoint:
         return answers[:n]
 
     def sample(self, requests, n, temperature, max_new_tokens, seed, batch_size, bar=None):
-        """As common.sample; batch_size: sequences that the server is asked for at a time."""
-        answers, asked = [], n if temperature else 1  # greedy samples are all the same, and vLLM refuses to write them twice
-        with ThreadPoolExecutor(max(1, batch_size // n)) as pool:  # map drops the requests that wait where one has failed
-            for samples in pool.map(lambda request: self.ask(request, asked, temperature, max_new_tokens, seed), requests):
-                answers.append(samples)
-                if bar is not None:
-                    bar.update(1)
+        """As common.sample; batch_size: sequences that each process asks the server for at a time."""
+        asked = n if temperature else 1  # greedy samples are all the same, and vLLM refuses to write them twice
+
+        def ask_all(part):
+            with ThreadPoolExecutor(max(1, batch_size // n)) as pool:  # map drops the requests that wait where one has failed
+                for samples in pool.map(lambda request: self.ask(request, asked, temperature, max_new_tokens, seed), part):
+                    yield samples
+                    if bar is not None:
+                        bar.update(min(common.WORLD, bar.total - bar.n))
+
+        size = -(-len(requests) // common.WORLD) or 1
+        answers = common.share_out([requests[i:i + size] for i in range(0, len(requests), size)], lambda part: [*ask_all(part)])
         rows = [{**request, "response": answer["text"], "answer": answer} for request, samples in zip(requests, answers)
                 for answer in samples if request["text"].endswith(self.judging)]
         self.score([row for row in rows if row["answer"]["verdict"] and row["answer"]["log_odds"] is None])

@@ -157,6 +157,7 @@ def server(trained, tiny):
     yield stand_in
     stand_in.shutdown()
     stand_in.server_close()
+    stand_in.models, stand_in.processor = {}, None  # a thread with an open connection, freeing tensors as Python ends, would abort
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_equals_local_sampling(trained, server, path, pictures, no_local_model):
     asked[2]["image"] = Image.open(asked[2]["image"])  # a picture that is no file
     judge = connect(server.url, path)
     server.faults = ["slow"]  # the first answer comes last
-    bar = SimpleNamespace(n=0, update=lambda k: setattr(bar, "n", bar.n + k))
+    bar = SimpleNamespace(n=0, total=4, update=lambda k: setattr(bar, "n", bar.n + k))
     got = common.sample(*judge, asked, 8, 0.8, 14, seed=4, bar=bar)
     expected = list(sampled_locally(model, processor, asked, 8, 0.8, 14, seed=4))
     alike(got, expected)
@@ -210,6 +211,21 @@ def test_equals_local_sampling(trained, server, path, pictures, no_local_model):
     assert {True, False} == {answer["complete"] for samples in got for answer in samples}
     assert all((b["top_p"], b["top_k"], b["repetition_penalty"], b["n"], b["max_tokens"]) == (1, -1, 1, 8, 14)
                for b in server.bodies) and len({b["seed"] for b in server.bodies}) == 4 == len(server.bodies)
+
+
+def test_of_two_processes_each_asks_for_its_part(monkeypatch):
+    four, given = stage("04_rejection_sampling"), {}
+    monkeypatch.setattr(common, "WORLD", 2)
+    monkeypatch.setattr(common.dist, "all_gather_object", lambda of_rank, mine: (
+        given.setdefault(common.RANK, mine), of_rank.__setitem__(slice(None), [given.get(0, [[]]), given.get(1, [[]])])))
+    judge = object.__new__(four.Endpoint)
+    judge.ask = lambda request, n, *_: [{"text": request["id"], "verdict": None, "log_odds": None}] * n
+    asked = [{"id": i, "image": None, "text": "not a judgement"} for i in range(5)]
+    for rank in (0, 1, 0):  # the first two rounds collect what the processes send
+        monkeypatch.setattr(common, "RANK", rank)
+        got = judge.sample(asked, 2, 1.0, 8, 0, 64)
+    assert {rank: [samples[0]["text"] for samples in part[0]] for rank, part in given.items()} == {0: [0, 1, 2], 1: [3, 4]}
+    assert [[answer["text"] for answer in samples] for samples in got] == [[i, i] for i in range(5)]
 
 
 def test_greedy_is_asked_for_once(trained, server, path, pictures, no_local_model):
