@@ -203,3 +203,12 @@ def test_attention_over_a_shared_prompt_is_attention_over_its_copies():
         whole = torch.nn.functional.scaled_dot_product_attention(query, *rows[1:], rows[0][:, None, None], enable_gqa=True)
         assert torch.allclose(got, whole.transpose(1, 2), atol=1e-5)
     assert len(layer.prompt[0]) == 1 and layer.slots.tolist() == [3]  # of the sequence kept in the end
+
+
+def test_caches_that_cannot_be_shared_are_refused(tiny, pictures, monkeypatch):
+    text = tiny[0].model.language_model
+    monkeypatch.setattr(text, "has_sliding_layers", True)
+    monkeypatch.setattr(text.config, "layer_types", ["full_attention", "full_attention", "sliding_attention"])
+    monkeypatch.setattr(text.config, "sliding_window", 8)
+    with pytest.raises(SystemExit, match="cache has layers of kind DynamicSlidingWindowLayer: only full attention"):
+        common.sample(*tiny, requests(pictures)[:1], 1, 0, 4)
