@@ -3,7 +3,7 @@
     python tests/bench.py --world runs/demo/world                # all parts
     python tests/bench.py train --world runs/demo/world          # one of: scale, train, sample, expert
 
-scale:  each stage on 500, 2,000 and 8,000 rows (--sizes; some ten minutes): does time grow as they do, and memory not?
+scale:  each stage on 1,000, 4,000 and 16,000 rows (--sizes; half an hour): does time grow as they do, and memory not?
 train:  stage 03's train against TRL's SFTTrainer (pip install trl) on the same rows, model, adapter, steps and learning rates.
 sample: common.sample against transformers' generate(num_return_sequences=8) plus a forward that scores the verdicts.
 expert: stage 01's Detector on files against ultralytics' own batched predict.
@@ -334,7 +334,7 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; none means all")
     parser.add_argument("--world", type=Path, default=Path("runs/demo/world"))
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[500, 2000, 8000], help="of scale, in rows")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 4000, 16000], help="of scale, in rows")
     args = parser.parse_args()
     if not (args.world / "meta.json").exists():
         sys.exit(f"{args.world} is no finished toy world: python tests/toy_world.py --out {args.world}")
