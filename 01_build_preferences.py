@@ -382,10 +382,11 @@ def parse_args(argv=None):
     add("--train", type=int, default=5000, help="pairs for critiques (02); all further ones are the pool of 04")
     add("--batch-size", type=int, default=64, help="sequences decoded together")
     add("--seed", type=int, default=0)
+    add("--shard", action="store_true", help="a judge larger than one GPU: each of torchrun's processes keeps a share of every layer")
     add("--overwrite", action="store_true", help="delete this stage's folder first")
     args = parser.parse_args(argv)
-    if not 0 <= args.absent <= args.present <= 1 or args.endpoint and args.expert == "none":
-        parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1, and no --endpoint for --expert none")
+    if not 0 <= args.absent <= args.present <= 1 or (args.endpoint or args.shard) and args.expert == "none":
+        parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1; no --endpoint or --shard for --expert none")
     near = args.images or (args.pairs if Path(args.pairs).is_dir() else Path(args.pairs).parent)
     args.image_root = str(Path(args.image_root or near).resolve())
     return args
@@ -399,8 +400,7 @@ def main(args):
     items, counts = load_items(args, folder)
     print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.detections or args.expert}")
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
-    writes = args.images or args.expert == "none"
-    model, processor = three.load_judge(args) if writes else (None, None)
+    model, processor = three.load_judge(args) if args.images or args.expert == "none" else (None, None)
     expert = None if args.detections else load_expert(args.expert, sorted({*vocabulary.values()}), model, processor, args)
     classes = expert.classes if expert else None  # None: what it finds is what it is asked about
     vocabulary = build_vocabulary(classes, SYNONYMS) if classes and not args.vocabulary else vocabulary

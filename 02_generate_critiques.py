@@ -44,9 +44,8 @@ def render_reference(question, status, vocabulary):
     """The expert's findings and the label as the lines that a critique would hold; "unsure" where the model must look.
     question: {"response_a", "response_b", "label"}; status: {object: "present" | "absent" | "unsure"}."""
     word = {"present": "yes", "absent": "no", "unsure": "unsure"}
-    lines = [f"{side}: {name}: {word[status[name]]}" for side, text in
-             (("A", question["response_a"]), ("B", question["response_b"]))
-             for name in find_mentions(text, vocabulary) if name in status]
+    lines = [f"{side}: {name}: {word[status[name]]}" for side in "AB"
+             for name in find_mentions(question[f"response_{side.lower()}"], vocabulary) if name in status]
     return "\n".join([*lines, f"Verdict: {question['label']}"])
 
 
@@ -409,6 +408,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=int, default=512, help="longest critique; an unfinished one is dropped")
     add("--batch-size", type=int, default=64, help="sequences decoded together")
     add("--seed", type=int, default=0)
+    add("--shard", action="store_true", help="a judge larger than one GPU: each of torchrun's processes keeps a share of every layer")
     add("--overwrite", action="store_true", help="delete this stage's folder first")
     return parser.parse_args(argv)
 

@@ -268,7 +268,7 @@ def judge_condition(name, questions, model, processor, writer, args):
 # ---- Report ----------------------------------------------------------------------------------------------------------
 def draw_reliability(judged, path):
     """Reliability plot: share right against P(verdict given), ten bins, one line per condition."""
-    figure = Figure((4.6, 4.4))
+    figure = Figure((4.6, 4.4), layout="tight")
     axis = figure.subplots()
     axis.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="perfectly calibrated")
     for name, rows in judged.items():
@@ -281,7 +281,6 @@ def draw_reliability(judged, path):
                   label=f"{name}, ECE {ece:.3f}")
     axis.set(xlabel="P(verdict)", ylabel="share right", xlim=(0.48, 1.02), ylim=(0, 1.02))
     axis.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
@@ -356,6 +355,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=int, default=512, help="longest critique")
     add("--batch-size", type=int, default=64, help="sequences decoded together")
     add("--seed", type=int, default=0)
+    add("--shard", action="store_true", help="a judge larger than one GPU: each of torchrun's processes keeps a share of every layer")
     add("--overwrite", action="store_true", help="delete this stage's folder first")
     args = parser.parse_args(argv)
     args.pairs = args.pairs or HUB[args.benchmark] or parser.error("--benchmark pairs needs --pairs")
