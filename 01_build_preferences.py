@@ -377,8 +377,8 @@ def parse_args(argv=None):
     add("--validation", type=int, default=200, help="pairs set aside for validation in 03 and 04")
     add("--train", type=int, default=5000, help="pairs for critiques (02); all further ones are the pool of 04")
     args = parser.parse_args(argv)
-    if not 0 <= args.absent <= args.present <= 1 or args.endpoint and args.expert == "none":
-        parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1, and no --endpoint for --expert none")
+    if not 0 <= args.absent <= args.present <= 1 or (args.endpoint or args.shard) and args.expert == "none":
+        parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1; no --endpoint or --shard for --expert none")
     near = args.images or (args.pairs if Path(args.pairs).is_dir() else Path(args.pairs).parent)
     args.image_root = str(Path(args.image_root or near).resolve())
     return args
@@ -392,8 +392,7 @@ def main(args):
     items, counts = load_items(args, folder)
     print(f"{len(items)} rows, {args.candidates if args.images else 2} responses each, expert {args.detections or args.expert}")
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
-    writes = args.images or args.expert == "none"
-    model, processor = three.load_judge(args) if writes else (None, None)
+    model, processor = three.load_judge(args) if args.images or args.expert == "none" else (None, None)
     expert = None if args.detections else load_expert(args.expert, sorted({*vocabulary.values()}), model, processor, args)
     classes = expert.classes if expert else None  # None: what it finds is what it is asked about
     vocabulary = build_vocabulary(classes, SYNONYMS) if classes and not args.vocabulary else vocabulary

@@ -43,9 +43,8 @@ def render_reference(question, status, vocabulary):
     """The expert's findings and the label as the lines that a critique would hold; "unsure" where the model must look.
     question: {"response_a", "response_b", "label"}; status: {object: "present" | "absent" | "unsure"}."""
     word = {"present": "yes", "absent": "no", "unsure": "unsure"}
-    lines = [f"{side}: {name}: {word[status[name]]}" for side, text in
-             (("A", question["response_a"]), ("B", question["response_b"]))
-             for name in find_mentions(text, vocabulary) if name in status]
+    lines = [f"{side}: {name}: {word[status[name]]}" for side in "AB"
+             for name in find_mentions(question[f"response_{side.lower()}"], vocabulary) if name in status]
     return "\n".join([*lines, f"Verdict: {question['label']}"])
 
 

@@ -6,8 +6,7 @@
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) lambda = 1/3 by default, as in generative verifiers;
-  2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is measured in each validation and trained on only
-     if asked (--bt-weight);
+  2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is measured, and trained on only if asked (--bt-weight);
   3) the vision tower stays frozen, with LoRA and with full fine-tuning (--lora-rank 0) alike;
   4) what is trained is float32, also where the rest is bf16: bf16 would round most updates of this size away.
 
@@ -20,6 +19,7 @@ Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), metrics.jsonl, v
 import argparse
 import contextlib
 import copy
+import gc
 import importlib
 import itertools
 import math
@@ -32,13 +32,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import common
-from common import RANK, WORLD, both_orders, finish_stage, inherit, read_jsonl, row_seed, start_stage, verdict_log_odds
+from common import RANK, WORLD, both_orders, finish_stage, inherit, read_jsonl, row_seed, share_out, start_stage, verdict_log_odds
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # the name that works with all of transformers 5
+KINDS = ("critique", "correct")  # of rows, and of the two terms of L_IFT
 
 
 # ---- The losses ------------------------------------------------------------------------------------------------------
@@ -51,10 +53,8 @@ def nll_sum(logits, labels):
 
 def ift_loss(nll_critique, n_critique, nll_correct, n_correct, lam):
     """L_IFT = nll_critique / n_critique + lam * nll_correct / n_correct, in nats per token.
-
     nll_*: summed NLL () of the response tokens; n_*: their number. A micro-batch passes its own sums with the counts of the
-    whole optimizer step, so that the losses of the micro-batches add up to the step's; n_correct is unused at lam = 0.
-    """
+    whole optimizer step, so that the losses of the micro-batches add up to the step's; n_correct is unused at lam = 0."""
     loss = nll_critique / n_critique
     return loss + lam * nll_correct / n_correct if lam else loss
 
@@ -69,31 +69,24 @@ def accuracy_by_order(rows):
     """rows: {"id" of the pair, "order", "label", "verdict": "A" | "B" | None}, one per pair and order -> {"accuracy": mean
     over orders, "accuracy_<order>", "both": right in both, "agreement": the same response wins in both, "unparseable",
     "n_pairs"}. Shares in [0,1]; no verdict counts as wrong and as no agreement."""
-    right, parsed, orders = {}, {}, sorted({row["order"] for row in rows})
-    for row in rows:
-        right.setdefault(row["id"], []).append(row["verdict"] == row["label"])
-        parsed.setdefault(row["id"], []).append(row["verdict"] is not None)
+    right, orders = {}, sorted({row["order"] for row in rows})
+    for row in rows:  # None: no verdict
+        right.setdefault(row["id"], []).append(row["verdict"] and row["verdict"] == row["label"])
     here = {order: [row["verdict"] == row["label"] for row in rows if row["order"] == order] for order in orders}
     result, n = {f"accuracy_{order}": sum(hits) / len(hits) for order, hits in here.items()}, len(right)
     return {"accuracy": sum(result.values()) / len(orders), **result,
             "both": sum(map(all, right.values())) / n,
-            "agreement": sum(all(parsed[i]) and len(set(right[i])) == 1 for i in right) / n,
+            "agreement": sum(None not in hits and len(set(hits)) == 1 for hits in right.values()) / n,
             "unparseable": sum(row["verdict"] is None for row in rows) / len(rows), "n_pairs": n}
 
 
 def expected_calibration_error(probability, correct, bins=10):
     """sum over bins of (share of rows in it) * |mean probability - share correct|; bins of equal width on [0,1], closed on
     the right, the first on both sides. probability: P(the verdict given) per row; correct: bool per row."""
-    probability = torch.as_tensor(probability, dtype=torch.float64)  # (B,)
-    correct = torch.as_tensor(correct, dtype=torch.float64)  # (B,)
-    edges = torch.arange(1, bins, dtype=torch.float64) / bins  # (bins-1,) inner edges
-    index = torch.bucketize(probability, edges)  # (B,) in 0..bins-1
-    error = 0.0
-    for b in range(bins):
-        inside = index == b  # (B,)
-        if inside.any():
-            error += inside.double().mean() * (probability[inside].mean() - correct[inside].mean()).abs()
-    return float(error)
+    probability, correct = (torch.as_tensor(x, dtype=torch.float64) for x in (probability, correct))  # (B,) each
+    index = torch.bucketize(probability, torch.arange(1, bins, dtype=torch.float64) / bins)  # (B,) in 0..bins-1, by inner edges
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, index, probability - correct)  # (bins,): rows in it * that difference
+    return float(gaps.abs().sum() / max(1, len(index)))
 
 
 def judge(model, processor, questions, image_root, style="critique", votes=1, temperature=0.0, max_new_tokens=512,
@@ -138,32 +131,50 @@ def validate(model, processor, pairs, image_root, style, folder, name, batch_siz
 
 
 # ---- Loading: what it will take is said before ----------------------------------------------------------------------
-def announce(model_path, device, task, flags, prepare=lambda blank: blank):
-    """Print what a model will take before it is loaded, and stop where the GPU has less free. prepare(model without weights)
-    adds or marks what is trained, which takes four times its bytes: weights, gradient, AdamW's two moments. flags: what to
-    change where it is too large."""
+def announce(model_path, device, task, flags, prepare=lambda blank: blank, processes=1):
+    """Print what a model will take in each of the processes that share it; stop where the GPU has less free, naming flags to change.
+    prepare(model without weights) adds or marks what is trained: four times its bytes, with gradient and AdamW's two moments."""
     try:
         with torch.device("meta"):
             blank = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(model_path), dtype=common.pick_dtype(device))
     except (OSError, ValueError) as error:  # no such model, or not one that reads pictures and writes text
         common.stop(f"--model {model_path}: {str(error).splitlines()[0]}")
-    gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in prepare(blank.requires_grad_(False)).parameters()) / 2 ** 30
+    weights = prepare(blank.requires_grad_(False)).parameters()
+    gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in weights) / 2 ** 30 / processes
     n, trained = (blank.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
     print(f"{task}: {n:.2f} M weights in {str(blank.dtype)[6:]}{f', {trained:.2f} M trained in float32' if trained else ''}; "
-          f"{gib:.2f} GiB on {device.type}, activations not counted")
+          f"{gib:.2f} GiB on {device.type}, {f'one of {processes} shares; whole layers and ' if processes > 1 else ''}activations not counted")
     if device.type == "cuda":  # what torch keeps of models that are gone is free as well
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if gib > free / 2 ** 30:
             common.stop(f"the GPU has {free / 2 ** 30:.2f} GiB free, {gib:.2f} GiB are needed before any activations: {flags}")
 
 
-def load_judge(args, checkpoint=None):
-    """common.load_judge by a stage's arguments, announced; with --endpoint (Endpoint, None), for common.sample alone."""
-    if getattr(args, "endpoint", None):  # 04 imports this stage, hence not at the top
+def load_judge(args, checkpoint=None, rank=None):
+    """common.load_judge by a stage's arguments: announced, or with --endpoint (Endpoint, None), for common.sample alone; with a
+    rank (see add_lora; 03 and 04) to be trained, which announce_training has announced."""
+    if getattr(args, "endpoint", None) and rank is None:  # 04 imports this stage, hence not at the top
         return importlib.import_module("04_rejection_sampling").Endpoint(args, checkpoint), None
-    announce(args.model, common.pick_device(args.device), f"loading {args.model}{f' + {checkpoint}' if checkpoint else ''}",
-             "take a smaller --model, or end what else runs on it")
-    return common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens)
+    device = common.pick_device(args.device)
+    gc.collect()  # a sharded model that is gone holds itself
+    if rank is None:
+        announce(args.model, device, f"loading {args.model}{f' + {checkpoint}' if checkpoint else ''}",
+                 "take a smaller --model, or end what else runs on it", processes=WORLD if args.shard else 1)
+    mesh = torch.distributed.init_device_mesh(device.type, (WORLD,)) if args.shard else None
+
+    def prepare(model):
+        torch.manual_seed(args.seed)  # the adapter's first weights
+        model = model if rank is None or hasattr(model, "get_base_model") else add_lora(model, rank)
+        layers = [part for part in model.modules() if type(part).__name__ in common.unwrap(model)._no_split_modules]
+        for part in [*layers, model] if args.shard else ():  # a layer is whole while it is used; of the model, what is in no layer
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        return model
+
+    for turn in range(WORLD if args.shard else 1):  # the host needs to hold one copy at a time
+        if turn == RANK or not args.shard:
+            loaded = common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens, rank is not None, prepare)
+        share_out([], None)
+    return loaded
 
 
 def announce_training(args, rank, rows):
@@ -174,10 +185,7 @@ def announce_training(args, rank, rows):
           f"{args.micro_batch} at a time")
     announce(args.model, common.pick_device(args.device), f"training, {f'LoRA of rank {rank}' if rank else 'full'}, with gradients "
              "and AdamW state", "take a smaller --model or (in stage 03) --lora-rank; activations: --micro-batch, --max-image-tokens",
-             lambda blank: add_lora(blank, rank))
-
-
-KINDS = ("critique", "correct")  # of rows, and of the two terms of L_IFT
+             lambda blank: add_lora(blank, rank), WORLD if args.shard else 1)
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -205,15 +213,14 @@ def training_rows(critiques):
 
 def stream(rows, size, seed):
     """Batches of `size` rows forever, one shuffled epoch after another."""
-    batch = []
+    waiting = []
     for epoch in itertools.count():
         order = list(rows)
         random.Random(row_seed(seed, "epoch", epoch)).shuffle(order)
-        for row in order:
-            batch.append(row)
-            if len(batch) == size:
-                yield batch
-                batch = []
+        waiting += order
+        while len(waiting) >= size:
+            yield waiting[:size]
+            del waiting[:size]
 
 
 def micro_batches(rows, size):
@@ -224,8 +231,8 @@ def micro_batches(rows, size):
 
 def encode_supervised(processor, texts, images, responses, max_response_tokens=None):
     """(inputs, labels): left-padded prompts (B, P), then the responses and their stop token, right-padded (B, R).
-    labels (B, P+R) are -100 except on response and stop token. So the last R+1 positions hold all that is supervised and
-    the language head can skip the rest. A response cut at max_response_tokens has no stop token: it does not end there."""
+    labels (B, P+R) are -100 except on response and stop token: the language head can skip all but the last R+1 positions.
+    A response cut at max_response_tokens has no stop token: it does not end there."""
     inputs = common.encode_prompts(processor, texts, images)
     tokenizer = processor.tokenizer
     rows = [tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for response in responses]
@@ -259,10 +266,7 @@ def log_odds_of_verdict(logits, labels, tokenizer, verdict_ids):
 
 def total(*numbers):
     """Each number's sum over all processes."""
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    if WORLD > 1:
-        torch.distributed.all_reduce(sums)
-    return sums.tolist()
+    return [sum(column) for column in zip(*share_out(range(WORLD), lambda _: [numbers]))]
 
 
 def backward(model, processor, parts, n, n_rows, lam, bt_weight):
@@ -270,8 +274,7 @@ def backward(model, processor, parts, n, n_rows, lam, bt_weight):
     n_rows: critiques, of the whole step -> ({kind: summed NLL}, summed Bradley-Terry loss) of the parts, for the log."""
     nll, bt_sum = dict.fromkeys(KINDS, 0.0), 0.0
     for kind, inputs, labels, rows in parts:
-        if WORLD > 1:  # processes exchange gradients once a step, in its last backward
-            model.require_backward_grad_sync = rows is parts[-1][-1]
+        model.require_backward_grad_sync = rows is parts[-1][-1]  # DistributedDataParallel exchanges gradients in the last alone
         logits, labels = forward(model, inputs, labels)
         sums = {**dict.fromkeys(KINDS, 0.0), kind: nll_sum(logits, labels)[0]}
         loss = ift_loss(sums["critique"], n["critique"], sums["correct"], n["correct"], lam)
@@ -281,7 +284,7 @@ def backward(model, processor, parts, n, n_rows, lam, bt_weight):
             bt = bradley_terry_loss(log_odds, label_is_a).sum()  # ()
             loss = loss + bt_weight * bt / n_rows
             bt_sum += bt.item()
-        (loss * WORLD).backward()  # DistributedDataParallel takes the processes' mean, the step's loss is their sum
+        (loss * WORLD).backward()  # sharded or not, gradients are the processes' mean, but the step's loss is their sum
         nll[kind] += sums[kind].item()
     return nll, bt_sum
 
@@ -291,6 +294,7 @@ def activation_checkpointing(model, on):
     """Keep each language model layer's input only and compute the rest again in the backward pass: less memory, a third more
     time, the same gradients. The frozen vision tower keeps no activations anyway."""
     layers = common.unwrap(model).model.language_model
+    on = layers.device.type == "cuda" if on is None else on
     if on:
         layers.gradient_checkpointing_enable({"use_reentrant": False})
     try:
@@ -298,10 +302,9 @@ def activation_checkpointing(model, on):
     except torch.OutOfMemoryError:
         common.stop("out of memory in training: lower --micro-batch (the result stays the same) or, from stage 01 on, "
                     f"--max-image-tokens; --checkpoint-activations {'is on already' if on else 'saves more'}")
-    finally:
-        if on:
-            layers.gradient_checkpointing_disable()
-            layers.disable_input_require_grads()  # a hook on the embeddings that enabling has left there
+    if on:
+        layers.gradient_checkpointing_disable()
+        layers.disable_input_require_grads()  # a hook on the embeddings that enabling has left there
 
 
 def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weight, batch_size, micro_batch, seed, image_root,
@@ -325,7 +328,7 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
     prepared = ([encode(kind, part) for kind, rows in streams for part in micro_batches(next(rows)[RANK::WORLD], micro_batch)]
                 for _ in range(steps))  # of each step's rows every process takes its share
     model.train()
-    parallel = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 and not isinstance(model, FSDPModule) else model
     started, n_total, log = time.time(), 0, common.RowWriter(folder / "metrics.jsonl")
     bar = tqdm(range(1, steps + 1), desc="train", unit="step", dynamic_ncols=True, disable=None, file=sys.stdout)
     with activation_checkpointing(model, checkpoint_activations), ThreadPoolExecutor(1) as pool:
@@ -336,7 +339,8 @@ def train(model, processor, judged, correct, folder, *, steps, lr, lam, bt_weigh
             n = dict(zip(KINDS, total(*(sum(int((part[2] != -100).sum()) for part in parts if part[0] == kind) for kind in KINDS))))
             nll, bt_sum = backward(parallel, processor, parts, n, batch_size, lam, bt_weight)
             *nll, bt_sum = total(*(nll[kind] for kind in KINDS), bt_sum)
-            grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            grad_norm = (grad_norm.full_tensor() if isinstance(model, FSDPModule) else grad_norm).item()
             if not math.isfinite(grad_norm):
                 common.stop(f"step {step}: gradient norm {grad_norm}; rows {[r['id'] for *_, rows in parts for r in rows]}. Lower --lr")
             optimizer.step()
@@ -365,8 +369,7 @@ def add_training_arguments(add, steps, lr):
     add("--bt-weight", type=float, default=0.0, help="weight of the Bradley-Terry loss on the verdict's log-odds")
     add("--train-batch", type=int, default=32, help="critiques, and as many correct responses, per optimizer step")
     add("--micro-batch", type=int, default=8, help="rows per forward and backward pass")
-    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, help="recompute activations: less memory, a third "
-        "slower; default: on cuda")
+    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, help="less memory, a third slower; default: on cuda")
     add("--max-response-tokens", type=int, default=1024, help="longer correct responses are cut, longer critiques dropped")
     add("--max-new-tokens", type=int, default=512, help="longest critique written in validation")
 
@@ -391,7 +394,7 @@ def main(args):
     validation = [pair for pair in read_jsonl(run / "01_preferences" / "preferences.jsonl", ("id", "chosen", "rejected", "split"))
                   if pair["split"] == "validation"]
     announce_training(args, args.lora_rank, f"{len(critiques)} critiques")
-    model, processor = common.load_judge(args.model, None, args.device, args.max_image_tokens)
+    model, processor = load_judge(args, rank=args.lora_rank)
     kept = drop_long(critiques, processor, args.max_response_tokens)
     judged, correct = training_rows(kept)
     look = (args.image_root, args.style, folder)
@@ -399,8 +402,6 @@ def main(args):
 
     # 2. train ----------------------------------------------------------------------------------------------------
     before = validate(model, processor, validation, *look, "before", args.batch_size, args.max_new_tokens)
-    torch.manual_seed(args.seed)  # the adapter's first weights
-    model = add_lora(model, args.lora_rank)
     train(model, processor, judged, correct, folder, **training_settings(args))
     after = validate(model, processor, validation, *look, "after 03", args.batch_size, args.max_new_tokens)
 
@@ -415,24 +416,23 @@ def main(args):
 def training_settings(args):
     return {"steps": args.steps, "lr": args.lr, "lam": args.lam, "bt_weight": args.bt_weight, "batch_size": args.train_batch,
             "micro_batch": args.micro_batch, "seed": args.seed, "image_root": args.image_root,
-            "max_response_tokens": args.max_response_tokens,
-            "checkpoint_activations": args.checkpoint_activations if args.checkpoint_activations is not None else
-            common.pick_device(args.device).type == "cuda"}
+            "max_response_tokens": args.max_response_tokens, "checkpoint_activations": args.checkpoint_activations}
 
 
 def drop_long(critiques, processor, max_response_tokens):
     """A critique cut before its verdict teaches nothing, so the too long ones are left out."""
-    kept = [row for row in critiques if len(processor.tokenizer(row["critique"]).input_ids) < max_response_tokens]
-    if not kept:
-        common.stop(f"all {len(critiques)} critiques are longer than --max-response-tokens {max_response_tokens}: raise it")
-    return kept
+    return [row for row in critiques if len(processor.tokenizer(row["critique"]).input_ids) < max_response_tokens] or common.stop(
+        f"all {len(critiques)} critiques are longer than --max-response-tokens {max_response_tokens}: raise it")
 
 
 def save_checkpoint(model, processor, folder):
     """adapter/ that PeftModel.from_pretrained loads, or model/ that AutoModelForImageTextToText.from_pretrained loads."""
+    name, weights = "adapter" if hasattr(model, "get_base_model") else "model", None
+    if isinstance(model, FSDPModule):  # all processes give their shares of one weight after another
+        whole = ((key, w.full_tensor()) for key, w in model.named_parameters() if name == "model" or w.requires_grad)
+        weights = {key: w.cpu() for key, w in whole if RANK == 0}
     if RANK == 0:
-        name = "adapter" if hasattr(model, "get_base_model") else "model"
-        model.save_pretrained(str(folder / name))
+        model.save_pretrained(str(folder / name), state_dict=weights)
         if name == "model":
             processor.save_pretrained(str(folder / name))
 

@@ -253,7 +253,7 @@ class Endpoint:
         self.score([row for row in rows if row["answer"]["verdict"] and row["answer"]["log_odds"] is None])
         return [[dict(samples[k % asked]) for k in range(n)] for samples in answers]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score(self, rows):
         """Gives each row's "answer" the log-odds that the server did not: a teacher-forced forward of the local model."""
         for part in ift.micro_batches(rows, 8):
@@ -426,8 +426,7 @@ def main(args):
     rank = json.loads((checkpoint / "adapter_config.json").read_text())["r"] if checkpoint.name == "adapter" else 0
     rows = f"the best of {sum(map(len, pools))} pairs in {len(pools)} iterations x 2 orders x {args.samples} critiques"
     ift.announce_training(args, rank, f"{len(replayed)} critiques of stage 02" if args.select == "continue" else rows)
-    model, processor = common.load_judge(args.model, checkpoint, args.device, args.max_image_tokens, trainable=True)
-    model = model if hasattr(model, "get_base_model") else ift.add_lora(model, 0)
+    model, processor = ift.load_judge(args, checkpoint, rank)
     replayed = ift.drop_long(replayed, processor, args.max_response_tokens)
 
     # 2. iterate --------------------------------------------------------------------------------------------------

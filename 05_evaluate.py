@@ -267,7 +267,7 @@ def judge_condition(name, questions, model, processor, writer, args):
 # ---- Report ----------------------------------------------------------------------------------------------------------
 def draw_reliability(judged, path):
     """Reliability plot: share right against P(verdict given), ten bins, one line per condition."""
-    figure = Figure((4.6, 4.4))
+    figure = Figure((4.6, 4.4), layout="tight")
     axis = figure.subplots()
     axis.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="perfectly calibrated")
     for name, rows in judged.items():
@@ -280,7 +280,6 @@ def draw_reliability(judged, path):
                   label=f"{name}, ECE {ece:.3f}")
     axis.set(xlabel="P(verdict)", ylabel="share right", xlim=(0.48, 1.02), ylim=(0, 1.02))
     axis.legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 

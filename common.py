@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 import resource
@@ -23,9 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging as transformers_logging
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor, logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # a bar of its own per loaded checkpoint hides ours
 
@@ -124,9 +123,9 @@ def unwrap(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, trainable=False):
+def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, trainable=False, prepare=lambda model: model):
     """(model, processor) from a hub id or folder; checkpoint: a PEFT adapter folder, or a fully fine-tuned model's folder.
-    max_image_tokens: no picture takes more of the prompt's tokens."""
+    max_image_tokens: no picture takes more of the prompt's tokens. prepare(model): what is done before it goes to the device."""
     device = pick_device(device)
     is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
     weights = model_path if checkpoint is None or is_adapter else str(checkpoint)
@@ -139,8 +138,8 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
         vision = processor.image_processor
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2  # // 4: enlarging may double both sides
         vision.size = {"shortest_edge": min(vision.size["shortest_edge"], pixels // 4), "longest_edge": pixels}
-    model = model.to(device).requires_grad_(False)
-    return (load_adapter(model, checkpoint, trainable) if is_adapter else model).eval(), processor
+    model = model.requires_grad_(False)
+    return prepare(load_adapter(model, checkpoint, trainable) if is_adapter else model).to(device).eval(), processor
 
 
 def load_adapter(model, folder, trainable=False):
@@ -162,7 +161,7 @@ def load_image(image, aspect=200):
         picture = (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
     except OSError as error:  # missing, or not a picture
         stop(f"image {image}: {error}")
-    size = tuple(max(side, math.ceil(max(picture.size) / aspect)) for side in picture.size)
+    size = tuple(max(side, int(-(-max(picture.size) // aspect))) for side in picture.size)
     return picture if size == picture.size else ImageOps.pad(picture, size)
 
 
@@ -245,7 +244,7 @@ def find_verdict_token(tokenizer, ids):
     return text, verdict, place
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that a sharded model has gathered in it cannot be trained on later
 def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     """Encode B prompts once, decode n samples of each. uniforms (B, n, R) in [0,1): the only randomness, one per token.
     -> token ids (B*n, R) padded with -1, log-odds (B*n, R, 2) at temperature 1 for both spellings of the verdict."""
@@ -272,9 +271,10 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
         tokens[rows, t] = new.cpu()
         log_odds[rows, t] = torch.stack([verdict_log_odds(logits, a, b) for a, b in zip(*verdict_ids)], -1).cpu()
         going &= ~torch.isin(new, stop_ids)  # (rows,)
-        if t + 1 == R or not going.any():
+        more = share_out(range(WORLD), lambda _: [going.any().item()]) if isinstance(model, FSDPModule) else [going.any()]
+        if t + 1 == R or not any(more):  # a sharded model's forward is one of all processes: they go on while any has a sample
             break
-        if going.float().mean() < 0.75:  # finished samples leave the batch
+        if 0 < going.float().mean() < 0.75:  # finished samples leave the batch
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             state = (rows, new, position, uniforms, going)
@@ -299,6 +299,7 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
     stop_ids = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=device).reshape(-1)
     verdict_ids, size = verdict_token_ids(tokenizer), max(1, batch_size // n)
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # batches of like length pad little
+    batches = [order[i:i + size] for i in range(0, len(order), size)]
 
     def answer(batch):
         nonlocal size
@@ -311,8 +312,8 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
             try:
                 tokens, log_odds = _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids)
             except torch.OutOfMemoryError:
-                if size == 1:
-                    stop("out of memory with a single prompt: lower --max-image-tokens, --max-new-tokens, or take a smaller --model")
+                if size == 1 or isinstance(model, FSDPModule):
+                    stop(f"out of memory with {len(chosen)} x {n} sequences: lower --batch-size, --max-image-tokens, --max-new-tokens")
                 size = (len(chosen) + 1) // 2
                 torch.cuda.empty_cache()
                 print(f"out of memory: going on with {size} prompts at a time")
@@ -323,7 +324,7 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
             bar.update(min(len(batch) * WORLD, bar.total - bar.n))
         return answers
 
-    answers = share_out([order[i:i + size] for i in range(0, len(order), size)], answer)
+    answers = share_out(batches + batches[:1] * (-len(batches) % WORLD), answer)  # as many for each; zip drops the repeats
     return [samples for _, samples in sorted(zip(order, answers), key=lambda pair: pair[0])]
 
 
@@ -384,8 +385,7 @@ def write_json(path, value):
 
 
 class RowWriter:
-    """Appends rows to a jsonl file, flushed one by one. On opening, what is there is kept in .rows; a half-written last line
-    (power cut) is cut off and will be redone."""
+    """Appends rows to a jsonl file, flushed one by one. rows: also those that were there, but for a half-written last one."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -404,9 +404,8 @@ class RowWriter:
 
 
 def in_chunks(rows, done, batch_size, n, describe):
-    """Fixed chunks of rows with a progress bar, those already done left out as wholes: a resumed run forms the same batches
-    as an uninterrupted one, so it writes the same bytes. A chunk makes 8 batches of n sequences per row, which is what so many
-    processes share, and what an interruption can cost. Yields (chunk, bar)."""
+    """Yields (chunk, bar) for fixed chunks of rows that are not wholly done: a resumed run forms the same batches, so it writes the
+    same bytes. A chunk makes 8 batches of n sequences per row, which is what so many processes share, or an interruption costs."""
     size = 8 * max(1, batch_size // n)
     with tqdm(total=len(rows), desc=describe, unit="row", dynamic_ncols=True, disable=None, file=sys.stdout) as bar:
         for chunk in (rows[i:i + size] for i in range(0, len(rows), size)):
@@ -424,6 +423,7 @@ def stage_parser(doc):
     add("--model", help="hub id or folder of the judge to be; default: as in stage 01")
     add("--max-image-tokens", type=int, help="bound on an image's tokens; default: as in stage 01, there the processor's own")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
+    add("--shard", action="store_true", help="a judge larger than one GPU: each of torchrun's processes keeps a share of every layer")
     add("--batch-size", type=int, default=64, help="sequences decoded together")
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="delete this stage's folder first")
@@ -434,20 +434,21 @@ def start_stage(args, name):
     """The stage's folder, ready to be written or resumed; None when it is complete with the same arguments."""
     folder = Path(args.run) / name
     # What leaves the result as it is, up to rounding, may change: a run that went out of memory goes on with smaller batches.
-    free = {"run", "device", "endpoint", "overwrite", "batch_size", "micro_batch", "checkpoint_activations"}
+    free = "run device endpoint overwrite batch_size micro_batch checkpoint_activations shard".split()
     wanted = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in free}
     if WORLD > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    elif vars(args).get("shard"):
+        stop("--shard shares the judge out among processes: start the script with torchrun --nproc-per-node K -- instead of python")
     if args.overwrite and folder.exists() and RANK == 0:
         shutil.rmtree(folder)
     share_out([], None)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "args.json").exists():
         old = json.loads((folder / "args.json").read_text())
-        changed = [f"--{k.replace('_', '-')} was {old.get(k)}, is {v}" for k, v in wanted.items() if old.get(k) != v]
-        if changed:
+        if changed := [f"--{k.replace('_', '-')} was {old.get(k)}, is {v}" for k, v in wanted.items() if old.get(k) != v]:
             stop(f"{folder} was begun with other arguments ({'; '.join(changed)}): use them, another --run, or --overwrite")
         if (folder / "meta.json").exists():
             print(f"{folder} is complete (meta.json is there): nothing to do; --overwrite makes it anew")

@@ -37,7 +37,7 @@ def judge(trained, monkeypatch):
     """Stage 05's judge is the trained one, whatever is to be loaded; the names asked for are listed."""
     asked = []
     monkeypatch.setattr(common, "load_judge", lambda *args, **kwargs: (asked.append(args[:2]), trained[:2])[1])
-    monkeypatch.setattr(five.ift, "announce", lambda *args: None)
+    monkeypatch.setattr(five.ift, "announce", lambda *args, **kwargs: None)
     return asked
 
 

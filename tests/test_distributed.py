@@ -1,4 +1,5 @@
 """Several processes: two give what one gives, a step's gradient is the same however it is shared out, and a failure ends all."""
+import argparse
 import json
 import os
 import shutil
@@ -7,7 +8,9 @@ import sys
 
 import common
 import pytest
-from conftest import ROOT, run, run_here
+import torch
+from conftest import ROOT, run, run_here, stage
+from safetensors.torch import load_file
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
@@ -31,9 +34,34 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(world, tmp_path):
-    size = ["--batch-size", "16"]
+def same_training(one, two):
+    """The metrics.jsonl of two folders: the same losses and validation measures, but for what rounding makes of a gradient."""
+    for line, line_by_two in zip(rows(one / "metrics.jsonl"), rows(two / "metrics.jsonl"), strict=True):
+        line.pop("tokens_per_s", None)
+        assert line_by_two.get("grad_norm", 1) == pytest.approx(line.pop("grad_norm", 1), rel=1e-3)
+        assert {key: line_by_two[key] for key in line} == pytest.approx(line, abs=1e-4)
+
+
+def same_weights(one, two):
+    """Two safetensors files: the same keys, shapes and dtypes, and values that the same training in another order gives."""
+    first, second = load_file(one), load_file(two)
+    assert {key: (w.shape, w.dtype) for key, w in first.items()} == {key: (w.shape, w.dtype) for key, w in second.items()}
+    assert all((second[key] - w).abs().max() < 1e-3 for key, w in first.items())
+
+
+def kept(run):
+    return [(row["id"], row["critique"]) for row in rows(run / "04_rejection/iter1/kept.jsonl")]
+
+
+def copied(run, folder, *without):
+    shutil.copytree(run, folder, ignore=lambda _, names: without)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(world, tmp_path_factory):
+    """({number of the stage: command}, run folder): all five stages by one process."""
+    folder, size = tmp_path_factory.mktemp("alone"), ["--batch-size", "16"]
     train = [*size, "--train-batch", "16", "--micro-batch", "4", "--max-new-tokens", "96"]
     stages = {
         "01": ["01_build_preferences.py", "--images", f"{world}/images", "--image-root", str(world), "--model", f"{world}/model",
@@ -42,27 +70,74 @@ def test_two_processes_give_what_one_gives(world, tmp_path):
         "02": ["02_generate_critiques.py", "--critiques", "2", "--max-new-tokens", "96", *size],
         "03": ["03_train_ift.py", "--steps", "12", "--lr", "3e-3", "--bt-weight", "0.1", *train],
         "04": ["04_rejection_sampling.py", "--iterations", "1", "--pool", "30", "--samples", "4", "--steps", "4", "--lr", "1e-3", *train],
-        "05": ["05_evaluate.py", "--pairs", f"{tmp_path}/heldout.jsonl", "--image-root", str(world), "--max-new-tokens", "96", *size]}
-    (tmp_path / "heldout.jsonl").write_text("\n".join((world / "heldout.jsonl").read_text().splitlines()[:40]))
-    one, two = tmp_path / "one", tmp_path / "two"
-    for name, command in stages.items():
-        run_here([*command, "--run", str(one)])
-        if name == "05":  # by the same adapters: those of the two trainings may differ in the last bits
-            by_two = two
-            two = tmp_path / "copy"
-            shutil.copytree(one, two, ignore=lambda folder, names: ["05_evaluation"])
+        "05": ["05_evaluate.py", "--pairs", f"{folder}/heldout.jsonl", "--image-root", str(world), "--max-new-tokens", "96", *size]}
+    (folder / "heldout.jsonl").write_text("\n".join((world / "heldout.jsonl").read_text().splitlines()[:40]))
+    for command in stages.values():
+        run_here([*command, "--run", str(folder / "run")])
+    return stages, folder / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(alone, tmp_path):
+    stages, one = alone
+    by_two = tmp_path / "two"
+    for name, command in stages.items():  # 05 by the same adapters: those of the two trainings may differ in the last bits
+        two = copied(one, tmp_path / "copy", "05_evaluation") if name == "05" else by_two
         run([*TORCHRUN, *command, "--run", str(two)])
-    for line, line_by_two in zip(*(rows(folder / "03_ift/metrics.jsonl") for folder in (one, by_two)), strict=True):
-        line.pop("tokens_per_s", None)
-        assert line_by_two.get("grad_norm", 1) == pytest.approx(line.pop("grad_norm", 1), rel=1e-3)
-        assert {key: line_by_two[key] for key in line} == pytest.approx(line, abs=1e-4)
-    kept, kept_by_two = ([(row["id"], row["critique"]) for row in rows(folder / "04_rejection/iter1/kept.jsonl")]
-                         for folder in (one, by_two))
-    assert kept == kept_by_two and len(kept) >= 4
+    same_training(one / "03_ift", by_two / "03_ift")
+    assert kept(one) == kept(by_two) and len(kept(one)) >= 4
     for name in ("01_preferences/candidates", "01_preferences/detections", "01_preferences/preferences", "02_critiques/samples",
                  "02_critiques/critiques", "05_evaluation/judgements"):
         folder = two if name.startswith("05") else by_two
         assert (folder / f"{name}.jsonl").read_bytes() == (one / f"{name}.jsonl").read_bytes() != b"", name
+
+
+@pytest.mark.slow
+def test_a_sharded_judge_gives_what_a_whole_one_gives(alone, tmp_path):
+    """Each stage after what one process has left, with batches that two processes cannot share evenly."""
+    stages, one = alone
+    later = ["02_critiques", "03_ift", "04_rejection", "05_evaluation"]
+    two = {name: copied(one, tmp_path / name, *later[int(name) - 2:]) for name in ("02", "03", "04", "05")}
+    for name, folder in two.items():
+        activations = ["--checkpoint-activations"] if name == "03" else []
+        assert "one of 2 shares" in run([*TORCHRUN, *stages[name], "--run", str(folder), "--shard", *activations])
+    assert (two["02"] / "02_critiques/samples.jsonl").read_bytes() == (one / "02_critiques/samples.jsonl").read_bytes() != b""
+    assert (two["05"] / "05_evaluation/judgements.jsonl").read_bytes() == (one / "05_evaluation/judgements.jsonl").read_bytes()
+    for name, place in (("03", "03_ift"), ("04", "04_rejection/iter1")):
+        same_training(one / place, two[name] / place)
+        same_weights(one / place / "adapter/adapter_model.safetensors", two[name] / place / "adapter/adapter_model.safetensors")
+        common.load_judge(f"{json.loads((one / '03_ift/args.json').read_text())['model']}", two[name] / place / "adapter", "cpu")
+    assert kept(two["04"]) == kept(one)
+    # --lr 0 leaves the judge as it was, so that what it writes is the same to the byte
+    still = ["--lr", "0", "--steps", "1"]
+    run_here([*stages["03"], *still, "--run", str(copied(one, tmp_path / "one", *later[1:]))])
+    run([*TORCHRUN, *stages["03"], *still, "--run", str(copied(one, tmp_path / "two", *later[1:])), "--shard"])
+    written = [(tmp_path / name / "03_ift/validation.jsonl").read_bytes() for name in ("one", "two")]
+    assert written[0] == written[1] != b""
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_of_a_sharded_judge(alone, tmp_path):
+    """Here the outermost group, which holds embeddings and language head, is trained as well."""
+    stages, one = alone
+    folders = [copied(one, tmp_path / name, "03_ift", "04_rejection", "05_evaluation") for name in ("whole", "sharded")]
+    command = [*stages["03"], "--lora-rank", "0", "--steps", "3", "--lr", "1e-3"]
+    run_here([*command, "--run", str(folders[0])])
+    run([*TORCHRUN, *command, "--run", str(folders[1]), "--shard"])
+    same_training(folders[0] / "03_ift", folders[1] / "03_ift")
+    same_weights(*(folder / "03_ift/model/model.safetensors" for folder in folders))
+    run([*TORCHRUN, *stages["04"], "--select", "continue", "--run", str(folders[1]), "--shard"])  # goes on from model/
+    trained = folders[1] / "04_rejection_continue/iter1/model"
+    model, _ = common.load_judge(str(trained), device="cpu")
+    assert type(model).__name__ == json.loads((trained / "config.json").read_text())["architectures"][0]
+    assert not torch.equal(model.get_input_embeddings().weight, common.load_judge(
+        str(folders[1] / "03_ift/model"), device="cpu")[0].get_input_embeddings().weight)
+
+
+def test_a_shard_without_other_processes_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--shard .* torchrun"):
+        stage("03_train_ift").start_stage(argparse.Namespace(run=str(tmp_path), overwrite=False, shard=True), "03_ift")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow

@@ -474,7 +474,7 @@ def test_stages_sample_through_the_server(trained, tiny, server, pictures, tmp_p
     assert len(written) == len(server.bodies) == 4 and any(row["candidates"] for row in written)
     with pytest.raises(SystemExit):
         one.parse_args([*through, "--images", "x", "--expert", "none"])
-    assert "no --endpoint for --expert none" in capsys.readouterr().err
+    assert "no --endpoint or --shard for --expert none" in capsys.readouterr().err
 
     made = [{"id": f"p{i}", "image": f"{i % 4}.png", "prompt": "List the objects in the image.", "chosen": "red circle.",
              "rejected": "blue star.", "evidence": [], "split": split}

@@ -155,7 +155,7 @@ def attributes_read(source):
 def test_every_flag_is_read(name):
     sources = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
     added, read = flags(sources[name]), attributes_read(sources[name]) | attributes_read(sources["common"])
-    read |= {"model", "device", "max_image_tokens", "endpoint"} if "load_judge(args" in sources[name] else set()
+    read |= {"model", "device", "max_image_tokens", "endpoint", "shard"} if "load_judge(args" in sources[name] else set()
     if "add_training_arguments(" in sources[name]:
         added |= flags(sources["03_train_ift"]) - {"lora_rank"}
         read |= attributes_read(sources["03_train_ift"])

@@ -343,6 +343,11 @@ def test_what_is_trained_is_float32_on_a_bf16_model(judge, pictures, tmp_path, m
         stopped = []
         three.announce(str(folder), torch.device("cuda"), "task", "flags", lambda blank: three.add_lora(blank, rank))
         assert bool(stopped) != fits
+    # shared out among four processes, all of it takes a quarter in each
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (used[0] / 4, 2 ** 40))
+    monkeypatch.setattr(common, "stop", lambda message: pytest.fail(message))
+    three.announce(str(folder), torch.device("cuda"), "task", "flags", lambda blank: three.add_lora(blank, rank), 4)
+    assert f"{used[0] / 4 / 2 ** 30:.2f} GiB on cuda, one of 4 shares; whole layers and activations not" in capsys.readouterr().out
 
 
 def test_adapter_of_a_bf16_model_goes_on_in_float32(judge, adapter):

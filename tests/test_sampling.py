@@ -165,7 +165,7 @@ def test_out_of_memory_halves_the_batch(tiny, pictures, monkeypatch, capsys):
         [a["text"] for a in samples] for samples in expected]
     assert sizes == [4, 2, 2, 1] and "out of memory: going on with 2" in capsys.readouterr().out
     limit = 0
-    with pytest.raises(SystemExit, match="out of memory with a single prompt: lower --max-image-tokens"):
+    with pytest.raises(SystemExit, match="out of memory with 1 x 2 sequences: lower --batch-size, --max-image"):
         common.sample(model, processor, asked[:1], 2, 1.0, 6)
 
 
