@@ -33,7 +33,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import common
-from common import RowWriter, finish_stage, in_chunks, read_jsonl, row_seed, share_out, start_stage, stop
+from common import RowWriter, finish_stage, read_jsonl, row_seed, share_out, start_stage, stop
 
 two, three = map(importlib.import_module, ("02_generate_critiques", "03_train_ift"))  # 02: what texts and published files say
 COCO_VOCABULARY, SYNONYMS, Skip, swap_object = two.COCO_VOCABULARY, two.SYNONYMS, two.Skip, two.swap_object
@@ -243,7 +243,7 @@ def without_overlap(items, source, image_root, counts):
 def write_candidates(items, model, processor, folder, args):
     """{id: [text]}: K responses of the policy per image, complete ones only (kept in candidates.jsonl)."""
     writer = RowWriter(folder / "candidates.jsonl")
-    for chunk, bar in in_chunks(items, writer.done, args.batch_size, args.candidates, "candidates"):
+    for chunk, bar in two.in_chunks(items, writer.done, args.batch_size, args.candidates, "candidates"):
         requests = [{"id": row["id"], "image": Path(args.image_root) / row["image"], "text": row["prompt"]} for row in chunk]
         answers = common.sample(model, processor, requests, args.candidates, args.temperature, args.max_new_tokens,
                                 args.seed, args.batch_size, bar)
@@ -256,7 +256,7 @@ def write_candidates(items, model, processor, folder, args):
 def examine(questions, expert, folder, args):
     """{image: row of detections.jsonl} for {image: classes asked about}: each image examined once (kept in that file)."""
     writer = RowWriter(folder / "detections.jsonl")
-    for chunk, bar in in_chunks([{"id": image} for image in questions], writer.done, 32, 1, "examine"):
+    for chunk, bar in two.in_chunks([{"id": image} for image in questions], writer.done, 32, 1, "examine"):
         asked = {row["id"]: list(dict.fromkeys(questions[row["id"]])) for row in chunk}
         names = [name for name in asked if asked[name] or expert.classes]  # an open expert needs something to look for
         found = dict(zip(names, share_out([names[i:i + 32] for i in range(0, len(names), 32)], lambda batch: expert.examine(

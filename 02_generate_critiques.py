@@ -7,9 +7,8 @@
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) findings are laid out as the very lines that the critique will hold, since models copy a separate list wrongly;
-  2) "verdict = label" alone is too weak a filter: lucky verdicts with false facts pass it and training on them makes the
-     judge worse, so the checks are held against each other and the expert, and must be complete: of critiques that may skip
-     objects stage 04 prefers those that do (surer verdicts), and the judge learns to look at less;
+  2) "verdict = label" alone lets lucky verdicts with false facts pass, which make the judge worse: the checks are held against
+     each other and the expert, and must be complete, or stage 04 would prefer critiques that skip what is hard to see;
   3) pairs without findings (reasoning, general questions) are kept on verdict and leak alone, and counted apart.
 Reads  01_preferences/preferences.jsonl (split "train"), vocabulary.json.
 Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped) and
@@ -23,15 +22,17 @@ import importlib
 import io
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
 from statistics import median
 
 from PIL import Image
+from tqdm import tqdm
 
 import common
-from common import RowWriter, both_orders, finish_stage, in_chunks, inherit, parse_checks, read_jsonl, start_stage
+from common import RowWriter, both_orders, finish_stage, parse_checks, read_jsonl, start_stage
 
 ift = importlib.import_module("03_train_ift")
 LEAK = re.compile(r"\b(?:reference|ground[- ]truth|detector|known to be true|the findings?|the expert|"
@@ -67,9 +68,8 @@ def contradicts_expert(checks, said, status, vocabulary):
                 bare in vocabulary and status.get(vocabulary[bare]) == "present":
             return "contradicts the expert"
         checked[side].update(named)
-    if any(status.get(name, "unsure") != "unsure" and name not in checked[side] for side in "AB" for name in said[side]):
-        return "leaves out a verified object"
-    return None
+    missed = {name for side in "AB" for name in said[side] if name not in checked[side]}
+    return "leaves out a verified object" if any(status.get(name, "unsure") != "unsure" for name in missed) else None
 
 
 def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
@@ -93,8 +93,7 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
 
 
 # ---- Mentions: which of the vocabulary's objects a text says are there -----------------------------------------------
-# Stages 01 and 05 use this and the next section; they stand here since this stage is the language side of the method.
-# (end of a singular, end of its plural), the first that fits; what is plural already stays as it is
+# Also for 01 and 05, as the next section. (end of a singular, end of its plural), the first that fits; plurals stay as they are
 PLURALS = [(r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"), ("person$", "people"),
            ("child$", "children"), ("(?<!hu)(?<!ger)man$", "men"), ("mouse$", "mice"), ("goose$", "geese"),
            (r"\box$", "oxen"), ("(?<=[^s]s)(?<!us)$", ""), ("(kni|li|wi)fe$", r"\1ves"), ("(ca|ea|shel)f$", r"\1ves"),
@@ -285,9 +284,8 @@ def read_rows(source):
 
 
 def place_image(image, image_root, folder):
-    """Decodes a row's picture (path, COCO id, {"bytes", "path"}, or a list of one of these) and returns a path for it: from
-    image_root where it lies there, else absolute, so that Path(image_root) / path is the picture either way. Embedded bytes are
-    written as they are to folder/images/<hash>.<format>: absolute, unless the folder lies under image_root."""
+    """Decodes a row's picture (path, COCO id, {"bytes", "path"}, or a list of one of these) -> its path, from image_root or absolute,
+    so that Path(image_root) / path is the picture. Embedded bytes are written as they are to folder/images/<hash>.<format>."""
     if isinstance(image, (list, tuple)) and len(image) > 1:
         raise Skip("more than one image", "images")
     image = image[0] if isinstance(image, (list, tuple)) and image else image
@@ -355,6 +353,18 @@ def read_pairs(source, image_root, folder, limit=None):
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
+def in_chunks(rows, done, batch_size, n, describe):
+    """Yields (chunk, bar) for fixed chunks of rows that are not wholly done: a resumed run forms the same batches, so it writes the
+    same bytes. A chunk makes 8 batches of n sequences per row, which is what so many processes share, or an interruption costs."""
+    size = 8 * max(1, batch_size // n)
+    with tqdm(total=len(rows), desc=describe, unit="row", dynamic_ncols=True, disable=None, file=sys.stdout) as bar:
+        for chunk in (rows[i:i + size] for i in range(0, len(rows), size)):
+            if all(row["id"] in done for row in chunk):
+                bar.update(len(chunk))
+            else:
+                yield chunk, bar
+
+
 def write_critiques(pairs, model, processor, vocabulary, path, n, guided, args, seed):
     """n critiques per pair and order, guided by the reference or not (04 samples by this too), kept in path: rows
     {question, critique, verdict, style, log_odds: r in nats or None, dropped: the filters' reason or None}."""
@@ -396,8 +406,7 @@ def parse_args(argv=None):
     add("--pairs", type=int, help="use only the first so many training pairs")
     add("--image-root", help="default: as in stage 01")
     add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
-    add("--style", choices=tuple(common.INSTRUCTIONS), default="critique",
-        help="critique: claim by claim; descriptive: the image first; none: the verdict alone")
+    add("--style", choices=tuple(common.INSTRUCTIONS), default="critique", help="claim by claim, the image first, or verdict alone")
     add("--critiques", type=int, default=4, help="M, critiques written per pair and order")
     add("--temperature", type=float, default=1.0)
     add("--max-new-tokens", type=int, default=512, help="longest critique; an unfinished one is dropped")
@@ -405,7 +414,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    inherit(args, "01_preferences", ("model", "max_image_tokens", "image_root"))
+    ift.inherit(args, "01_preferences", ("model", "max_image_tokens", "image_root"))
     folder = start_stage(args, "02_critiques")
     if folder is None:
         return

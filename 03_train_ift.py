@@ -22,6 +22,7 @@ import copy
 import gc
 import importlib
 import itertools
+import json
 import math
 import random
 import sys
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import common
-from common import RANK, WORLD, both_orders, finish_stage, inherit, read_jsonl, row_seed, share_out, start_stage, verdict_log_odds
+from common import RANK, WORLD, both_orders, finish_stage, read_jsonl, row_seed, share_out, start_stage, verdict_log_odds
 
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # the name that works with all of transformers 5
 KINDS = ("critique", "correct")  # of rows, and of the two terms of L_IFT
@@ -117,10 +118,10 @@ def measure(rows):
             "ece": expected_calibration_error(given, [row["verdict"] == row["label"] for row in rows])}
 
 
-def validate(model, processor, pairs, image_root, style, folder, name, batch_size, max_new_tokens):
+def validate(model, processor, pairs, folder, name, args):
     """Judge the validation pairs in both orders, print the line and one critique, keep both in folder -> measures."""
-    rows = judge(model, processor, [q for pair in pairs for q in both_orders(pair)], image_root, style,
-                 max_new_tokens=max_new_tokens, batch_size=batch_size, describe=f"validation, {name}")
+    rows = judge(model, processor, [q for pair in pairs for q in both_orders(pair)], args.image_root, args.style,
+                 max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, describe=f"validation, {name}")
     result = measure(rows)
     print(f"validation, {name}: " + " | ".join(f"{k} {result[k]:.3f}" for k in (
         "accuracy", "both", "agreement", "bradley_terry_loss", "ece", "unparseable")) + f" | {result['n_pairs']} pairs")
@@ -131,6 +132,18 @@ def validate(model, processor, pairs, image_root, style, folder, name, batch_siz
 
 
 # ---- Loading: what it will take is said before ----------------------------------------------------------------------
+def inherit(args, stage, names):
+    """Settings that must not change between stages come from the earlier stage's args.json; a contradiction is refused."""
+    path = Path(args.run) / stage / "meta.json"
+    if not path.exists():
+        common.stop(f"{path} does not exist: {stage} is not complete; run its script first")
+    earlier = json.loads(path.read_text())["args"]
+    for name in names:
+        if getattr(args, name) is not None and str(getattr(args, name)) != str(earlier[name]):
+            common.stop(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {stage}, which was made with {earlier[name]}")
+        setattr(args, name, earlier[name])
+
+
 def announce(model_path, device, task, flags, prepare=lambda blank: blank, processes=1):
     """Print what a model will take in each of the processes that share it; stop where the GPU has less free, naming flags to change.
     prepare(model without weights) adds or marks what is trained: four times its bytes, with gradient and AdamW's two moments."""
@@ -143,7 +156,7 @@ def announce(model_path, device, task, flags, prepare=lambda blank: blank, proce
     gib = sum(w.nbytes * (4 if w.requires_grad else 1) for w in weights) / 2 ** 30 / processes
     n, trained = (blank.num_parameters(only_trainable=only) / 1e6 for only in (False, True))
     print(f"{task}: {n:.2f} M weights in {str(blank.dtype)[6:]}{f', {trained:.2f} M trained in float32' if trained else ''}; "
-          f"{gib:.2f} GiB on {device.type}, {f'one of {processes} shares; whole layers and ' if processes > 1 else ''}activations not counted")
+          f"{gib:.2f} GiB on {device.type}, {f'one of {processes} shares; whole layers and ' * (processes > 1)}activations not counted")
     if device.type == "cuda":  # what torch keeps of models that are gone is free as well
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if gib > free / 2 ** 30:
@@ -215,8 +228,7 @@ def stream(rows, size, seed):
     """Batches of `size` rows forever, one shuffled epoch after another."""
     waiting = []
     for epoch in itertools.count():
-        order = list(rows)
-        random.Random(row_seed(seed, "epoch", epoch)).shuffle(order)
+        random.Random(row_seed(seed, "epoch", epoch)).shuffle(order := list(rows))
         waiting += order
         while len(waiting) >= size:
             yield waiting[:size]
@@ -233,8 +245,7 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
     """(inputs, labels): left-padded prompts (B, P), then the responses and their stop token, right-padded (B, R).
     labels (B, P+R) are -100 except on response and stop token: the language head can skip all but the last R+1 positions.
     A response cut at max_response_tokens has no stop token: it does not end there."""
-    inputs = common.encode_prompts(processor, texts, images)
-    tokenizer = processor.tokenizer
+    inputs, tokenizer = common.encode_prompts(processor, texts, images), processor.tokenizer
     rows = [tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for response in responses]
     rows = [torch.tensor(row[:max_response_tokens]) for row in rows]
     pad = torch.nn.utils.rnn.pad_sequence
@@ -291,8 +302,7 @@ def backward(model, processor, parts, n, n_rows, lam, bt_weight):
 
 @contextlib.contextmanager
 def activation_checkpointing(model, on):
-    """Keep each language model layer's input only and compute the rest again in the backward pass: less memory, a third more
-    time, the same gradients. The frozen vision tower keeps no activations anyway."""
+    """Keep only each language model layer's input, compute the rest again in the backward pass: the same gradients, less memory."""
     layers = common.unwrap(model).model.language_model
     on = layers.device.type == "cuda" if on is None else on
     if on:
@@ -376,9 +386,8 @@ def add_training_arguments(add, steps, lr):
 
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
-    add = parser.add_argument
-    add("--lora-rank", type=int, default=16, help="0: full fine-tuning of the language model")
-    add_training_arguments(add, steps=300, lr=1e-4)
+    parser.add_argument("--lora-rank", type=int, default=16, help="0: full fine-tuning of the language model")
+    add_training_arguments(parser.add_argument, steps=300, lr=1e-4)
     return parser.parse_args(argv)
 
 
@@ -397,13 +406,12 @@ def main(args):
     model, processor = load_judge(args, rank=args.lora_rank)
     kept = drop_long(critiques, processor, args.max_response_tokens)
     judged, correct = training_rows(kept)
-    look = (args.image_root, args.style, folder)
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts anew
 
     # 2. train ----------------------------------------------------------------------------------------------------
-    before = validate(model, processor, validation, *look, "before", args.batch_size, args.max_new_tokens)
+    before = validate(model, processor, validation, folder, "before", args)
     train(model, processor, judged, correct, folder, **training_settings(args))
-    after = validate(model, processor, validation, *look, "after 03", args.batch_size, args.max_new_tokens)
+    after = validate(model, processor, validation, folder, "after 03", args)
 
     # 3. save and report ------------------------------------------------------------------------------------------
     save_checkpoint(model, processor, folder)

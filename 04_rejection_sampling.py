@@ -35,7 +35,7 @@ from PIL import ExifTags, Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 import common
-from common import both_orders, finish_stage, inherit, read_jsonl, row_seed, start_stage
+from common import both_orders, finish_stage, read_jsonl, row_seed, start_stage
 
 critiques_stage, ift = map(importlib.import_module, ("02_generate_critiques", "03_train_ift"))
 
@@ -340,18 +340,6 @@ def find_checkpoint(folder):
     return found[0] if found else common.stop(f"{folder} holds neither adapter/ nor model/: run the stage that writes it first")
 
 
-def find_conditions(run):
-    """{name: checkpoint folder or None for the base model}: all that 03 and 04 have trained, in order."""
-    found = {"base": None}
-    if (run / "03_ift" / "meta.json").exists():
-        found["after 03"] = find_checkpoint(run / "03_ift")
-    for stage in sorted(run.glob("04_rejection*")):
-        rule = stage.name.removeprefix("04_rejection").removeprefix("_") or "margin"
-        for done in sorted(stage.glob("iter*/done.json"), key=lambda p: int(p.parent.name[4:])):
-            found[f"{rule}, iteration {done.parent.name[4:]}"] = find_checkpoint(done.parent)
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
@@ -409,7 +397,7 @@ def run_iteration(t, pool, model, processor, vocabulary, replayed, folder, args)
 
 
 def main(args):
-    inherit(args, "03_ift", ("model", "max_image_tokens", "image_root", "style"))
+    ift.inherit(args, "03_ift", ("model", "max_image_tokens", "image_root", "style"))
     folder = start_stage(args, "04_rejection" + ("" if args.select == "margin" else f"_{args.select}"))
     if folder is None:
         return
@@ -437,8 +425,7 @@ def main(args):
             here.mkdir(exist_ok=True)
             (here / "metrics.jsonl").unlink(missing_ok=True)
             counts = run_iteration(t, pools[t - 1], model, processor, vocabulary, replayed, here, args)
-            result = ift.validate(model, processor, validation, args.image_root, args.style, here, f"iteration {t}",
-                                  args.batch_size, args.max_new_tokens)
+            result = ift.validate(model, processor, validation, here, f"iteration {t}", args)
             results[f"iteration {t}"] = {"counts": counts, "validation": result}
             common.write_json(here / "done.json", results[f"iteration {t}"])
 

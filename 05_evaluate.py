@@ -31,12 +31,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import common
-from common import RowWriter, both_orders, finish_stage, inherit, parse_checks, read_jsonl, row_seed, start_stage, stop
+from common import RowWriter, both_orders, finish_stage, parse_checks, read_jsonl, row_seed, start_stage, stop
 
 one, two, ift, four = map(importlib.import_module, ("01_build_preferences", "02_generate_critiques", "03_train_ift",
                                                     "04_rejection_sampling"))
-find_mentions, knockout = one.find_mentions, four.knockout
-accuracy_by_order, expected_calibration_error = ift.accuracy_by_order, ift.expected_calibration_error  # 03 validates by them
+find_mentions, accuracy_by_order, expected_calibration_error = two.find_mentions, ift.accuracy_by_order, ift.expected_calibration_error
 
 HUB = {"pairs": None, "vl-rewardbench": "MMInstruction/VL-RewardBench", "pope": "lmms-lab/POPE",
        "multimodal-rewardbench": "syhuggingface/multimodal_rewardbench", "llava-wild": "lmms-lab/llava-bench-in-the-wild"}
@@ -196,15 +195,13 @@ def read_benchmark(folder, args):
         answer = str(row["answer"]).strip().lower()
         if not asked or answer not in ("yes", "no"):
             stop(f"{args.pairs}, {row['id']}: {row['prompt']!r} with answer {row['answer']!r} is no question of POPE's")
-        responses = f"Yes, there is {asked[1] or ''}{asked[2]} in the image.", f"No, there is no {asked[2]} in the image."
-        chosen, rejected = responses if answer == "yes" else responses[::-1]
-        pairs.append({**row, "answer": answer, "chosen": chosen, "rejected": rejected})
+        said = [f"Yes, there is {asked[1] or ''}{asked[2]} in the image.", f"No, there is no {asked[2]} in the image."]
+        pairs.append({**row, "answer": answer, "chosen": said[answer == "no"], "rejected": said[answer == "yes"]})
     return pairs, counts
 
 
 def answer_in_the_wild(judge, checkpoint, folder, args):
-    """LLaVA-Bench: sample, pick, write the answers files -> (lines of the report, counts). The official review goes through
-    questions and answers line by line, so the files hold every question, in order."""
+    """LLaVA-Bench: sample, pick, write answers files of every question in order, as its review wants -> (report's lines, counts)."""
     rows, counts = read_questions(args.pairs, args.image_root, folder)
     if len(rows) < counts["rows read"]:
         stop(f"{args.pairs}: {dict(counts)}, but the review needs all answers; check --image-root {args.image_root}")
@@ -245,6 +242,18 @@ def withheld(questions, how, image_root, seed):
             picture = Path(image_root) / names[k + (k >= place[q["image"]])]
         changed.append({**q, "picture": picture})
     return changed
+
+
+def find_conditions(run):
+    """{name: checkpoint folder or None for the base model}: all that 03 and 04 have trained, in order."""
+    found = {"base": None}
+    if (run / "03_ift" / "meta.json").exists():
+        found["after 03"] = four.find_checkpoint(run / "03_ift")
+    for stage in sorted(run.glob("04_rejection*")):
+        rule = stage.name.removeprefix("04_rejection").removeprefix("_") or "margin"
+        for done in sorted(stage.glob("iter*/done.json"), key=lambda p: int(p.parent.name[4:])):
+            found[f"{rule}, iteration {done.parent.name[4:]}"] = four.find_checkpoint(done.parent)
+    return found
 
 
 def judge_condition(name, questions, model, processor, writer, args):
@@ -364,11 +373,11 @@ def main(args):
     run, official = Path(args.run), args.protocol == "official"
     for stage, names in (("01_preferences", ("model", "max_image_tokens")), ("02_critiques", ("style",))):
         if (run / stage / "meta.json").exists():  # a judge from the hub has no earlier stages
-            inherit(args, stage, names)
+            ift.inherit(args, stage, names)
     if not args.model:
         stop(f"--model is needed: {run} holds no complete stage 01 to take it from")
     args.style = args.style or "critique"
-    conditions = four.find_conditions(run)
+    conditions = find_conditions(run)
     args.conditions = list(conditions)  # a newly trained judge is a reason to evaluate anew
     folder = start_stage(args, "05_evaluation" + f"_{args.benchmark}" * (args.benchmark != "pairs") + "_official" * official)
     if folder is None:

@@ -1,8 +1,7 @@
-"""What the five stages must agree on byte for byte, and plumbing: the judge's prompt and verdict, model loading,
-encoding, batched sampling with the verdict's log-odds, several processes, and resumable run directories.
+"""What the five stages must agree on byte for byte, and plumbing (the method's ideas stand in the stages): the judge's prompt and
+verdict, model loading, encoding, batched sampling with the verdict's log-odds, several processes, resumable run directories.
 
-None of the method's ideas live here; they stand in the stage that introduces them. Letters used in all files:
-B sequences, T tokens, V vocabulary entries, P prompt tokens (image included), R response tokens.
+Letters in all files: B sequences, T tokens, V vocabulary entries, P prompt tokens (image included), R response tokens.
 """
 import argparse
 import contextlib
@@ -20,10 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor, logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # a bar of its own per loaded checkpoint hides ours
@@ -66,11 +63,7 @@ def find_verdict(text):
 
 
 def parse_verdict(text):
-    """ "A", "B", or None where the last verdict line names neither or both. Case, markdown, punctuation are tolerated.
-
-    >>> parse_verdict("A: red circle: yes\\n**Verdict: B.**"), parse_verdict("Verdict: A or B")
-    ('B', None)
-    """
+    """ "A", "B", or None where the last verdict line names neither or both. Case, markdown, punctuation are tolerated."""
     return find_verdict(text)[0]
 
 
@@ -113,13 +106,11 @@ def pick_device(name=None):
     return torch.device(name or cuda or ("mps" if torch.backends.mps.is_available() else "cpu"))
 
 
-def pick_dtype(device):
-    """bf16 on GPUs that have it, float32 elsewhere."""
+def pick_dtype(device):  # bf16 on GPUs that have it
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
 
 
-def unwrap(model):
-    """The transformers model under a PEFT wrapper."""
+def unwrap(model):  # the transformers model under a PEFT wrapper
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -214,8 +205,7 @@ class SharedPrompt:
         prompt, log_z_prompt = (x.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)[self.slots] for x in attention(
             all_q, *self.prompt, self.bias))  # (S, H, G, D), (S, H, G, 1)
         own, log_z_own = attention(q, *(x[:, :, :self.length] for x in self.own))  # (S, H, G, D), (S, H, G, 1)
-        out = own.lerp(prompt, (log_z_prompt - log_z_own).sigmoid())
-        return out.to(query.dtype).reshape(len(query), 1, -1, D)
+        return own.lerp(prompt, (log_z_prompt - log_z_own).sigmoid()).to(query.dtype).reshape(len(query), 1, -1, D)
 
     def batch_select_indices(self, indices):
         self.own, slots = [x[indices] for x in self.own], self.slots[indices]
@@ -259,17 +249,16 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     inner.rope_deltas = None  # hidden state that no later forward must see
     position = (inputs["attention_mask"].sum(1, keepdim=True) + (0 if deltas is None else deltas)).repeat_interleave(n, 0)  # (B*n, 1)
     uniforms = uniforms.reshape(B * n, R).to(logits.device).double()
-    tokens, log_odds = torch.full((B * n, R), -1), torch.zeros(B * n, R, 2)
-    # the samples in the batch, and which of them have not stopped
-    rows, going = torch.arange(B * n), torch.ones(B * n, dtype=torch.bool, device=logits.device)
+    tokens, log_odds = torch.full((B * n, R), -1, device=logits.device), logits.new_zeros(B * n, R, 2, dtype=torch.float)
+    rows, going = torch.arange(B * n, device=logits.device), torch.ones_like(tokens[:, 0]).bool()  # samples here; not stopped
     for t in range(R):
         if temperature == 0:
             new = logits.argmax(-1)  # (rows,)
         else:  # inverse transform sampling: the first token whose cumulative probability exceeds the uniform number
             cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
             new = torch.searchsorted(cdf, uniforms[:, t:t + 1] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
-        tokens[rows, t] = new.cpu()
-        log_odds[rows, t] = torch.stack([verdict_log_odds(logits, a, b) for a, b in zip(*verdict_ids)], -1).cpu()
+        tokens[rows, t] = new
+        log_odds[rows, t] = torch.stack([verdict_log_odds(logits, a, b) for a, b in zip(*verdict_ids)], -1)
         going &= ~torch.isin(new, stop_ids)  # (rows,)
         more = share_out(range(WORLD), lambda _: [going.any().item()]) if isinstance(model, FSDPModule) else [going.any()]
         if t + 1 == R or not any(more):  # a sharded model's forward is one of all processes: they go on while any has a sample
@@ -277,8 +266,7 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
         if 0 < going.float().mean() < 0.75:  # finished samples leave the batch
             keep = going.nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            state = (rows, new, position, uniforms, going)
-            rows, new, position, uniforms, going = (x[keep.to(x.device)] for x in state)
+            rows, new, position, uniforms, going = (x[keep] for x in (rows, new, position, uniforms, going))
         # A finished sample that has not left yet keeps writing; tokens after the stop are cut off by the caller.
         with contextlib.ExitStack() as afterwards:
             afterwards.callback(setattr, config, "_attn_implementation", config._attn_implementation)
@@ -286,7 +274,7 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
             logits = model(input_ids=new[:, None], past_key_values=cache, use_cache=True, position_ids=(
                 position if deltas is None else position.expand(3, -1, -1))).logits[:, -1]  # (3, rows, 1): time, height, width
         position = position + 1
-    return tokens, log_odds
+    return tokens.cpu(), log_odds.cpu()
 
 
 def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256, seed=0, batch_size=64, bar=None):
@@ -331,8 +319,7 @@ def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256,
 def _finish(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
     """One sample from its tokens (R,) and log-odds (R, 2): text, verdict, and r at the token that holds the verdict."""
     ends = torch.isin(tokens, stop_ids.cpu()).nonzero()
-    length = int(ends[0]) if len(ends) else int((tokens >= 0).sum())
-    text, verdict, place = find_verdict_token(tokenizer, tokens[:length].tolist())
+    text, verdict, place = find_verdict_token(tokenizer, tokens[:ends[0] if len(ends) else (tokens >= 0).sum()].tolist())
     r = None if verdict is None else log_odds[place, int(tokens[place] in (verdict_ids[0][1], verdict_ids[1][1]))].item()
     return {"text": text, "complete": bool(len(ends)), "verdict": verdict, "log_odds": r}
 
@@ -371,8 +358,7 @@ def read_jsonl(path, fields=()):
     return rows if rows or not fields else stop(f"{path} is empty: nothing to work on")
 
 
-def write_text(path, text):
-    """Atomic: a reader sees the old file or the new one, never half of it."""
+def write_text(path, text):  # atomic: a reader sees the old file or the new one, never half of it
     if RANK == 0:
         Path(f"{path}.partial").write_text(text)
         os.replace(f"{path}.partial", path)
@@ -401,18 +387,6 @@ class RowWriter:
     def write(self, row):
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rows.append(row)
-
-
-def in_chunks(rows, done, batch_size, n, describe):
-    """Yields (chunk, bar) for fixed chunks of rows that are not wholly done: a resumed run forms the same batches, so it writes the
-    same bytes. A chunk makes 8 batches of n sequences per row, which is what so many processes share, or an interruption costs."""
-    size = 8 * max(1, batch_size // n)
-    with tqdm(total=len(rows), desc=describe, unit="row", dynamic_ncols=True, disable=None, file=sys.stdout) as bar:
-        for chunk in (rows[i:i + size] for i in range(0, len(rows), size)):
-            if all(row["id"] in done for row in chunk):
-                bar.update(len(chunk))
-            else:
-                yield chunk, bar
 
 
 def stage_parser(doc):
@@ -473,15 +447,3 @@ def finish_stage(folder, args, counts, inputs=(), next_command="", **extra):
     print(f"{folder}: done in {meta['seconds']:.0f} s, peak memory {meta['peak_memory_gib']} GiB, of the GPU {meta['peak_gpu_gib']}\n"
           f"next: {next_command}")
     write_json(folder / "meta.json", meta)
-
-
-def inherit(args, stage, names):
-    """Settings that must not change between stages come from the earlier stage's args.json; a contradiction is refused."""
-    path = Path(args.run) / stage / "meta.json"
-    if not path.exists():
-        stop(f"{path} does not exist: {stage} is not complete; run its script first")
-    earlier = json.loads(path.read_text())["args"]
-    for name in names:
-        if getattr(args, name) is not None and str(getattr(args, name)) != str(earlier[name]):
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {stage}, which was made with {earlier[name]}")
-        setattr(args, name, earlier[name])

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import common
 import pytest
-from common import RowWriter, in_chunks, inherit, read_jsonl, start_stage, write_json
+from common import RowWriter, read_jsonl, start_stage, write_json
 from conftest import ROOT, STAGES, stage
 
 
@@ -73,7 +73,7 @@ def test_chunks_are_fixed():
     rows = [{"id": i} for i in range(40)]
 
     def ids(done, batch_size=8, n=4):
-        return [[row["id"] for row in chunk] for chunk, _ in in_chunks(rows, done, batch_size, n, "x")]
+        return [[row["id"] for row in chunk] for chunk, _ in stage("02_generate_critiques").in_chunks(rows, done, batch_size, n, "x")]
     first, second, third = [*range(16)], [*range(16, 32)], [*range(32, 40)]
     assert ids(set()) == [first, second, third]
     assert ids({*range(20)}) == [second, third]  # a chunk half done is done again as a whole
@@ -112,6 +112,7 @@ def test_start_stage(tmp_path, capsys):
 
 
 def test_inherit(tmp_path):
+    inherit = stage("03_train_ift").inherit
     args = Namespace(run=str(tmp_path), model=None, style=None)
     with pytest.raises(SystemExit, match="02_critiques is not complete"):
         inherit(args, "02_critiques", ("model",))
@@ -154,7 +155,7 @@ def attributes_read(source):
 @pytest.mark.parametrize("name", STAGES)
 def test_every_flag_is_read(name):
     sources = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
-    added, read = flags(sources[name]), attributes_read(sources[name]) | attributes_read(sources["common"])
+    added, read = flags(sources[name]) | flags(sources["common"]), attributes_read(sources[name]) | attributes_read(sources["common"])
     read |= {"model", "device", "max_image_tokens", "endpoint", "shard"} if "load_judge(args" in sources[name] else set()
     if "add_training_arguments(" in sources[name]:
         added |= flags(sources["03_train_ift"]) - {"lora_rank"}

@@ -357,12 +357,12 @@ def test_knockout():
     def prefer(games):  # the larger number wins: a transitive preference
         asked.extend(games)
         return [a > b for _, a, b in games]
-    winners = five.knockout(candidates, prefer)
+    winners = four.knockout(candidates, prefer)
     assert winners == {key: [max(texts[:n]) for n in (1, 2, 4, 8)] for key, texts in candidates.items()}
     assert len(asked) == len(set(asked)) == 3 * 7  # one tournament serves all sizes
-    small = five.knockout({key: texts[:4] for key, texts in candidates.items()}, prefer)
+    small = four.knockout({key: texts[:4] for key, texts in candidates.items()}, prefer)
     assert all(winners[key][:3] == small[key] for key in winners)  # N = 4 is the first half of N = 8
-    assert five.knockout({"x": ["only"]}, prefer) == {"x": ["only"]}
+    assert four.knockout({"x": ["only"]}, prefer) == {"x": ["only"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

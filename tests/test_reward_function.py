@@ -66,7 +66,7 @@ def test_reward_of_a_trained_judge(trained, pictures, tmp_path, snippet, monkeyp
     model, processor = copy.deepcopy(trained[0]), trained[1]
     verdicts = [{"id": a + b, "image": "1.png", "label": "AB"[len(a) > len(b)], "response": f"Verdict: {'AB'[len(a) > len(b)]}",
                  "text": common.build_judge_prompt(prompt, a, b)} for a, b in permutations(RESPONSES, 2)]
-    ift.train(model, processor, verdicts, verdicts, tmp_path, steps=20, lr=2e-3, lam=0.0, bt_weight=1.0, batch_size=6, micro_batch=6,
+    ift.train(model, processor, verdicts, verdicts, tmp_path, steps=25, lr=1e-3, lam=0.0, bt_weight=1.0, batch_size=6, micro_batch=6,
               seed=0, image_root=pictures, max_response_tokens=64)
     reward = define_reward(snippet, model, processor, monkeypatch)
     rewards = reward(pictures / "1.png", prompt, RESPONSES)
@@ -81,7 +81,7 @@ def test_reward_of_a_trained_judge(trained, pictures, tmp_path, snippet, monkeyp
         wins[int(row["id"][0])].append(p)
         wins[int(row["id"][1])].append(1 - p)
     assert rewards == pytest.approx([sum(p) / (2 * (n - 1)) for p in wins], abs=1e-4)
-    assert rewards[0] > rewards[1] > rewards[2]
+    assert rewards[0] > 0.9 and 0.4 < rewards[1] < 0.6 and rewards[2] < 0.1
     # pictures in memory, as a training loop has them; the order of the responses does not matter
     again = reward(Image.open(pictures / "1.png"), prompt, RESPONSES[::-1])
     assert again[::-1] == pytest.approx(rewards, abs=1e-4)
