@@ -21,6 +21,7 @@ STAGE_03 = ["--steps", "150", "--lr", "3e-3", "--micro-batch", "32", "--max-new-
 STAGE_04 = ["--iterations", "2", "--pool", "600", "--steps", "60", "--lr", "1.5e-3", "--micro-batch", "32", "--max-new-tokens", "96"]
 STAGE_05 = ["--max-new-tokens", "96", "--best-of", "8", "--best-of-images", "100"]
 BATCH = ["--batch-size", "256"]  # sequences decoded together: the model is small
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]  # the same rows, on both cores
 
 
 def commands(world, run, seed, controls=("random",), world_args=(), expert=None, style="critique"):
@@ -63,12 +64,13 @@ def main():
     args = parser.parse_args()
     run, clock = ROOT / args.run, time.time()
     steps = dict(commands(Path(args.run) / "world", args.run, args.seed))
-    seconds = run_all((name, steps[name]) for name in ("world", "01", "02", "03"))
+    seconds = run_all([("world", steps["world"])])  # trains the detector beside the model
+    seconds |= run_all((name, TWO_PROCESSES + steps[name]) for name in ("01", "02", "03"))
     control = start(steps["04 random"], run / "04_random.log")  # beside 04 on the second core
     seconds |= run_all([("04", steps["04"])])
     if control.wait():
         raise SystemExit(f"error: the control failed, see {run}/04_random.log; the same command again resumes")
-    seconds |= run_all([("05", steps["05"])])
+    seconds |= run_all([("05", TWO_PROCESSES + steps["05"])])
     print("\n" + (run / "05_evaluation" / "report.md").read_text())
     print("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()) + f"; all {time.time() - clock:.0f}")
     print(f"pictures: {args.run}/01_preferences/contact_sheet.png, {args.run}/04_rejection/iter*/margins.png, "

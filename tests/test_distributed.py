@@ -10,9 +10,8 @@ import common
 import pytest
 import torch
 from conftest import ROOT, run, run_here, stage
+from demo import TWO_PROCESSES
 from safetensors.torch import load_file
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
 
 def test_batches_are_shared_out_in_turn_and_come_back_in_order(monkeypatch):
@@ -83,7 +82,7 @@ def test_two_processes_give_what_one_gives(alone, tmp_path):
     by_two = tmp_path / "two"
     for name, command in stages.items():  # 05 by the same adapters: those of the two trainings may differ in the last bits
         two = copied(one, tmp_path / "copy", "05_evaluation") if name == "05" else by_two
-        run([*TORCHRUN, *command, "--run", str(two)])
+        run([*TWO_PROCESSES, *command, "--run", str(two)])
     same_training(one / "03_ift", by_two / "03_ift")
     assert kept(one) == kept(by_two) and len(kept(one)) >= 4
     for name in ("01_preferences/candidates", "01_preferences/detections", "01_preferences/preferences", "02_critiques/samples",
@@ -100,7 +99,7 @@ def test_a_sharded_judge_gives_what_a_whole_one_gives(alone, tmp_path):
     two = {name: copied(one, tmp_path / name, *later[int(name) - 2:]) for name in ("02", "03", "04", "05")}
     for name, folder in two.items():
         activations = ["--checkpoint-activations"] if name == "03" else []
-        assert "one of 2 shares" in run([*TORCHRUN, *stages[name], "--run", str(folder), "--shard", *activations])
+        assert "one of 2 shares" in run([*TWO_PROCESSES, *stages[name], "--run", str(folder), "--shard", *activations])
     assert (two["02"] / "02_critiques/samples.jsonl").read_bytes() == (one / "02_critiques/samples.jsonl").read_bytes() != b""
     assert (two["05"] / "05_evaluation/judgements.jsonl").read_bytes() == (one / "05_evaluation/judgements.jsonl").read_bytes()
     for name, place in (("03", "03_ift"), ("04", "04_rejection/iter1")):
@@ -111,7 +110,7 @@ def test_a_sharded_judge_gives_what_a_whole_one_gives(alone, tmp_path):
     # --lr 0 leaves the judge as it was, so that what it writes is the same to the byte
     still = ["--lr", "0", "--steps", "1"]
     run_here([*stages["03"], *still, "--run", str(copied(one, tmp_path / "one", *later[1:]))])
-    run([*TORCHRUN, *stages["03"], *still, "--run", str(copied(one, tmp_path / "two", *later[1:])), "--shard"])
+    run([*TWO_PROCESSES, *stages["03"], *still, "--run", str(copied(one, tmp_path / "two", *later[1:])), "--shard"])
     written = [(tmp_path / name / "03_ift/validation.jsonl").read_bytes() for name in ("one", "two")]
     assert written[0] == written[1] != b""
 
@@ -123,10 +122,10 @@ def test_full_fine_tuning_of_a_sharded_judge(alone, tmp_path):
     folders = [copied(one, tmp_path / name, "03_ift", "04_rejection", "05_evaluation") for name in ("whole", "sharded")]
     command = [*stages["03"], "--lora-rank", "0", "--steps", "3", "--lr", "1e-3"]
     run_here([*command, "--run", str(folders[0])])
-    run([*TORCHRUN, *command, "--run", str(folders[1]), "--shard"])
+    run([*TWO_PROCESSES, *command, "--run", str(folders[1]), "--shard"])
     same_training(folders[0] / "03_ift", folders[1] / "03_ift")
     same_weights(*(folder / "03_ift/model/model.safetensors" for folder in folders))
-    run([*TORCHRUN, *stages["04"], "--select", "continue", "--run", str(folders[1]), "--shard"])  # goes on from model/
+    run([*TWO_PROCESSES, *stages["04"], "--select", "continue", "--run", str(folders[1]), "--shard"])  # goes on from model/
     trained = folders[1] / "04_rejection_continue/iter1/model"
     model, _ = common.load_judge(str(trained), device="cpu")
     assert type(model).__name__ == json.loads((trained / "config.json").read_text())["architectures"][0]
@@ -149,6 +148,6 @@ args = argparse.Namespace(run={str(tmp_path)!r}, overwrite=False)
 common.start_stage(args, "x")
 common.share_out([[0], [1], [2], [3]], lambda batch: batch if batch != [3] else common.stop("row 3 cannot be read"))
 """)
-    done = subprocess.run([sys.executable, *TORCHRUN, str(tmp_path / "dies.py")], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, *TWO_PROCESSES, str(tmp_path / "dies.py")], capture_output=True, text=True, timeout=120,
                           env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode != 0 and "error: row 3 cannot be read" in done.stderr

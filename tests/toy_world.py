@@ -32,7 +32,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import INSTRUCTIONS, build_judge_prompt, parse_checks, parse_verdict  # noqa: E402
+from common import INSTRUCTIONS, build_judge_prompt, parse_checks, sample  # noqa: E402
 
 SIZE, CELL, N_CELLS = 84, 28, 9  # pixels; one visual token per cell of the 3x3 grid
 COLOURS = {"red": (215, 45, 45), "green": (50, 185, 65), "blue": (60, 95, 235), "yellow": (230, 210, 55),
@@ -492,27 +492,12 @@ class Rows:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring, by the ordinary route: processor, generate, the parsers of common.py
+# Measuring, by the ordinary route: common.sample and the parsers
 # ---------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def generate(model, processor, images, prompts, sample=False, max_new_tokens=80, batch=100):
-    """(texts, verdict log-odds in nats: at the last " A" or " B" of each text, 0 without one)"""
-    tokenizer, texts, odds = processor.tokenizer, [], []
-    letters = tokenizer.convert_tokens_to_ids([" A", " B"])
-    for i in range(0, len(prompts), batch):
-        chats = [processor.apply_chat_template([{"role": "user", "content": [
-            {"type": "image"}, {"type": "text", "text": prompt}]}], add_generation_prompt=True, tokenize=False)
-            for prompt in prompts[i:i + batch]]
-        inputs = processor(text=chats, images=list(images[i:i + batch]), padding=True, return_tensors="pt")
-        out = model.generate(**inputs, do_sample=sample, top_k=0 if sample else None, max_new_tokens=max_new_tokens,
-                             return_dict_in_generate=True, output_logits=True)
-        new = out.sequences[:, inputs["input_ids"].shape[1]:]
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-        for row, ids in enumerate(new):
-            places = torch.isin(ids, torch.tensor(letters)).nonzero()
-            logits = out.logits[places[-1]][row] if len(places) else torch.zeros(len(tokenizer))
-            odds.append((logits[letters[0]] - logits[letters[1]]).item())
-    return texts, odds
+def answers(model, processor, images, prompts, temperature=0.0, max_new_tokens=80):
+    """One answer per picture and prompt, as common.sample gives it."""
+    requests = [{"id": i, "image": Image.fromarray(image), "text": prompt} for i, (image, prompt) in enumerate(zip(images, prompts))]
+    return [answer for [answer] in sample(model, processor, requests, 1, temperature, max_new_tokens, batch_size=100)]
 
 
 def measure_judge(model, processor, scenes, pairs, guided=False, rng=None):
@@ -529,12 +514,12 @@ def measure_judge(model, processor, scenes, pairs, guided=False, rng=None):
             images.append(picture)
             prompts.append(build_judge_prompt(PROMPTS[0], caption(a), caption(b), "critique", reference))
             keys.append((label, claims, present))
-    texts, odds = generate(model, processor, images, prompts)
-    right, well, says = [], [], {True: [], False: []}
-    for text, (label, claims, present) in zip(texts, keys):
-        checks = parse_checks(text)
-        right.append(parse_verdict(text) == label)
-        well.append(parse_verdict(text) is not None and [(side, kind) for side, kind, _ in checks] == claims)
+    right, well, odds, says = [], [], [], {True: [], False: []}
+    for answer, (label, claims, present) in zip(answers(model, processor, images, prompts), keys):
+        checks = parse_checks(answer["text"])
+        right.append(answer["verdict"] == label)
+        odds.append(answer["log_odds"] or 0.0)
+        well.append(answer["verdict"] is not None and [(side, kind) for side, kind, _ in checks] == claims)
         for _, kind, supported in checks:
             says[kind in present].append(supported)
     first, second, odds = np.array(right[::2]), np.array(right[1::2]), np.array(odds)
@@ -550,9 +535,9 @@ def measure_captions(model, processor, scenes):
     """Greedy: exact sets and hallucinated; T = 1: hallucinated."""
     images, truth = [scene[0] for scene in scenes], [{thing["object"] for thing in scene[1]} for scene in scenes]
     result = {}
-    for name, sample in (("greedy", False), ("sampled", True)):
-        texts, _ = generate(model, processor, images, PROMPTS[:1] * len(images), sample, max_new_tokens=24)
-        said = [set(text.rstrip(".").split(", ")) for text in texts]
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        said = [set(answer["text"].rstrip(".").split(", ")) for answer in answers(
+            model, processor, images, PROMPTS[:1] * len(images), temperature, max_new_tokens=24)]
         result[f"{name}_exact"] = float(np.mean([a == b for a, b in zip(said, truth)]))
         result[f"{name}_hallucinated"] = float(np.mean([bool((a & set(KINDS)) - b) for a, b in zip(said, truth)]))
     return result
