@@ -248,14 +248,14 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     deltas = getattr(inner, "rope_deltas", None)  # image tokens take fewer positions than places: next = length + delta
     inner.rope_deltas = None  # hidden state that no later forward must see
     position = (inputs["attention_mask"].sum(1, keepdim=True) + (0 if deltas is None else deltas)).repeat_interleave(n, 0)  # (B*n, 1)
-    uniforms = uniforms.reshape(B * n, R).to(logits.device).double()
+    uniforms = uniforms.reshape(B * n, R).to(logits.device, torch.float32 if logits.device.type == "mps" else torch.float64)
     tokens, log_odds = torch.full((B * n, R), -1, device=logits.device), logits.new_zeros(B * n, R, 2, dtype=torch.float)
     rows, going = torch.arange(B * n, device=logits.device), torch.ones_like(tokens[:, 0]).bool()  # samples here; not stopped
     for t in range(R):
         if temperature == 0:
             new = logits.argmax(-1)  # (rows,)
         else:  # inverse transform sampling: the first token whose cumulative probability exceeds the uniform number
-            cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)  # (rows, V)
+            cdf = (logits.to(uniforms.dtype) / temperature).softmax(-1).cumsum(-1)  # (rows, V)
             new = torch.searchsorted(cdf, uniforms[:, t:t + 1] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
         tokens[rows, t] = new
         log_odds[rows, t] = torch.stack([verdict_log_odds(logits, a, b) for a, b in zip(*verdict_ids)], -1)
