@@ -355,7 +355,7 @@ def draw_contact_sheet(rows, findings, image_root, path, n=12):
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
-    parser.set_defaults(model="Qwen/Qwen2-VL-7B-Instruct")  # the policy here, which writes the candidates
+    parser.set_defaults(model="Qwen/Qwen2-VL-7B-Instruct")  # the policy, too, which writes the candidates
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", help="folder of images for which the policy writes responses")

@@ -27,7 +27,6 @@ import math
 import random
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +39,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import common
 from common import RANK, WORLD, both_orders, finish_stage, read_jsonl, row_seed, share_out, start_stage, verdict_log_odds
 
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # the name that works with all of transformers 5
 KINDS = ("critique", "correct")  # of rows, and of the two terms of L_IFT
 
 
@@ -178,9 +176,10 @@ def load_judge(args, checkpoint=None, rank=None):
     def prepare(model):
         torch.manual_seed(args.seed)  # the adapter's first weights
         model = model if rank is None or hasattr(model, "get_base_model") else add_lora(model, rank)
-        layers = [part for part in model.modules() if type(part).__name__ in common.unwrap(model)._no_split_modules]
-        for part in [*layers, model] if args.shard else ():  # a layer is whole while it is used; of the model, what is in no layer
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        if args.shard:  # a layer is whole while it is used; of the model, what is in no layer
+            layers = [part for part in model.modules() if type(part).__name__ in common.unwrap(model)._no_split_modules]
+            for part in [*layers, model]:
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
         return model
 
     for turn in range(WORLD if args.shard else 1):  # the host needs to hold one copy at a time
@@ -306,14 +305,14 @@ def activation_checkpointing(model, on):
     layers = common.unwrap(model).model.language_model
     on = layers.device.type == "cuda" if on is None else on
     if on:
-        layers.gradient_checkpointing_enable({"use_reentrant": False})
+        layers.activation_checkpointing_enable()
     try:
         yield
     except torch.OutOfMemoryError:
         common.stop("out of memory in training: lower --micro-batch (the result stays the same) or, from stage 01 on, "
                     f"--max-image-tokens; --checkpoint-activations {'is on already' if on else 'saves more'}")
     if on:
-        layers.gradient_checkpointing_disable()
+        layers.activation_checkpointing_disable()
         layers.disable_input_require_grads()  # a hook on the embeddings that enabling has left there
 
 
@@ -409,7 +408,7 @@ def main(args):
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts anew
 
     # 2. train ----------------------------------------------------------------------------------------------------
-    before = validate(model, processor, validation, folder, "before", args)
+    before = validate(model, processor, validation, folder, "before", args)  # a fresh adapter changes nothing
     train(model, processor, judged, correct, folder, **training_settings(args))
     after = validate(model, processor, validation, folder, "after 03", args)
 

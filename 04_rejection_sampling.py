@@ -17,6 +17,7 @@ Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), kept.js
     python 04_rejection_sampling.py --run runs/demo --iterations 2 --pool 600 --steps 60 --lr 1.5e-3
     python 04_rejection_sampling.py                              # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
 """
+import argparse
 import base64
 import hashlib
 import importlib
@@ -165,7 +166,7 @@ class Endpoint:
     judging = tuple(common.INSTRUCTIONS.values())  # the end of a prompt that asks for a verdict; no others need log-odds
 
     def __init__(self, args, checkpoint=None, local=None):
-        self.model, self.device, self.bound, self.local = args.model, args.device, args.max_image_tokens, local
+        self.args, self.model, self.bound, self.local = args, args.model, args.max_image_tokens, local
         try:
             import openai
             vision = self.bound and common.AutoProcessor.from_pretrained(self.model).image_processor
@@ -191,11 +192,12 @@ class Endpoint:
         if (weights := place / "adapter_model.safetensors").exists():
             self.name = f"judge-{hashlib.sha256(weights.read_bytes()).hexdigest()[:12]}"
             try:
-                if self.name not in [card.id for card in cards]:
+                if common.RANK == 0 and self.name not in [card.id for card in cards]:  # once, whatever the number of processes
                     self.client.post("/load_lora_adapter", cast_to=object, body={"lora_name": self.name, "lora_path": str(place)})
             except self.openai.APIError as error:
                 self.fail(error, "start vLLM with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment "
                           f"or --lora-modules {self.name}={place}; then run this again, it goes on from here. It said: ")
+            common.share_out([], None)
         else:
             bases = [card.id for card in cards if not getattr(card, "parent", None)]
             named = [card.id for card in cards if place in {Path(x).resolve() for x in (card.id, getattr(card, "root", 0)) if x}]
@@ -257,7 +259,8 @@ class Endpoint:
     def score(self, rows):
         """Gives each row's "answer" the log-odds that the server did not: a teacher-forced forward of the local model."""
         for part in ift.micro_batches(rows, 8):
-            model, processor = self.local = self.local or common.load_judge(self.model, self.checkpoint, self.device, self.bound)
+            here = argparse.Namespace(**{**vars(self.args), "endpoint": None})
+            model, processor = self.local = self.local or ift.load_judge(here, self.checkpoint)
             columns = ([row[name] for row in part] for name in ("text", "image", "response"))
             inputs, labels = (x.to(common.unwrap(model).device) for x in ift.encode_supervised(processor, *columns))
             logits, labels = ift.forward(model, inputs, labels)

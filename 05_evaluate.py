@@ -404,13 +404,13 @@ def main(args):
     print(f"{len(pairs)} pairs, {len(questions)} questions; judges: {', '.join(conditions)}; image withheld for {last}")
 
     # 2. judge ----------------------------------------------------------------------------------------------------
-    writer, judged, judge = RowWriter(folder / "judgements.jsonl"), {}, None
+    writer, judged = RowWriter(folder / "judgements.jsonl"), {}
     for name, checkpoint in conditions.items():
-        del judge  # two at a time would be one too many for the GPU
         judge = *ift.load_judge(args, checkpoint), writer, args
         judged[name] = judge_condition(name, questions, *judge)
         for label, how in ((f"{name}, {how} image", how) for how in (args.withhold if name == last else ())):
             judged[label] = judge_condition(label, withheld(questions, how, args.image_root, args.seed), *judge)
+        del judge  # two at a time would be one too many for the GPU
 
     # 3. measure --------------------------------------------------------------------------------------------------
     differences, expert, best_of, shorter = {}, {}, {}, {"shorter response": heuristic_rows(pairs)}

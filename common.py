@@ -193,7 +193,7 @@ class SharedPrompt:
         for own, new in zip(self.own, (keys, values)):
             own[:, :, self.length] = new[:, :, 0]
         self.length += 1
-        return self, None  # transformers hands this to the attention function as keys and values: see below
+        return self, None  # what transformers hands to the attention function "shared_prompt" as keys and values
 
     def attend(self, query, scale):
         """query (S, H*G, 1, D), G heads to each of H -> (S, 1, H*G, D). The two parts' attention, weighted by normaliser z: with
@@ -270,7 +270,7 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
         # A finished sample that has not left yet keeps writing; tokens after the stop are cut off by the caller.
         with contextlib.ExitStack() as afterwards:
             afterwards.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-            config._attn_implementation = "shared_prompt"
+            config._attn_implementation = "shared_prompt"  # needs no mask: SharedPrompt's bias hides the padding
             logits = model(input_ids=new[:, None], past_key_values=cache, use_cache=True, position_ids=(
                 position if deltas is None else position.expand(3, -1, -1))).logits[:, -1]  # (3, rows, 1): time, height, width
         position = position + 1
@@ -280,7 +280,7 @@ def _sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
 def sample(model, processor, requests, n=1, temperature=1.0, max_new_tokens=256, seed=0, batch_size=64, bar=None):
     """n samples per request {"id", "image": path or PIL, "text"}, in the asked order: lists of n dicts {"text", "complete":
     the stop token was written, "verdict": "A"/"B"/None, "log_odds": r at the verdict position in nats, None without verdict}.
-    batch_size counts sequences; out of memory halves it. Row by row the randomness comes from (seed, id)."""
+    batch_size counts sequences; out of memory halves it (sharded: stops). Row by row the randomness comes from (seed, id)."""
     if hasattr(model, "sample"):  # 04's Endpoint
         return model.sample(requests, n, temperature, max_new_tokens, seed, batch_size, bar)
     tokenizer, device = processor.tokenizer, unwrap(model).device
@@ -364,8 +364,7 @@ def write_text(path, text):  # atomic: a reader sees the old file or the new one
         os.replace(f"{path}.partial", path)
 
 
-def write_json(path, value):
-    """A JSON value, or, where the file's name ends in .jsonl, a list of rows, one per line."""
+def write_json(path, value):  # a JSON value or, where the file's name ends in .jsonl, a list of rows, one per line
     rows, indent = (value, None) if Path(path).suffix == ".jsonl" else ([value], 1)
     write_text(path, "".join(json.dumps(row, indent=indent, ensure_ascii=False) + "\n" for row in rows))
 
@@ -394,8 +393,8 @@ def stage_parser(doc):
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--run", default="runs/default", help="run directory, shared by all stages")
-    add("--model", help="hub id or folder of the judge to be; default: as in stage 01")
-    add("--max-image-tokens", type=int, help="bound on an image's tokens; default: as in stage 01, there the processor's own")
+    add("--model", help="hub id or folder of the judge, set in stage 01 for all stages")
+    add("--max-image-tokens", type=int, help="bound on an image's tokens, set in stage 01 for all stages")
     add("--device", help="cuda, mps or cpu; default: the first of these that is there")
     add("--shard", action="store_true", help="a judge larger than one GPU: each of torchrun's processes keeps a share of every layer")
     add("--batch-size", type=int, default=64, help="sequences decoded together")
@@ -411,8 +410,9 @@ def start_stage(args, name):
     free = "run device endpoint overwrite batch_size micro_batch checkpoint_activations shard".split()
     wanted = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in free}
     if WORLD > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if gpus := torch.cuda.device_count():
+            k = int(os.environ["LOCAL_RANK"])
+            torch.cuda.set_device(k) if k < gpus else stop(f"{gpus} GPU(s) are here, so --nproc-per-node can be {gpus} at most")
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     elif vars(args).get("shard"):
         stop("--shard shares the judge out among processes: start the script with torchrun --nproc-per-node K -- instead of python")

@@ -91,7 +91,7 @@ def train(model, processor, pictures, folder, **changed):
 def run(command, **extra):
     """What a command line of the README printed; it must succeed."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS="1", **extra))
+                          env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **extra))  # two processes, too
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

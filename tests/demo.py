@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from common import pick_device  # noqa: E402
+
 # The toy's sizes: everything else is the scripts' own default.
 STAGE_01 = ["--candidates", "4", "--max-new-tokens", "32", "--validation", "100", "--train", "400"]
 STAGE_02 = ["--critiques", "2", "--max-new-tokens", "96"]
@@ -64,13 +67,14 @@ def main():
     args = parser.parse_args()
     run, clock = ROOT / args.run, time.time()
     steps = dict(commands(Path(args.run) / "world", args.run, args.seed))
+    both_cores = TWO_PROCESSES if pick_device().type == "cpu" else []  # a GPU is for one process
     seconds = run_all([("world", steps["world"])])  # trains the detector beside the model
-    seconds |= run_all((name, TWO_PROCESSES + steps[name]) for name in ("01", "02", "03"))
+    seconds |= run_all((name, both_cores + steps[name]) for name in ("01", "02", "03"))
     control = start(steps["04 random"], run / "04_random.log")  # beside 04 on the second core
     seconds |= run_all([("04", steps["04"])])
     if control.wait():
         raise SystemExit(f"error: the control failed, see {run}/04_random.log; the same command again resumes")
-    seconds |= run_all([("05", TWO_PROCESSES + steps["05"])])
+    seconds |= run_all([("05", both_cores + steps["05"])])
     print("\n" + (run / "05_evaluation" / "report.md").read_text())
     print("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()) + f"; all {time.time() - clock:.0f}")
     print(f"pictures: {args.run}/01_preferences/contact_sheet.png, {args.run}/04_rejection/iter*/margins.png, "

@@ -23,7 +23,8 @@ three, four = stage("03_train_ift"), stage("04_rejection_sampling")
 
 def connect(url, model, checkpoint=None, device=None, max_image_tokens=None):
     """(Endpoint, None), as 01, 02, 04 and 05 get it."""
-    return three.load_judge(SimpleNamespace(endpoint=url, model=model, device=device, max_image_tokens=max_image_tokens), checkpoint)
+    return three.load_judge(SimpleNamespace(endpoint=url, model=model, device=device, max_image_tokens=max_image_tokens, shard=False,
+                                            seed=0), checkpoint)
 
 
 # ---- The stand-in server ---------------------------------------------------------------------------------------------
