@@ -229,6 +229,18 @@ def test_of_two_processes_each_asks_for_its_part(monkeypatch):
     assert [[answer["text"] for answer in samples] for samples in got] == [[i, i] for i in range(5)]
 
 
+def test_one_process_loads_an_adapter_for_all(tiny, server, path, tmp_path, monkeypatch):
+    server.models = {path: (tiny[0], path, None)}
+    three.add_lora(copy.deepcopy(tiny[0]), 2).save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(common, "RANK", 1)
+    connect(server.url, path, tmp_path / "adapter")
+    assert server.loaded == []
+    monkeypatch.setattr(common, "RANK", 0)
+    for _ in range(2):
+        connect(server.url, path, tmp_path / "adapter")
+    assert server.loaded == [str(tmp_path / "adapter")]
+
+
 def test_greedy_is_asked_for_once(trained, server, path, pictures, no_local_model):
     asked = judgements(pictures)
     got = common.sample(*connect(server.url, path), asked, 2, 0, 40)
