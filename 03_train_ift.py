@@ -27,6 +27,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import common
 from common import RANK, WORLD, both_orders, finish_stage, read_jsonl, row_seed, share_out, start_stage, verdict_log_odds
 
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # how PEFT asks transformers
 KINDS = ("critique", "correct")  # of rows, and of the two terms of L_IFT
 
 
@@ -193,8 +195,7 @@ def announce_training(args, rank, rows):
     """Before loading: what will be trained on, and the memory for it; stops where the GPU has less. rows: in words."""
     if args.train_batch % WORLD:
         common.stop(f"--train-batch {args.train_batch} must be a multiple of the {WORLD} processes")
-    print(f"training on {rows}; {args.steps} steps of {args.train_batch} critiques + {args.train_batch} correct responses, "
-          f"{args.micro_batch} at a time")
+    print(f"training on {rows}; {args.steps} steps of {args.train_batch} critiques + as many correct responses, {args.micro_batch} at a time")
     announce(args.model, common.pick_device(args.device), f"training, {f'LoRA of rank {rank}' if rank else 'full'}, with gradients "
              "and AdamW state", "take a smaller --model or (in stage 03) --lora-rank; activations: --micro-batch, --max-image-tokens",
              lambda blank: add_lora(blank, rank), WORLD if args.shard else 1)
