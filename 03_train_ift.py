@@ -195,7 +195,7 @@ def announce_training(args, rank, rows):
     """Before loading: what will be trained on, and the memory for it; stops where the GPU has less. rows: in words."""
     if args.train_batch % WORLD:
         common.stop(f"--train-batch {args.train_batch} must be a multiple of the {WORLD} processes")
-    print(f"training on {rows}; {args.steps} steps of {args.train_batch} critiques + as many correct responses, {args.micro_batch} at a time")
+    print(f"training on {rows}; {args.steps} steps of {args.train_batch} critiques + as many correct answers, {args.micro_batch} at a time")
     announce(args.model, common.pick_device(args.device), f"training, {f'LoRA of rank {rank}' if rank else 'full'}, with gradients "
              "and AdamW state", "take a smaller --model or (in stage 03) --lora-rank; activations: --micro-batch, --max-image-tokens",
              lambda blank: add_lora(blank, rank), WORLD if args.shard else 1)

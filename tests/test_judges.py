@@ -382,7 +382,7 @@ def test_seven_billion_parameters_are_counted_without_weights(tmp_path, monkeypa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * 2 ** 30, 24 * 2 ** 30))
     three.announce_training(three.parse_args(["--model", str(tmp_path), "--device", "cuda"]), 16, "8 critiques")
     said = capsys.readouterr().out
-    assert "8 critiques; 300 steps of 32 critiques + 32 correct responses, 8 at a time" in said
+    assert "8 critiques; 300 steps of 32 critiques + as many correct answers, 8 at a time" in said
     assert "LoRA of rank 16" in said and "8331.75 M weights in bfloat16, 40.37 M trained in float32" in said
     assert f"{(8_291_375_616 * 2 + 40_370_176 * 16) / 2 ** 30:.2f} GiB on cuda" in said  # 16.05
     full = (7_615_616_512 * 16 + 675_759_104 * 2) / 2 ** 30  # the language model, the vision tower
