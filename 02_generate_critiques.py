@@ -406,7 +406,7 @@ def parse_args(argv=None):
     add("--pairs", type=int, help="use only the first so many training pairs")
     add("--image-root", help="default: as in stage 01")
     add("--endpoint", help="URL of an OpenAI-compatible server that samples instead, such as http://localhost:8000/v1")
-    add("--style", choices=tuple(common.INSTRUCTIONS), default="critique", help="critique: by claims; descriptive: picture; none: verdict")
+    add("--style", choices=tuple(common.INSTRUCTIONS), default="critique", help="critique: claims; descriptive: image first; none: verdict")
     add("--critiques", type=int, default=4, help="M, critiques written per pair and order")
     add("--temperature", type=float, default=1.0)
     add("--max-new-tokens", type=int, default=512, help="longest critique; an unfinished one is dropped")
