@@ -1,92 +1,475 @@
-"""What the five stages must agree on byte for byte, and plumbing; the method's ideas stand in the stages.
+"""What the five stages must agree on byte for byte, and plumbing: the judge's prompt and verdict,
+model loading, encoding, batched sampling with the verdict's log-odds, several processes, resumable
+run directories. The method's ideas stand in the stages.
 
-The judge's prompt and verdict, model loading, encoding, batched sampling with the verdict's log-odds, several
-processes, resumable run directories.
-
-Letters in all files: B sequences, T tokens, V vocabulary entries, P prompt tokens (image included), R response tokens;
-in sampling also n samples of a prompt, S = B * n samples, H key-value heads, G query heads to each of them, D head size.
+Letters in all files: B sequences, T tokens, V vocabulary entries, P prompt tokens (image included),
+R response tokens. In sampling: n samples of a prompt, S = B * n of all, H key-value heads, G query
+heads to each of them, D head size.
 """
 
-# Outline with a budget of 540 lines; the next issue adds its tables, lock and wrapper (at most 650).
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import torch
+import torch.distributed as dist
+import transformers
+from PIL import Image, ImageOps
+from tqdm import tqdm
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
+from transformers.cache_utils import DynamicLayer
 
-# ---- The judge's prompt, verdict and checks (130) ------------------------------------------------
-INSTRUCTIONS = {}
+# ---- The judge's prompt, verdict and checks ------------------------------------------------------
+INSTRUCTIONS = {
+    "critique": 'Check each claim of A and B against the image, one per line: "A: claim: yes" or '
+    '"A: claim: no". End with "Verdict: A" or "Verdict: B", the better response.',
+    "descriptive": 'Describe the image. End with "Verdict: A" or "Verdict: B", '
+    "the better response.",
+    "none": 'Answer "Verdict: A" or "Verdict: B", the better response.',
+}
 
 
 def build_judge_prompt(prompt, response_a, response_b, style="critique", reference=None):
-    """The one text that asks for a judgement; it follows the image."""
+    """The one text that asks for a judgement; it follows the image.
+
+    reference: the expert's findings and the label, as the lines that a critique would hold. Only
+    stage 02 gives it, to get good critiques; what is trained on and evaluated has none.
+    """
+    question = f"Question: {prompt}\nResponse A: {response_a}\nResponse B: {response_b}\n"
+    if reference is not None:
+        question += f"Known to be true, never to be mentioned:\n{reference}\n"
+    return question + INSTRUCTIONS[style]
 
 
 def both_orders(pair):
-    """The pair's two questions: in order "ab" the chosen response is A (label "A"), in "ba" it is B."""
+    """The pair's two questions: in order "ab" the chosen response is A (label "A"), in "ba" B."""
+    for order, a, b, label in (
+        ("ab", "chosen", "rejected", "A"),
+        ("ba", "rejected", "chosen", "B"),
+    ):
+        yield {
+            "id": f"{pair['id']}-{order}",
+            "pair_id": pair["id"],
+            "order": order,
+            "image": pair["image"],
+            "prompt": pair["prompt"],
+            "response_a": pair[a],
+            "response_b": pair[b],
+            "label": label,
+        }
+
+
+_MARK = r"(?:[^\w\n]|_)*"  # anything on a line that is no word: markdown, quotes, punctuation
+_VERDICT_LINE = re.compile(  # "Verdict: ...", "**Final verdict**: ...", "3. Verdict: ..."
+    rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}:(.*)$", re.IGNORECASE | re.MULTILINE
+)
+_VERDICT = re.compile(rf"^{_MARK}(?:response +)?([ab]){_MARK}$", re.IGNORECASE)  # what follows it
+_CLAUSE_END = re.compile(r";|(?:(?<=: yes)|(?<=: no))[.,]? +")  # several checks on one line
+_ANSWER = re.compile(r":(?:[^\w\n:]|_)*(yes|no)\b", re.IGNORECASE)  # what ends a check
+_CLAIM = (
+    re.compile(  # what stands before it: "A: claim", "2. Response B: claim", or the claim alone
+        r"^[\W_]*(?:\d+[\W_]+)?(?:(?:response +)?([AB])\b[^\w:]*:)?(.+)$", re.IGNORECASE
+    )
+)
 
 
 def find_verdict(text):
-    """(verdict, index of its letter in text), or (None, -1). The last line "Verdict: ..." decides."""
+    """(verdict, index of its letter in text) of the last line "Verdict: ...", or (None, -1)."""
+    lines = list(_VERDICT_LINE.finditer(text))
+    if not lines:
+        return None, -1
+    match = _VERDICT.match(lines[-1].group(1))
+    if match is None:  # neither letter, or both
+        return None, -1
+    return match.group(1).upper(), lines[-1].start(1) + match.start(1)
 
 
 def parse_verdict(text):
-    """ "A", "B", or None where the last verdict line names neither or both."""
+    """ "A", "B", or None where the last verdict line names neither or both.
+
+    Case, markdown and trailing punctuation are tolerated.
+    """
+    return find_verdict(text)[0]
 
 
 def parse_checks(text):
-    """The critique's checks in order: list of ("A" | "B", claim, supported)."""
+    """The critique's checks, one per line or clause: list of ("A" | "B", claim, supported).
+
+    >>> parse_checks("A: red circle: yes; A: a star: no\\nB: a dog: yes, on the left\\nVerdict: B")
+    [('A', 'red circle', True), ('A', 'a star', False), ('B', 'a dog', True)]
+    """
+    checks = []
+    for line in text.splitlines():
+        side = ""  # a clause without a letter speaks of the response that its line named last
+        for clause in _CLAUSE_END.split(line):
+            answer = _ANSWER.search(clause)
+            claim = _CLAIM.match(clause[: answer.start()]) if answer else None
+            if claim is None:
+                continue
+            side = (claim.group(1) or side).upper()
+            if side:
+                words = claim.group(2).strip(" *_\"'`")
+                checks.append((side, words, answer.group(1).lower() == "yes"))
+    return checks
 
 
 def verdict_log_odds(logits, id_a, id_b):
-    """r = log P(A) - log P(B) in nats (B,), from logits (B, V) at the verdict position."""
+    """r = log P(A) - log P(B) in nats (B,), from logits (B, V) at the verdict position.
+
+    id_a, id_b: token ids of the letters, ints or (B,) tensors. The softmax's normaliser cancels.
+    """
+    logits = logits.float()  # (B, V); a difference of bf16 logits has steps of 1/16 nat
+    rows = torch.arange(len(logits), device=logits.device)  # (B,)
+    return logits[rows, id_a] - logits[rows, id_b]  # (B,)
 
 
-# ---- Models (90) ---------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 def stop(message):
     """End the script with one readable line: what is wrong, where, and what to do."""
+    raise SystemExit(f"error: {message}")
 
 
-def pick_device(name="auto"):
-    """The torch.device that inputs go to."""
+def pick_device(name=None):
+    """The torch.device that inputs go to: the one named, else this process's GPU, Apple's, the CPU.
+
+    "auto" spreads the model over all GPUs; inputs go to the first.
+    """
+    if name and name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def unwrap(model):
     """The transformers model under a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, trainable=False):
-    """(model, processor) from a hub id or folder, with a checkpoint of stage 03 or 04 on it."""
+    """(model, processor) from a hub id or folder, in evaluation mode, all weights frozen.
+
+    checkpoint: a PEFT adapter's folder (trainable: its weights are not frozen), or the folder of a
+    fully fine-tuned model. max_image_tokens: no picture takes more of the prompt's tokens.
+    """
+    is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
+    weights = model_path if checkpoint is None or is_adapter else str(checkpoint)
+    target = pick_device(device)
+    # bf16 on the GPUs that have it, float32 elsewhere
+    has_bf16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        processor = AutoProcessor.from_pretrained(model_path)
+        model = AutoModelForImageTextToText.from_pretrained(
+            weights,
+            dtype=torch.bfloat16 if has_bf16 else torch.float32,
+            attn_implementation="sdpa",
+            device_map="auto" if device == "auto" else target,
+        )
+    except (OSError, ValueError) as error:
+        stop(f"--model {weights}: {str(error).splitlines()[0]}")
+    if max_image_tokens:
+        vision = processor.image_processor  # a token covers merge_size x merge_size patches
+        pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
+        smallest = min(vision.size["shortest_edge"], pixels // 4)  # enlarging may double both sides
+        vision.size = {"shortest_edge": smallest, "longest_edge": pixels}
+    gib = sum(weight.nbytes for weight in model.parameters()) / 2**30
+    where = "all GPUs" if device == "auto" else target
+    print(f"{checkpoint or weights}: {gib:.2f} GiB of {str(model.dtype)[6:]} weights on {where}")
+    model.requires_grad_(False)
+    if is_adapter:
+        model = load_adapter(model, checkpoint, trainable)
+    return model.eval(), processor
 
 
 def load_adapter(model, folder, trainable=False):
-    """PeftModel; an adapter whose keys do not fit the model is refused."""
+    """PeftModel; refuses an adapter whose keys do not fit, where PEFT itself only warns."""
+    from peft import PeftModel, get_peft_model_state_dict  # slow to import
+    from safetensors.torch import load_file
+
+    model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    found = set(load_file(Path(folder) / "adapter_model.safetensors"))
+    expected = set(get_peft_model_state_dict(model))
+    if found != expected:
+        only_there, only_here = sorted(found - expected)[:8], sorted(expected - found)[:8]
+        stop(f"the adapter {folder} does not fit the model: it has {only_there}, not {only_here}")
+    return model
 
 
-# ---- Encoding (40) -------------------------------------------------------------------------------
+# ---- Encoding ------------------------------------------------------------------------------------
 def load_image(image, aspect=200):
-    """RGB picture from a path or a PIL image; one that is far too long gets black bars."""
+    """RGB picture from a path or a PIL image.
+
+    Where the long side is more than `aspect` times the short one, black bars fill it up.
+    """
+    try:
+        picture = image if isinstance(image, Image.Image) else Image.open(image)
+        picture = picture.convert("RGB")
+    except OSError as error:  # missing, or not a picture
+        stop(f"image {image}: {error}")
+    shortest = math.ceil(max(picture.size) / aspect)
+    size = tuple(max(side, shortest) for side in picture.size)
+    return picture if size == picture.size else ImageOps.pad(picture, size)
 
 
 def encode_prompts(processor, texts, images):
     """Left-padded model inputs for one user turn (image, then text) per row; input_ids (B, P)."""
+    chats = []
+    for text in texts:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+        chats.append(chat)
+    # A strip one image token high takes as many tokens as it is long, whatever the bound on pixels.
+    vision = processor.image_processor
+    most_tokens = vision.size["longest_edge"] / (vision.patch_size * vision.merge_size) ** 2
+    return processor(
+        text=chats,
+        images=[[load_image(image, min(200, most_tokens))] for image in images],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        return_mm_token_type_ids=True,
+    )
 
 
-# ---- Sampling (190) ------------------------------------------------------------------------------
-def row_seed(seed, *keys):
-    """A 63-bit seed from the run's seed and a row's identity."""
+# ---- Sampling ------------------------------------------------------------------------------------
+# A transformer keeps the keys and values of all earlier tokens (its cache), so that a new token
+# costs one row of computation. The n samples of a prompt agree on the prompt's part, which is most
+# of it (the picture!): it is computed and stored once, and each sample's own tokens beside it:
+#
+#     shared, B rows                              own, B * n rows
+#     prompt 0: [image | question | A | B]  <-+-  sample 0: [A: | red  | circle | ...
+#                                             +-  sample 1: [A: | blue | ...
+#     prompt 1: [image | question | A | B]  <-+-  sample 2: [B: | ...
+#
+# A new token attends to both parts. The softmax over all keys is the two parts' own softmaxes,
+# weighted by their normalisers (sums of exponentials): z_prompt and z_own over z_prompt + z_own.
+def attend(query, keys, values, bias=0.0):
+    """softmax(query keys^T + bias) values (..., D) and its log normaliser (..., 1), in float32."""
+    scores = query @ keys.float().mT + bias  # (..., queries, keys)
+    log_p = scores.log_softmax(-1)  # (..., queries, keys)
+    log_z = (scores - log_p)[..., -1:]  # the same at every key; the last is never hidden
+    return log_p.exp() @ values.float(), log_z
 
 
 class SharedPrompt:
-    """A layer's cache in which the n samples of a prompt share its keys and values."""
+    """One layer's cache: the n samples of a prompt share its keys and values (sketch above).
+
+    layer: holds the prompts' keys and values (B, H, P, D); prompt_mask (B, P) is 0 at padding;
+    room: the most tokens that a sample writes.
+    """
+
+    def __init__(self, layer, prompt_mask, n, room):
+        device = layer.keys.device  # with --device auto, layers lie on several
+        B, H, _, D = layer.keys.shape
+        self.n = n
+        self.prompt_keys, self.prompt_values = layer.keys, layer.values
+        hidden = prompt_mask.to(device)[:, None, None] == 0  # (B, 1, 1, P)
+        self.bias = torch.where(hidden, -torch.inf, 0.0)
+        self.own_keys = layer.keys.new_empty(B * n, H, room, D)
+        self.own_values = layer.values.new_empty(B * n, H, room, D)
+        self.length = 0  # own tokens so far
+        # (S,): row s of the batch is sample slots[s] % n of prompt slots[s] // n
+        self.slots = torch.arange(B * n, device=device)
+
+    def update(self, keys, values, *args, **kwargs):
+        """Write the new tokens' keys and values (S, H, 1, D) in place.
+
+        transformers passes what a cache returns here on to its attention function, as keys and
+        values. Returning itself is how this cache reaches the function that is registered below.
+        """
+        self.own_keys[:, :, self.length] = keys[:, :, 0]
+        self.own_values[:, :, self.length] = values[:, :, 0]
+        self.length += 1
+        return self, None
+
+    def attend(self, query, scaling):
+        """Attention (S, 1, H*G, D) of the new tokens' queries (S, H*G, 1, D) to both parts."""
+        B, H, _, D = self.prompt_keys.shape
+        q = query.reshape(len(query), H, -1, D).float() * scaling  # (S, H, G, D)
+        # All samples of a prompt ask its keys in one product; those that have left ask with zeros.
+        asked = q.new_zeros(B * self.n, *q.shape[1:]).index_copy_(0, self.slots, q)
+        asked = asked.view(B, self.n, H, -1, D).transpose(1, 2).flatten(2, 3)  # (B, H, n*G, D)
+        out, log_z = attend(asked, self.prompt_keys, self.prompt_values, self.bias)
+        prompt, log_z_prompt = self.by_sample(out), self.by_sample(log_z)  # (S, H, G, D or 1)
+        own_keys = self.own_keys[:, :, : self.length]  # (S, H, own tokens, D)
+        own, log_z_own = attend(q, own_keys, self.own_values[:, :, : self.length])
+        weight = (log_z_prompt - log_z_own).sigmoid()  # z_prompt / (z_prompt + z_own)
+        return own.lerp(prompt, weight).to(query.dtype).reshape(len(query), 1, -1, D)
+
+    def by_sample(self, x):
+        """(B, H, n*G, ...) -> (S, H, G, ...): the rows of the samples that are still here."""
+        return x.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)[self.slots]
+
+    def reorder_cache(self, keep):
+        """Only the samples `keep` (a rising index into S) go on; prompts without any leave, too."""
+        keep = keep.to(self.slots.device)
+        self.own_keys, self.own_values = self.own_keys[keep], self.own_values[keep]
+        slots = self.slots[keep]
+        here, place = (slots // self.n).unique(return_inverse=True)  # prompts that stay, new places
+        self.prompt_keys, self.prompt_values = self.prompt_keys[here], self.prompt_values[here]
+        self.bias = self.bias[here]
+        self.slots = place * self.n + slots % self.n
 
 
-class ReorderedCache:
-    """The fallback for caches with other layers: every sample has a copy, by cache.reorder_cache."""
+def shared_prompt_attention(module, query, shared, values, *args, scaling, **kwargs):
+    """An attention function for transformers; `shared` is the SharedPrompt that update returned."""
+    return shared.attend(query, scaling), None
+
+
+AttentionInterface.register("shared_prompt", shared_prompt_attention)
+
+
+class Decoding:
+    """B prompts, encoded once, and n samples of each; logits (S, V) are for their next tokens."""
+
+    def __init__(self, model, inputs, n, room):
+        self.model, self.inner = model, unwrap(model).model
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+        self.cache = out.cache
+        self.logits = out.logits[:, -1].repeat_interleave(n, 0)  # (S, V)
+        mask = inputs["attention_mask"]  # (B, P)
+        self.position = mask.sum(1, keepdim=True)  # (B, 1), of the next token
+        # Image tokens take fewer positions than places: position = length + delta. The deltas are
+        # state that the model keeps for its next call, which must not be one with other prompts.
+        self.has_deltas = getattr(self.inner, "rope_deltas", None) is not None
+        if self.has_deltas:
+            self.position = self.position + self.inner.rope_deltas
+            self.inner.rope_deltas = None
+        self.position = self.position.repeat_interleave(n, 0)  # (S, 1)
+        self.is_shared = all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        if self.is_shared:
+            self.mask = None  # SharedPrompt hides the padding itself
+            self.cache.layers = [SharedPrompt(x, mask, n, room) for x in self.cache.layers]
+        else:  # other layers, such as linear attention: each sample gets a copy of its prompt's
+            index = torch.arange(len(mask), device=mask.device).repeat_interleave(n)  # (S,)
+            self.cache.reorder_cache(index)
+            self.mask = mask[index]  # (S, P)
+
+    def keep(self, index):
+        """Only the samples of this index go on."""
+        self.cache.reorder_cache(index)
+        self.position = self.position[index.to(self.position.device)]
+        if not self.is_shared:
+            self.mask = self.mask[index]
+
+    def step(self, tokens):
+        """Append one token (S,) to each sample."""
+        position = self.position  # (S, 1), or (3, S, 1) for time, height and width
+        if self.has_deltas:
+            position = position.expand(3, -1, -1)
+        if not self.is_shared:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        config = self.inner.language_model.config
+        usual = config._attn_implementation
+        try:
+            config._attn_implementation = "shared_prompt" if self.is_shared else usual
+            self.logits = self.model(
+                input_ids=tokens[:, None].to(position.device),
+                attention_mask=self.mask,
+                position_ids=position,
+                cache=self.cache,
+                use_cache=True,
+            ).logits[:, -1]  # (S, V)
+        finally:
+            config._attn_implementation = usual
+        self.position = self.position + 1
 
 
 def pick_tokens(logits, uniforms, temperature):
-    """One token id per row (S,) by inverse transform sampling."""
+    """One token id per row (S,): the most likely at temperature 0, else by inverse transform
+    sampling the first whose cumulative probability exceeds the row's uniform number.
+    logits (S, V); uniforms (S,) in [0, 1).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits.to(uniforms.dtype) / temperature).softmax(-1).cumsum(-1)  # (S, V)
+    threshold = uniforms[:, None] * cdf[:, -1:]  # (S, 1); the last sum is 1 but for rounding
+    return torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
 
 
+@torch.no_grad()
 def sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
-    """Encode B prompts once, decode n samples of each."""
+    """Encode B prompts once, decode n samples of each -> token ids (S, R) padded with -1, log-odds
+    (S, R, 2) in nats at temperature 1 for both spellings of the verdict.
+
+    uniforms (B, n, R) in [0, 1): the only randomness, one per token. What follows a sample's stop
+    token means nothing: it goes on writing until it leaves the batch.
+    """
+    B, n, R = uniforms.shape
+    decoding = Decoding(model, inputs, n, R)
+    device = decoding.logits.device
+    precise = torch.float32 if device.type == "mps" else torch.float64  # Apple's have no float64
+    uniforms = uniforms.reshape(B * n, R).to(device, precise)
+    tokens = torch.full((B * n, R), -1, device=device)
+    log_odds = torch.zeros(B * n, R, 2, device=device)
+    rows = torch.arange(B * n, device=device)  # (S,): the samples that are in the batch
+    going = torch.ones_like(rows, dtype=torch.bool)  # (S,): those of them that have not stopped
+    for t in range(R):
+        new = pick_tokens(decoding.logits, uniforms[rows, t], temperature)  # (S,)
+        tokens[rows, t] = new
+        for spelling, (id_a, id_b) in enumerate(zip(*verdict_ids)):
+            log_odds[rows, t, spelling] = verdict_log_odds(decoding.logits, id_a, id_b)
+        going &= ~torch.isin(new, stop_ids.to(device))
+        if t + 1 == R or not going.any():
+            break
+        if going.float().mean() < 0.75:  # finished samples leave the batch, many at a time
+            index = going.nonzero()[:, 0]
+            decoding.keep(index)
+            rows, new, going = rows[index], new[index], going[index]
+        decoding.step(new)
+    return tokens.cpu(), log_odds.cpu()
+
+
+def verdict_token_ids(tokenizer):
+    """((2,) ids of A, (2,) ids of B): as after "Verdict:" with a space, and bare as in "**A**"."""
+    ids = []
+    for letter in "AB":
+        spellings = (f"Verdict: {letter}", letter)
+        ids.append([tokenizer(x, add_special_tokens=False).input_ids[-1] for x in spellings])
+    if set(ids[0]) & set(ids[1]):
+        stop("the tokenizer gives A and B the same token: this model's verdict has no log-odds")
+    return ids
+
+
+def find_verdict_token(tokenizer, ids):
+    """(text, verdict or None, index in ids of the token that holds its letter or None)."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    verdict, index = find_verdict(text)
+    if verdict is None:
+        return text, None, None
+    place = len(ids) - 1
+    while len(tokenizer.decode(ids[:place], skip_special_tokens=True)) > index:
+        place -= 1  # the text before this token already reaches beyond the letter
+    return text, verdict, place
+
+
+def finish_sample(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
+    """The answer of common.sample from one sample's tokens (R,) and log-odds (R, 2)."""
+    ends = torch.isin(tokens, stop_ids.cpu()).nonzero()
+    length = int(ends[0]) if len(ends) else int((tokens >= 0).sum())
+    text, verdict, place = find_verdict_token(tokenizer, tokens[:length].tolist())
+    r = None
+    if verdict is not None:
+        is_bare = int(tokens[place]) in (verdict_ids[0][1], verdict_ids[1][1])
+        r = log_odds[place, int(is_bare)].item()
+    return {"text": text, "complete": len(ends) > 0, "verdict": verdict, "log_odds": r}
+
+
+def row_seed(seed, *keys):
+    """A 63-bit seed from the run's seed and a row's identity, whatever is resumed or split."""
+    text = "/".join(str(key) for key in (seed, *keys))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def sample(
@@ -100,58 +483,296 @@ def sample(
     batch_size=256,
     bar=None,
 ):
-    """n samples per request {"id", "image", "text"}: the one function that generates text."""
+    """n samples per request: the one function that generates text, and the seam for a server.
+
+    requests: [{"id", "image": path or PIL, "text"}] -> in their order, lists of n answers {"text",
+    "complete": it wrote the stop token, "verdict": "A" | "B" | None, "log_odds": r at the verdict
+    in nats or None}. A row's randomness comes from (seed, id) alone. batch_size: sequences decoded
+    together; out of memory halves it.
+    """
+    tokenizer, device = processor.tokenizer, unwrap(model).device
+    ends = model.generation_config.eos_token_id or []
+    ends = [ends] if isinstance(ends, int) else ends
+    stop_ids = torch.tensor(
+        [*ends, tokenizer.eos_token_id], device=device
+    )  # training's is the last
+    verdict_ids = verdict_token_ids(tokenizer)
+    size = max(1, batch_size // n)  # prompts encoded together
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # pads little
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+
+    def numbers(row):
+        generator = torch.Generator().manual_seed(row_seed(seed, row["id"]))
+        return torch.rand(n, max_new_tokens, generator=generator)  # (n, R)
+
+    def answer(batch):
+        """Lists of n answers to the requests of a batch, in pieces where it doesn't fit memory."""
+        nonlocal size
+        answers = []
+        while len(answers) < len(batch):
+            rows = [requests[i] for i in batch[len(answers) :][:size]]
+            uniforms = torch.stack([numbers(row) for row in rows])  # (B, n, R)
+            texts, images = [row["text"] for row in rows], [row["image"] for row in rows]
+            inputs = encode_prompts(processor, texts, images).to(device)
+            try:
+                written = sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids)
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                size = (len(rows) + 1) // 2
+                torch.cuda.empty_cache()
+                print(f"out of memory: going on with {size} prompts at a time")
+                continue
+            finished = [finish_sample(tokenizer, *x, stop_ids, verdict_ids) for x in zip(*written)]
+            answers += [finished[i : i + n] for i in range(0, len(finished), n)]
+        if bar is not None:  # as if all processes were as far as this one
+            bar.update(min(len(batch) * WORLD, bar.total - bar.n))
+        return answers
+
+    answers = share_out(batches, answer)
+    return [samples for _, samples in sorted(zip(order, answers), key=lambda pair: pair[0])]
 
 
-# ---- Several processes (40) ----------------------------------------------------------------------
+# ---- Several processes: torchrun --nproc-per-node K -- script.py ... -----------------------------
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def share_out(batches, work):
-    """The lists work(batch) of all batches, joined: process r of K does batches r, r + K, ..."""
+    """The lists work(batch) of all batches, joined. Process r of K does batches r, r + K, ... and
+    gets the others' results; so the batches, and every number, are those of a single process.
+    """
+    own = [work(batch) for batch in batches[RANK::WORLD]]
+    of_process = [own] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(of_process, own)
+    results = []
+    for i in range(len(batches)):
+        results += of_process[i % WORLD][i // WORLD]
+    return results
 
 
 def barrier():
     """No process goes on before all are here."""
+    if WORLD > 1:
+        dist.barrier()
 
 
-# ---- Run directories (150) -----------------------------------------------------------------------
+def run(main, args):
+    """main(args), as every script ends with: libraries are quiet, torchrun's processes join."""
+    transformers.logging.set_verbosity_error()  # what matters about a model, load_judge checks
+    transformers.logging.disable_progress_bar()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # stage 03's DataLoader forks this process
+    if WORLD > 1:
+        if args.device == "auto":
+            stop("--device auto spreads one process's model over all GPUs: start without torchrun")
+        gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if 0 < gpus <= local:
+            stop(f"{gpus} GPU(s) are here, so --nproc-per-node can be {gpus} at most")
+        if gpus:
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    with open(os.devnull, "w") as silence:
+        try:
+            with contextlib.redirect_stdout(silence if RANK else sys.stdout):  # process 0 speaks
+                main(args)
+        except torch.OutOfMemoryError:
+            stop(
+                "out of memory: lower --micro-batch or --batch-size (which change no result), "
+                "--max-new-tokens or, in stage 01, --max-image-tokens; in training, "
+                "--checkpoint-activations saves most"
+            )
+
+
+# ---- Run directories: rows that survive an interruption, meta.json as the sign of completion -----
 def read_jsonl(path, fields=()):
-    """Rows of a jsonl file; file, line and field are named where one is missing or malformed."""
+    """Rows of a jsonl file; stops at a malformed line or a missing field, naming file and line."""
+    if not Path(path).exists():
+        stop(f"{path} does not exist: run the stage that writes it first, or name another file")
+    rows, ids = [], set()
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = dict(**json.loads(line))
+        except (json.JSONDecodeError, TypeError) as error:
+            stop(f"{path} line {number}: a JSON object is expected, not {line[:40]!r} ({error})")
+        missing = [field for field in fields if row.get(field) is None]
+        if missing:
+            stop(f"{path} line {number}: field {missing[0]!r} is missing")
+        if "id" in fields and row["id"] in ids:
+            stop(f"{path} line {number}: id {row['id']!r} occurs twice")
+        ids.add(row.get("id"))
+        rows.append(row)
+    if fields and not rows:
+        stop(f"{path} is empty: nothing to work on")
+    return rows
+
+
+def write_text(path, text):
+    """Atomic: a reader sees the old file or the new one. Of several processes the first writes."""
+    if RANK == 0:
+        partial = Path(f"{path}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 def write_json(path, value):
-    """One JSON value, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path, rows):
-    """Rows, one per line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class RowWriter:
-    """Appends rows to a jsonl file, flushed one by one; knows what was there before."""
+    """Appends rows to a jsonl file, each flushed. rows: also those of an earlier, interrupted run,
+    but for a half-written last line. key: the fields that tell a row from all others.
+    """
+
+    def __init__(self, path, key=("id",)):
+        self.key = key
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        barrier()  # all have read before one writes
+        if whole != data and RANK == 0:
+            path.write_bytes(whole)
+        self.rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+        self.done = {tuple(row.get(name) for name in key) for row in self.rows}
+        self.file = open(os.devnull if RANK else path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def is_done(self, row):
+        """Was a row with this key there before this run?"""
+        return tuple(row.get(name) for name in self.key) in self.done
+
+    def write(self, row):
+        """Append the row, unless it was there before this run."""
+        if not self.is_done(row):
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.file.flush()
+            self.rows.append(row)
 
 
-def in_chunks(rows, is_done, n, describe):
-    """(chunk, bar) for fixed chunks of rows that are not wholly done: a resumed run forms the same batches."""
+CHUNK = 2048  # sequences between two saves, whatever --batch-size: what an interruption costs
+
+
+def in_chunks(rows, is_done, size, describe):
+    """(chunk, bar) for fixed chunks of `size` rows, but for those that are wholly done: a resumed
+    run forms the same chunks, so the same batches, and writes the same bytes.
+    """
+    with progress_bar(len(rows), describe) as bar:
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            if all(is_done(row) for row in chunk):
+                bar.update(len(chunk))
+            else:
+                yield chunk, bar
+
+
+def progress_bar(total, describe, unit="row"):
+    """A bar on stdout, with rate and time left; none where stdout is no terminal."""
+    settings = {"dynamic_ncols": True, "disable": None, "file": sys.stdout}
+    return tqdm(total=total, desc=describe, unit=unit, **settings)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Names the default where there is one."""
+
+    def _get_help_string(self, action):
+        silent = not action.option_strings or action.default in (None, False, argparse.SUPPRESS)
+        return action.help if silent else f"{action.help} (%(default)s)"
 
 
 def stage_parser(doc):
-    """A script's parser with what all stages take: --run, --device, --batch-size, --seed, --overwrite."""
+    """(parser, add function of its group "the run") with what all stages take."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=HelpFormatter)
+    add = parser.add_argument_group("the run").add_argument
+    add("--run", default="runs/default", help="run directory, shared by all stages")
+    add("--device", help="cuda, mps, cpu, or auto: one model over all GPUs; else the best one here")
+    add("--batch-size", type=int, default=256, help="sequences decoded together")
+    add("--seed", type=int, default=0, help="of every random choice")
+    add("--overwrite", action="store_true", help="delete this stage's folder first")
+    return parser, add
+
+
+# What leaves the rows as they are, up to rounding, may change when a stage is resumed.
+FREE_ARGUMENTS = {
+    "run",
+    "device",
+    "overwrite",
+    "batch_size",
+    "micro_batch",
+    "checkpoint_activations",
+}
 
 
 def start_stage(args, name):
     """The stage's folder, ready to be written or resumed; None where it is complete already."""
+    folder = Path(args.run) / name
+    wanted = {key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS}
+    if args.overwrite and folder.exists() and RANK == 0:
+        shutil.rmtree(folder)
+    barrier()
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "args.json").exists():
+        old = json.loads((folder / "args.json").read_text())
+        changed = [key for key in wanted if old.get(key) != wanted[key]]
+        for key in changed:
+            print(f"--{key.replace('_', '-')} was {old.get(key)}, is {wanted[key]}")
+        if changed:
+            stop(
+                f"{folder} was begun with other arguments: use them, another --run, or --overwrite"
+            )
+        if (folder / "meta.json").exists():
+            print(f"{folder} is complete: nothing to do; --overwrite makes it anew")
+            return None
+        print(f"resuming {folder}")
+    barrier()
+    write_json(folder / "args.json", wanted)
+    args.started = time.time()
+    return folder
 
 
 def args_of(run, stage):
     """The arguments that a complete earlier stage was made with, from its meta.json."""
+    path = Path(run) / stage / "meta.json"
+    if not path.exists():
+        stop(f"{path} does not exist: {stage} is not complete; run its script first")
+    return json.loads(path.read_text())["args"]
 
 
 def find_checkpoint(folder):
     """The folder's adapter/ or model/, as stages 03 and 04 write them."""
+    for path in (Path(folder) / "adapter", Path(folder) / "model"):
+        if path.exists():
+            return path
+    stop(f"{folder} holds neither adapter/ nor model/: run the stage that writes it first")
 
 
 def finish_stage(folder, args, counts, inputs, next_command, **extra):
-    """Print what was made and dropped, and write meta.json last."""
-
-
-def run(main, args):
-    """What every script ends with: the processes join, main(args)."""
+    """Say what was made and dropped; write meta.json last, which means that the stage is complete."""
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    hashes = {}
+    for path in inputs:
+        with open(path, "rb") as file:
+            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    used = ("torch", "transformers", "peft", "datasets", "ultralytics", "numpy", "pillow")
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in used}
+    meta = {
+        "args": json.loads((folder / "args.json").read_text()),
+        "counts": counts,
+        **extra,
+        "inputs": hashes,
+        "seconds": round(time.time() - args.started, 1),
+        "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "git_commit": commit,
+        "versions": {"python": sys.version.split()[0], **versions},
+    }
+    for reason, count in counts.items():
+        print(f"  {reason:<44} {count:>8}")
+    memory = f"{meta['peak_memory_gib']} GiB, of the GPU {meta['peak_gpu_gib']}"
+    print(f"{folder}: done in {meta['seconds']:.0f} s, peak memory {memory}\nnext: {next_command}")
+    write_json(folder / "meta.json", meta)
