@@ -1,78 +1,544 @@
-"""03  Teach the judge to write a critique and a verdict, while it keeps writing correct answers (L_IFT)."""
+"""03  Teach the judge to write a critique and a verdict, while it keeps writing correct answers.
 
-# Outline with a budget of 470 lines (at most 540 with the next issue's checkpoints).
+    L_IFT = L_SFT(D_critique) + lambda * L_SFT(D_correct)
+    L_SFT = sum of NLL over response tokens / their number, both over the whole optimizer step
+    D_critique: image, judge prompt without reference -> critique + verdict
+    D_correct:  image, prompt -> chosen response
+
+Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
+  1) lambda = 1/3 by default, as in generative verifiers;
+  2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is measured at each
+     validation, and trained on only if asked (--bt-weight);
+  3) the vision tower stays frozen, with LoRA and with full fine-tuning (--lora-rank 0) alike;
+  4) what is trained is float32, also where the rest is bf16, which would round most updates away.
+
+Reads  02_critiques/critiques.jsonl; 01_preferences/preferences.jsonl (split "validation").
+Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), validation.jsonl (judgements before
+       and after), metrics.jsonl, one line for each step, such as
+    {"step": 1, "loss": 1.0527, "critique": 0.6861, "correct": 1.0997, "grad_norm": 5.79, "lr":
+     0.000429, "tokens_per_s": 975.3}
+
+    python 03_train_ift.py --run runs/demo --steps 150 --lr 3e-3
+    python 03_train_ift.py                                       # one GPU
+"""
+
+import argparse
+import math
+import random
+import shlex
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+import common
+from common import RANK, WORLD, RowWriter, both_orders, build_judge_prompt, read_jsonl, row_seed
+
+# Every linear layer of the language model, and of nothing else: attention, linear attention, MLP.
+LORA_TARGETS = r".*language_model\.layers\.\d+\..*_proj\w*"
 
 
-# ---- The losses (40) -----------------------------------------------------------------------------
+# ---- The losses ----------------------------------------------------------------------------------
 def nll_sum(logits, labels):
-    """logits (B,T,V) any float, labels (B,T) int with -100 = not supervised -> (summed NLL () in nats, n_tokens () int)."""
+    """Summed negative log-likelihood () in nats of the supervised tokens, and their number () int.
+
+    logits (B,T,V) any float; labels (B,T) int, -100 where a token is not supervised.
+    """
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]  # position t predicts token t+1
+    logits = logits.transpose(1, 2)  # (B,V,T-1), as cross_entropy wants it beside labels (B,T-1)
+    nll = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")  # ()
+    return nll, (labels != -100).sum()
 
 
 def ift_loss(nll_critique, n_critique, nll_correct, n_correct, lam):
-    """L_IFT = nll_critique / n_critique + lam * nll_correct / n_correct, in nats per token."""
+    """L_IFT = nll_critique / n_critique + lam * nll_correct / n_correct, in nats per token.
+
+    nll_*: NLL () summed over the response tokens of a whole optimizer step; n_*: their number.
+    At lam = 0, n_correct may be 0.
+    """
+    loss = nll_critique / n_critique
+    return loss + lam * nll_correct / n_correct if lam else loss
 
 
 def bradley_terry_loss(log_odds, label_is_a):
-    """-log P(label) = -log sigmoid(+-r) per example: log_odds r (B,) in nats, label_is_a (B,) bool -> (B,) nats."""
+    """-log P(label) = -log sigmoid(+-r) per example (B,) in nats.
+
+    log_odds: r = log P(A) - log P(B) in nats (B,); label_is_a (B,) bool.
+    """
+    return F.softplus(
+        torch.where(label_is_a, -log_odds, log_odds)
+    )  # softplus(-x) = -log sigmoid(x)
 
 
-# ---- What is trained on, and what of it is supervised (100) --------------------------------------
+# ---- What is trained on, and what of it is supervised --------------------------------------------
 def training_rows(critiques):
-    """(D_critique, D_correct) as rows {id, image, text, response} from critique rows."""
+    """(D_critique, D_correct) as rows {id, image, text, response} from critique rows.
+
+    Each pair's chosen response enters D_correct once, however many critiques the pair has.
+    """
+    judged, correct = [], {}
+    for row in critiques:
+        a, b = row["response_a"], row["response_b"]
+        text = build_judge_prompt(row["prompt"], a, b, row["style"])
+        judged.append({"id": row["id"], "image": row["image"], "text": text})
+        judged[-1] |= {"response": row["critique"], "label": row["label"]}
+        chosen = {"id": row["pair_id"], "image": row["image"], "text": row["prompt"]}
+        correct[row["pair_id"]] = {**chosen, "response": a if row["label"] == "A" else b}
+    return judged, list(correct.values())
 
 
 def rows_of_step(rows, step, size, seed):
-    """The rows of optimizer step `step` (from 0): the shuffled epochs one after another, cut into steps of `size`."""
+    """The rows of optimizer step `step` (from 0): shuffled epochs one after another, cut by size."""
+    chosen = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, k = divmod(place, len(rows))
+        if k == 0 or not chosen:
+            shuffled = list(rows)
+            random.Random(row_seed(seed, "epoch", epoch)).shuffle(shuffled)
+        chosen.append(shuffled[k])
+    return chosen
 
 
 def encode_supervised(processor, texts, images, responses, max_response_tokens=None):
-    """(inputs, labels): left-padded prompts (B, P), then the responses and their stop token, right-padded (B, R)."""
+    """(inputs, labels): left-padded prompts (B,P), then right-padded responses (B,R).
+
+    labels (B,P+R) are -100 except on a response and its stop token. A response that is cut at
+    max_response_tokens has no stop token: it does not end there.
+    """
+    inputs, tokenizer = common.encode_prompts(processor, texts, images), processor.tokenizer
+    rows = []
+    for response in responses:
+        ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        rows.append(torch.tensor(ids[:max_response_tokens]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B,R)
+    targets = pad(rows, batch_first=True, padding_value=-100)  # (B,R); by length, not by token:
+    # where a tokenizer's padding token is its stop token, the stop token stays supervised
+    masked = torch.full_like(inputs["input_ids"], -100)  # (B,P): prompt and image tokens
+    added = {
+        "input_ids": ids,
+        "attention_mask": (targets != -100).long(),
+        "mm_token_type_ids": torch.zeros_like(ids),  # 0 = text
+    }
+    for name, columns in added.items():
+        inputs[name] = torch.cat([inputs[name], columns], 1)  # (B,P+R)
+    return inputs, torch.cat([masked, targets], 1)
 
 
-class TrainingSteps:
-    """A map-style data set: step k -> its micro-batches, encoded. A later run can go on at any step."""
+class TrainingSteps(Dataset):
+    """Step k -> its micro-batches [(kind, rows, inputs, labels)], read and encoded; kind is
+    "critique" or "correct".
+
+    Each step stands for itself, so that another process can prepare it and training can go on at
+    any step. A step holds train_batch critiques and, if lam > 0, as many correct responses; of
+    several processes each takes its share of them.
+    """
+
+    def __init__(
+        self,
+        critiques,
+        processor,
+        image_root,
+        *,
+        lam,
+        train_batch,
+        micro_batch,
+        max_response_tokens,
+        seed,
+    ):
+        judged, correct = training_rows(critiques)
+        self.rows_of_kind = (
+            {"critique": judged, "correct": correct} if lam else {"critique": judged}
+        )
+        self.processor, self.image_root, self.seed = processor, Path(image_root), seed
+        self.train_batch, self.micro_batch = train_batch, micro_batch
+        self.max_response_tokens = max_response_tokens
+
+    def __getitem__(self, step):
+        encoded = []
+        for kind, all_rows in self.rows_of_kind.items():
+            rows = rows_of_step(all_rows, step, self.train_batch, self.seed)[RANK::WORLD]
+            rows.sort(key=lambda row: len(row["text"]) + len(row["response"]))  # little padding
+            for start in range(0, len(rows), self.micro_batch):
+                part = rows[start : start + self.micro_batch]
+                encoded.append((kind, part, *self.encode(part)))
+        return encoded
+
+    def encode(self, rows):
+        """(inputs, labels) of one micro-batch."""
+        texts, responses = [row["text"] for row in rows], [row["response"] for row in rows]
+        images = [self.image_root / row["image"] for row in rows]
+        limit = self.max_response_tokens
+        inputs, labels = encode_supervised(self.processor, texts, images, responses, limit)
+        return dict(inputs), labels
 
 
-# ---- The loop: rows, count, forward, loss, backward, step, log (110) -----------------------------
+# ---- The loop: rows, count, forward, loss, backward, step, log -----------------------------------
 def forward(model, inputs, labels):
-    """(logits (B,R+1,V), labels (B,R+1)): only they pass the language head."""
+    """(logits (B,R+1,V), labels (B,R+1)): the language head sees the last R+1 positions alone.
+
+    Only they hold supervised tokens, or predict the first of them, as the last prompt token does.
+    """
+    first = int((labels != -100).any(0).nonzero()[0])  # place of the first response token
+    keep = labels.shape[1] - first + 1  # R+1
+    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    return logits, labels[:, -keep:].to(logits.device)
 
 
-def log_odds_of_verdict(logits, labels, tokenizer, verdict_ids):
-    """r (B,) in nats at each response's verdict, teacher-forced."""
+def bradley_terry_sum(logits, labels, rows, tokenizer):
+    """Summed Bradley-Terry loss () of critiques, at each one's verdict, teacher-forced.
+
+    logits (B,R+1,V) and labels (B,R+1) as forward gives them; rows: {"label", ...}, B of them.
+    """
+    verdict_ids = common.verdict_token_ids(tokenizer)
+    r = []
+    for row_logits, row_labels in zip(logits, labels):  # (R+1,V), (R+1,)
+        ids = row_labels[row_labels != -100].tolist()
+        place = 1 + common.find_verdict_token(tokenizer, ids)[2]  # labels[0] belongs to the prompt
+        is_bare = int(row_labels[place]) in (verdict_ids[0][1], verdict_ids[1][1])  # "A", not " A"
+        id_a, id_b = verdict_ids[0][is_bare], verdict_ids[1][is_bare]
+        r.append(common.verdict_log_odds(row_logits[place - 1][None], id_a, id_b))  # (1,)
+    label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
+    return bradley_terry_loss(torch.cat(r), label_is_a).sum()
 
 
 def add_lora(model, rank):
-    """PEFT model with fresh rank-r adapters on the language model's linear layers; rank 0: full fine-tuning."""
+    """PEFT model with fresh rank-r adapters on the language model's linear layers.
+
+    Rank 0: the model itself with all of the language model's own weights trainable. float32 in
+    both cases (PEFT's default for adapters).
+    """
+    if rank:
+        from peft import LoraConfig, get_peft_model  # slow to import
+
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
+        return get_peft_model(model, config)
+    for name, weight in model.named_parameters():
+        if "language_model" in name or name.startswith("lm_head"):
+            weight.data = weight.data.float()
+            weight.requires_grad_(True)
+    return model
 
 
-def train(model, processor, judged, correct, folder, **settings):
-    """Minimise L_IFT in place; one line a step to folder/metrics.jsonl. 04 trains with this same function."""
+def total(numbers):
+    """Each number's sum over all processes."""
+    of_process = common.share_out(range(WORLD), lambda _: [list(numbers)])
+    return [sum(column) for column in zip(*of_process)]
+
+
+def learning_rate(step, steps, lr):
+    """Of a step from 0: linear warm-up in a twentieth of the steps, linear decay to a tenth."""
+    warmup = max(1, steps // 20)
+    fallen = 0.9 * max(0, step - warmup) / max(1, steps - warmup)
+    return lr * min((step + 1) / warmup, 1 - fallen)
+
+
+def count_supervised(micro_batches):
+    """(supervised tokens of critiques, of correct responses)."""
+    n = {"critique": 0, "correct": 0}
+    for kind, _, _, labels in micro_batches:
+        n[kind] += int((labels != -100).sum())
+    return n["critique"], n["correct"]
+
+
+def prepared_ahead(data, steps):
+    """The micro-batches of steps 0, 1, ..., read and encoded by a second process, two steps ahead."""
+    return DataLoader(data, batch_size=None, sampler=range(steps), collate_fn=list, num_workers=1)
+
+
+def show(bar, line, steps):
+    """Move the bar by a step; every tenth part of them leaves its line on the screen."""
+    bar.update()
+    if line["step"] % max(1, steps // 10) == 0:
+        names = ("loss", "critique", "correct", "bradley_terry", "grad_norm", "tokens_per_s")
+        numbers = [f"{name} {line[name]:.4g}" for name in names if line[name] is not None]
+        bar.write(f"step {line['step']:>5}/{steps} | {' | '.join(numbers)}")
+
+
+def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activations):
+    """Minimise L_IFT on data (a TrainingSteps) for `steps` optimizer steps, in place.
+
+    One line a step goes to folder/metrics.jsonl. Stage 04 trains by this function, too.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    device, tokenizer = common.unwrap(model).device, data.processor.tokenizer
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    if checkpoint_activations:  # a layer keeps its input alone and computes the rest again
+        layers = common.unwrap(model).model.language_model
+        layers.activation_checkpointing_enable()
+        layers.disable_input_require_grads()  # a hook left by enabling that nothing needs
+    log, bar = RowWriter(folder / "metrics.jsonl"), common.progress_bar(steps, "train", "step")
+    started, n_total = time.time(), 0
+    model.train()
+    for step, micro_batches in enumerate(prepared_ahead(data, steps)):
+        # Every token of the step weighs the same, so they are counted before the first backward.
+        n_critique, n_correct = total(count_supervised(micro_batches))
+        sums = {"critique": 0.0, "correct": 0.0, "bradley_terry": 0.0}  # in nats, for the log
+        for i, (kind, rows, inputs, labels) in enumerate(micro_batches):
+            # Processes exchange their gradients once, after the step's last micro-batch.
+            parallel.require_backward_grad_sync = i + 1 == len(micro_batches)
+            inputs = {name: x.to(device) for name, x in inputs.items()}
+            logits, labels = forward(parallel, inputs, labels)  # (B,R+1,V), (B,R+1)
+            nll, _ = nll_sum(logits, labels)  # ()
+            sums[kind] += nll.item()
+            if kind == "correct":
+                loss = lam * nll / n_correct
+            else:
+                loss = nll / n_critique
+                if bt_weight:
+                    bt = bradley_terry_sum(logits, labels, rows, tokenizer)  # ()
+                    sums["bradley_terry"] += bt.item()
+                    loss = loss + bt_weight * bt / data.train_batch
+            (loss * WORLD).backward()  # processes average gradients, but the loss is their sum
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+        if not math.isfinite(grad_norm):
+            ids = [row["id"] for _, rows, _, _ in micro_batches for row in rows]
+            common.stop(f"step {step + 1}: gradient norm {grad_norm} on rows {ids}; lower --lr")
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        n_total += n_critique + n_correct
+        nll_critique, nll_correct, bt_sum = total(sums.values())
+        line = {
+            "step": step + 1,
+            "loss": ift_loss(nll_critique, n_critique, nll_correct, n_correct, lam),
+            "critique": nll_critique / n_critique,  # nats per token
+            "correct": nll_correct / n_correct if lam else None,
+            "bradley_terry": bt_sum / data.train_batch if bt_weight else None,
+            "grad_norm": grad_norm,
+            "lr": learning_rate(step, steps, lr),
+            "tokens_per_s": n_total / (time.time() - started),
+        }
+        log.write(line)
+        show(bar, line, steps)
+    bar.close()
+    model.eval()
 
 
 def save_checkpoint(model, processor, folder):
-    """adapter/ as PeftModel loads it, or model/ as AutoModelForImageTextToText does."""
+    """folder/adapter/ for PeftModel, or folder/model/ of a full fine-tuning; whole or not at all."""
+    is_adapter = hasattr(model, "get_base_model")
+    target = folder / ("adapter" if is_adapter else "model")
+    partial = target.with_suffix(".partial")
+    if RANK == 0:
+        model.save_pretrained(str(partial))
+        if not is_adapter:
+            processor.save_pretrained(str(partial))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    common.barrier()
 
 
-# ---- Judging and validation (100) ----------------------------------------------------------------
-def judge(model, processor, questions, writer, *, image_root, style, votes, settings):
-    """Judgement rows in the order of questions; kept in the writer's file as they come."""
+# ---- Judging and validation ----------------------------------------------------------------------
+def decide(samples):
+    """(verdict, probability_a in [0,1]) of K answers to a question: their majority, mean P(A).
+
+    An answer without a verdict counts .5 in the mean and nothing in the majority; None: no answer
+    has one. Where the votes are even, the mean decides.
+    """
+    log_odds = torch.tensor([answer["log_odds"] or 0.0 for answer in samples])  # (K,)
+    probability_a = log_odds.sigmoid().mean().item()
+    n_a = sum(answer["verdict"] == "A" for answer in samples)
+    n_b = sum(answer["verdict"] == "B" for answer in samples)
+    if n_a == n_b == 0:
+        return None, probability_a
+    if n_a == n_b:
+        return "A" if probability_a > 0.5 else "B", probability_a
+    return "A" if n_a > n_b else "B", probability_a
+
+
+def judge(
+    model, processor, questions, writer, condition, *, image_root, style, votes=1, **sampling
+):
+    """Judgement rows of questions (from both_orders), in their order, by `votes` critiques each.
+
+    They are kept as they come by writer, a RowWriter with the key ("condition", "question"), and
+    taken from there where an interrupted run left them. A question's "picture" (PIL), if there is
+    one, is shown instead of its image. sampling: as for common.sample; temperature 0 by default.
+    """
+    sampling = {"temperature": 0.0, **sampling}
+
+    def is_judged(question):
+        return writer.is_done({"condition": condition, "question": question["id"]})
+
+    size = max(1, common.CHUNK // votes)
+    for chunk, bar in common.in_chunks(questions, is_judged, size, f"judge, {condition}"):
+        requests = []
+        for q in chunk:
+            text = build_judge_prompt(q["prompt"], q["response_a"], q["response_b"], style)
+            image = q.get("picture") or Path(image_root) / q["image"]
+            requests.append({"id": q["id"], "image": image, "text": text})
+        answers = common.sample(model, processor, requests, votes, bar=bar, **sampling)
+        for q, samples in zip(chunk, answers):
+            row = {"id": q["pair_id"], "question": q["id"], "condition": condition}
+            row |= {name: q.get(name) for name in ("order", "image", "category", "label")}
+            row["verdict"], row["probability_a"] = decide(samples)
+            writer.write({**row, "critique": samples[0]["text"]})
+    found = {row["question"]: row for row in writer.rows if row["condition"] == condition}
+    return [found[question["id"]] for question in questions]
 
 
 def accuracy_by_order(rows):
-    """accuracy, both, agreement, unparseable of judgement rows."""
+    """{"accuracy": mean over orders, "accuracy_<order>", "both": right in both orders, "agreement":
+    the same response wins in both, "unparseable": no verdict, "n_pairs"}; shares in [0,1].
+
+    rows: {"id" of the pair, "order", "label", "verdict": "A" | "B" | None}, one per pair and order.
+    No verdict counts as wrong and as no agreement.
+    """
+    of_order, of_pair = {}, {}
+    for row in rows:
+        right = row["verdict"] == row["label"]
+        of_order.setdefault(row["order"], []).append(right)
+        of_pair.setdefault(row["id"], []).append(None if row["verdict"] is None else right)
+    result = {"accuracy": 0.0}
+    for order in sorted(of_order):
+        result[f"accuracy_{order}"] = sum(of_order[order]) / len(of_order[order])
+        result["accuracy"] += result[f"accuracy_{order}"] / len(of_order)
+    both = [all(found) for found in of_pair.values()]
+    same = [None not in found and len(set(found)) == 1 for found in of_pair.values()]
+    missing = [row["verdict"] is None for row in rows]
+    result["both"], result["agreement"] = sum(both) / len(both), sum(same) / len(same)
+    return {**result, "unparseable": sum(missing) / len(missing), "n_pairs": len(of_pair)}
 
 
-def validate(model, processor, pairs, folder, name, **settings):
-    """Judge the validation pairs in both orders, print the line and one critique, keep both in folder."""
+def mean_bradley_terry(rows):
+    """Mean Bradley-Terry loss in nats of judgement rows {"probability_a", "label"}."""
+    p = torch.tensor([row["probability_a"] for row in rows]).clamp(1e-6, 1 - 1e-6)  # (B,)
+    label_is_a = torch.tensor([row["label"] == "A" for row in rows])  # (B,)
+    return bradley_terry_loss(p.logit(), label_is_a).mean().item()
 
 
-# ---- Arguments and main (110) --------------------------------------------------------------------
+def validate(model, processor, pairs, folder, name, **judging):
+    """Judge the validation pairs in both orders; print and keep how well, and show one critique.
+
+    judging: image_root, style, max_new_tokens, batch_size of judge. -> the measures.
+    """
+    writer = RowWriter(folder / "validation.jsonl", key=("condition", "question"))
+    questions = [question for pair in pairs for question in both_orders(pair)]
+    rows = judge(model, processor, questions, writer, name, **judging)
+    result = {**accuracy_by_order(rows), "bradley_terry_loss": mean_bradley_terry(rows)}
+    names = ("accuracy", "both", "agreement", "bradley_terry_loss", "unparseable")
+    numbers = [f"{measure} {result[measure]:.3f}" for measure in names]
+    print(f"validation, {name}: {' | '.join(numbers)} | {len(pairs)} pairs")
+    print(f"{rows[0]['image']}, label {rows[0]['label']}:\n{rows[0]['critique']}\n")
+    RowWriter(folder / "metrics.jsonl").write({"validation": name, **result})
+    return result
+
+
+# ---- Arguments and main --------------------------------------------------------------------------
 def add_training_arguments(parser, steps, lr):
     """The arguments that 03 and 04 share."""
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=int, default=steps, help="optimizer steps")
+    add("--lr", type=float, default=lr, help="peak learning rate")
+    add("--lam", type=float, default=1 / 3, help="lambda, weight of the correct responses' loss")
+    add(
+        "--bt-weight",
+        type=float,
+        default=0.0,
+        help="weight of the Bradley-Terry loss, in critiques",
+    )
+    add("--train-batch", type=int, default=32, help="critiques, and correct responses, per step")
+    add("--micro-batch", type=int, default=8, help="rows per forward and backward pass")
+    add(
+        "--checkpoint-activations",
+        action=argparse.BooleanOptionalAction,
+        help="less memory, a third slower; on where it is cuda",
+    )
+    add(
+        "--max-response-tokens",
+        type=int,
+        default=1024,
+        help="longer critiques are dropped, answers cut",
+    )
+    add("--max-new-tokens", type=int, default=512, help="longest critique that is written")
 
 
-def parse_args(argv=None): ...
+def training_steps(critiques, processor, image_root, seed, args):
+    """(TrainingSteps, counts) of critique rows, by the arguments above.
+
+    A critique cut before its verdict teaches nothing: too long ones are dropped, and counted.
+    """
+    limit, tokenizer = args.max_response_tokens, processor.tokenizer
+
+    def is_long(text):
+        return len(tokenizer(text, add_special_tokens=False).input_ids) >= limit
+
+    kept = [row for row in critiques if not is_long(row["critique"])]
+    if not kept:
+        common.stop(f"all critiques are longer than --max-response-tokens {limit}: raise it")
+    if args.train_batch % WORLD:
+        common.stop(f"--train-batch {args.train_batch} is no multiple of the {WORLD} processes")
+    names = ("lam", "train_batch", "micro_batch", "max_response_tokens")
+    settings = {name: getattr(args, name) for name in names}
+    data = TrainingSteps(kept, processor, image_root, seed=seed, **settings)
+    correct = data.rows_of_kind.get("correct", [])
+    epochs = args.steps * args.train_batch / len(kept)
+    print(f"{args.steps} steps of {args.train_batch} critiques: {epochs:.1f} epochs of {len(kept)}")
+    counts = {
+        "dropped: critique of --max-response-tokens or more": len(critiques) - len(kept),
+        "trained on, critiques": len(kept),
+        "trained on, correct responses": len(correct),
+        "  cut at --max-response-tokens": sum(is_long(row["response"]) for row in correct),
+    }
+    return data, counts
 
 
-def main(args): ...
+def training_settings(args):
+    """What train takes of the arguments above."""
+    on_gpu = common.pick_device(args.device).type == "cuda"
+    chosen = args.checkpoint_activations
+    settings = {name: getattr(args, name) for name in ("steps", "lr", "lam", "bt_weight")}
+    return {**settings, "checkpoint_activations": on_gpu if chosen is None else chosen}
+
+
+def parse_args(argv=None):
+    parser, _ = common.stage_parser(__doc__)
+    add = parser.add_argument_group("the model").add_argument
+    add("--lora-rank", type=int, default=16, help="0: full fine-tuning of the language model")
+    add_training_arguments(parser, steps=300, lr=1e-4)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    first = common.args_of(args.run, "01_preferences")
+    style = common.args_of(args.run, "02_critiques")["style"]
+    folder = common.start_stage(args, "03_ift")
+    if folder is None:
+        return
+
+    # 1. load --------------------------------------------------------------------------------------
+    source = Path(args.run) / "02_critiques" / "critiques.jsonl"
+    fields = ("id", "pair_id", "image", "prompt", "response_a", "response_b", "label", "critique")
+    critiques = read_jsonl(source, (*fields, "style"))
+    pairs = read_jsonl(Path(args.run) / "01_preferences" / "preferences.jsonl", ("id", "split"))
+    validation = [pair for pair in pairs if pair["split"] == "validation"]
+    model, processor = common.load_judge(
+        first["model"], device=args.device, max_image_tokens=first["max_image_tokens"]
+    )
+    torch.manual_seed(args.seed)  # of the adapter's first weights
+    model = add_lora(model, args.lora_rank)
+    data, counts = training_steps(critiques, processor, first["image_root"], args.seed, args)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts anew
+
+    # 2. train -------------------------------------------------------------------------------------
+    judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
+    judging["max_new_tokens"] = args.max_new_tokens
+    before = validate(model, processor, validation, folder, "before", **judging)
+    train(model, data, folder, **training_settings(args))
+    after = validate(model, processor, validation, folder, "after 03", **judging)
+
+    # 3. save and report ---------------------------------------------------------------------------
+    save_checkpoint(model, processor, folder)
+    counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}
+    next_command = f"python 04_rejection_sampling.py --run {shlex.quote(args.run)}"
+    measures = {"validation": {"before": before, "after": after}}
+    common.finish_stage(folder, args, counts, [source], next_command, **measures)
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args())

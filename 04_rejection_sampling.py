@@ -1,55 +1,323 @@
-"""04  Margin-based rejection sampling: the judge learns from its best critiques where it can tell good ones from bad ones."""
+"""04  Margin-based rejection sampling: the judge learns from its best critiques where it can tell
+    good ones from bad ones.
 
-# Outline with a budget of 340 lines (at most 400 with the next issue's additions).
+    S(c)   = P(label | c) = sigmoid(+-r(c))                   confidence in the label after critique c
+    margin = S(c+) - S(c-)      c+: largest S among the critiques that pass stage 02's filters,
+                                c-: smallest S of all
+    pair:    mean of its two orders; kept if both orders have a passing critique and the margin is
+             among the top --retention of the pool (or >= --margin). Then L_IFT on the kept c+, from
+             the adapter of iteration t-1.
+
+What a margin selects: pairs about which the judge disagrees with itself, so hard ones and mislabelled
+ones alike. It is the expert's findings, in stage 02's filters, that keep the wrong labels out.
+
+Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
+  1) S is read from the judge's own log-odds at the verdict, in the pass that sampled the critique;
+  2) a share of each epoch is stage 03's rows (--replay), since a few hundred rows alone make the
+     judge forget its format;
+  3) three controls of the same size and steps: --select random (random pairs, a random passing
+     critique), best (random pairs, the critique with the largest S), continue (stage 03's own rows,
+     trained on for as many steps).
+
+Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterations), 03_ift/,
+       02_critiques/critiques.jsonl.
+Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), margins.png, adapter/,
+       validation.jsonl, kept.jsonl:
+    ROW
+
+    python 04_rejection_sampling.py --run runs/demo --iterations 2 --pool 600 --steps 60 --lr 1.5e-3
+    python 04_rejection_sampling.py                # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
+"""
+
+import importlib
+import json
+import random
+import shlex
+from collections import Counter
+from pathlib import Path
+from statistics import mean
+
+import torch
+from matplotlib.figure import Figure
+
+import common
+from common import read_jsonl, row_seed
+
+two = importlib.import_module("02_generate_critiques")
+ift = importlib.import_module("03_train_ift")
 
 
-# ---- The method: confidence, margin, selection (70) ----------------------------------------------
+# ---- The method: confidence, margin, selection ---------------------------------------------------
 def confidence_in_label(log_odds, label_is_a):
-    """S = P(label) = sigmoid(+-r): log_odds r (B,) in nats, label_is_a (B,) bool -> (B,) in [0,1]."""
+    """S = P(label) = sigmoid(+-r) in [0,1] (B,): log_odds r (B,) in nats, label_is_a (B,) bool."""
+    return torch.where(label_is_a, log_odds, -log_odds).sigmoid()
 
 
 def margin(confidences, right):
-    """S(c+) - S(c-) of one question, in [0,1]."""
+    """S(c+) - S(c-) of one question, in [0,1]: c+ has the largest S among the right (passing)
+    critiques, c- the smallest S of all. 0 where none is right: there is nothing to learn from.
+
+    >>> round(margin([0.9, 0.2, 0.97], [True, False, False]), 6), margin([0.9, 0.2], [False, False])
+    (0.7, 0.0)
+    """
+    passing = [s for s, ok in zip(confidences, right, strict=True) if ok]
+    return max(passing) - min(confidences) if passing else 0.0
 
 
 def select_by_margin(margins, threshold=None, retention=None):
-    """Ids in falling order of margin: those with margin >= threshold, or the top share `retention` of them."""
+    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the top share
+    `retention` of them, where margin 0 is never kept, even if fewer remain.
+
+    margins: {id: margin in [0,1]}; give one of the two rules, else ValueError.
+
+    >>> select_by_margin({"a": 0.1, "b": 0.8, "c": 0.8, "d": 0.0, "e": 0.3}, retention=0.4)
+    ['b', 'c']
+    """
+    if (threshold is None) == (retention is None):
+        raise ValueError("give threshold or retention, one of them")
+    ranked = sorted(margins, key=lambda key: (-margins[key], key))
+    if threshold is not None:
+        return [key for key in ranked if margins[key] >= threshold]
+    return [key for key in ranked[: round(retention * len(ranked))] if margins[key] > 0]
 
 
 def select_random(ids, n, seed):
-    """n of the ids, each equally likely: the control of the same size."""
+    """n of the ids, each equally likely: the control of the same size. Their order does not matter."""
+    return random.Random(seed).sample(sorted(ids), min(n, len(ids)))
 
 
-# ---- Pools, margins of pairs, the rules (90) -----------------------------------------------------
+# ---- Pools, margins of pairs, the rules ----------------------------------------------------------
 def cut_pools(pairs, size, iterations):
     """Disjoint pools of about `size` pairs, all pairs of an image in one of them."""
+    pools, start = [], 0
+    for t in range(iterations):
+        end = min(start + size, len(pairs))
+        while end < len(pairs) and pairs[end]["image"] == pairs[end - 1]["image"]:
+            end += 1  # 01 keeps the pairs of an image together
+        if end - start < 2:
+            common.stop(
+                f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool or "
+                "--iterations, or give stage 01 more images"
+            )
+        pools.append(pairs[start:end])
+        start = end
+    return pools
 
 
-def margins_of_pairs(samples):
-    """({pair id: mean margin of its two orders}, {(pair id, order): passing critiques})."""
+def confident_rows(samples):
+    """{(pair id, order): its critiques with a verdict, each with its "confidence_in_label"}.
+
+    A critique without a verdict has no S and does not enter.
+    """
+    questions = {}
+    for row in samples:
+        if row["verdict"] is not None:
+            r = torch.tensor([row["log_odds"]])  # (1,)
+            s = confidence_in_label(r, torch.tensor([row["label"] == "A"])).item()
+            row = {**row, "confidence_in_label": s}
+            questions.setdefault((row["pair_id"], row["order"]), []).append(row)
+    return questions
 
 
-RULES = {}  # --select: (which pairs, which critique of a question); a study adds its own
+def margins_of_pairs(pair_ids, questions):
+    """({pair id: mean margin of its two orders}, {(pair id, order): passing critiques}).
+
+    The margin is 0 where an order offers no passing critique: such a pair is not kept.
+    """
+    margins, passing = {}, {}
+    for pair_id in pair_ids:
+        margin_of_order = []
+        for order in ("ab", "ba"):
+            rows = questions.get((pair_id, order), [])
+            passes = [row["dropped"] is None for row in rows]
+            margin_of_order.append(margin([row["confidence_in_label"] for row in rows], passes))
+            passing[pair_id, order] = [row for row, ok in zip(rows, passes) if ok]
+        both = passing[pair_id, "ab"] and passing[pair_id, "ba"]
+        margins[pair_id] = mean(margin_of_order) if both else 0.0
+    return margins, passing
+
+
+def pairs_by_margin(margins, eligible, threshold, retention, seed):
+    """The pairs with the largest margins; a share counts from the whole pool, not from the eligible."""
+    if threshold is None:
+        return select_by_margin(margins, retention=retention)
+    return select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
+
+
+def pairs_at_random(margins, eligible, threshold, retention, seed):
+    """As many eligible pairs as the margin would keep."""
+    n = len(pairs_by_margin(margins, eligible, threshold, retention, seed))
+    return select_random(eligible, n, seed)
+
+
+def best_critique(rows, seed):
+    """c+: the passing critique with the largest S."""
+    return max(rows, key=lambda row: row["confidence_in_label"])
+
+
+def any_critique(rows, seed):
+    return random.Random(seed).choice(rows)
+
+
+# --select: (which pairs, which of a question's passing critiques); a study may add its own rules
+RULES = {
+    "margin": (pairs_by_margin, best_critique),
+    "random": (pairs_at_random, any_critique),
+    "best": (pairs_at_random, best_critique),
+}
 
 
 def keep(margins, passing, select, threshold, retention, seed, iteration):
     """The kept questions, two per pair, each with the one critique to train on."""
+    choose_pairs, choose_critique = RULES[select]
+    eligible = [key for key in margins if passing[key, "ab"] and passing[key, "ba"]]
+    pair_seed = row_seed(seed, "select", iteration)
+    kept = []
+    for pair_id in choose_pairs(margins, eligible, threshold, retention, pair_seed):
+        for order in ("ab", "ba"):
+            row_key = row_seed(seed, "critique", iteration, pair_id, order)
+            row = choose_critique(passing[pair_id, order], row_key)
+            kept.append({**row, "margin": margins[pair_id], "iteration": iteration})
+    return kept
 
 
-def mix_in(kept, replayed, replay, seed):
-    """Critique rows to train on: the kept ones and, as a share `replay` of an epoch, stage 03's."""
+def mix_in(kept, old, replay, seed):
+    """The kept rows and so many of the old ones that they make up the share `replay` of an epoch."""
+    n = round(len(kept) * replay / (1 - replay))
+    chosen = set(select_random([row["id"] for row in old], n, seed))
+    return kept + [row for row in old if row["id"] in chosen]
 
 
-def draw_margins(margins, kept, path, title):
+def draw_margins(margins, kept_ids, path, title):
     """Histogram of the pool's margins, the kept ones in front."""
+    figure = Figure((6, 3.2), layout="tight")
+    axis = figure.subplots()
+    bins = [i / 25 for i in range(26)]
+    kept = [margins[key] for key in kept_ids]
+    axis.hist(margins.values(), bins, color="lightgrey", label=f"pool, {len(margins)} pairs")
+    axis.hist(kept, bins, color="seagreen", label=f"kept, {len(kept)}")
+    axis.set_xlabel("margin of a pair: mean over orders of S(c+) - S(c-)")
+    axis.set(ylabel="pairs", title=title, yscale="log")
+    axis.legend()
+    figure.savefig(path, dpi=110)
 
 
-# ---- Iterations, arguments and main (150) --------------------------------------------------------
-def run_iteration(t, pool, model, processor, folder, args):
-    """Sample, select, train, save iteration t in folder -> counts."""
+# ---- Iterations, arguments and main --------------------------------------------------------------
+def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judging):
+    """(kept critique rows, counts) of iteration t: sample the pool, take the margins, keep the best.
+
+    judging: image_root, style, batch_size, max_new_tokens.
+    """
+    samples = two.write_critiques(
+        pool,
+        model,
+        processor,
+        vocabulary,
+        folder / "samples.jsonl",
+        n=args.samples,
+        guided=False,
+        temperature=args.temperature,
+        seed=row_seed(args.seed, t),
+        **judging,
+    )
+    margins, passing = margins_of_pairs([pair["id"] for pair in pool], confident_rows(samples))
+    kept = keep(margins, passing, args.select, args.margin, args.retention, args.seed, t)
+    reasons = Counter(row["dropped"] for row in samples)
+    if not kept:
+        common.stop(f"iteration {t} keeps nothing: {dict(reasons)}; read {folder}/samples.jsonl")
+    common.write_jsonl(folder / "kept.jsonl", kept)
+    kept_ids = list(dict.fromkeys(row["pair_id"] for row in kept))
+    share, smallest = len(kept_ids) / len(pool), min(margins[key] for key in kept_ids)
+    if common.RANK == 0:
+        title = f"iteration {t}, {args.select}: {share:.0%} kept"
+        draw_margins(margins, kept_ids, folder / "margins.png", title)
+    print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {share:.1%}")
+    print(f"smallest kept margin {smallest:.3f}")
+    if not 0.3 <= share <= 0.5:
+        print("warning: retention is outside 30-50 %: change --retention or --margin, or the pool")
+    counts = {"pairs in the pool": len(pool), "critiques sampled": len(samples)}
+    counts |= {f"dropped: {why}": n for why, n in reasons.most_common() if why}
+    counts["pairs with margin 0"] = sum(value == 0 for value in margins.values())
+    return kept, {**counts, "pairs kept": len(kept_ids)}
 
 
-def parse_args(argv=None): ...
+def parse_args(argv=None):
+    parser, _ = common.stage_parser(__doc__)
+    add = parser.add_argument_group("sampling and selection").add_argument
+    add("--iterations", type=int, default=3, help="T")
+    add("--pool", type=int, default=5000, help="fresh pairs per iteration")
+    add("--samples", type=int, default=8, help="N, critiques per pair and order")
+    add("--temperature", type=float, default=1.0, help="of sampling")
+    add("--retention", type=float, default=0.4, help="share of the pool to keep")
+    add("--margin", type=float, help="tau: keep the pairs with at least this margin instead")
+    rules = (*RULES, "continue")
+    add("--select", choices=rules, default="margin", help="the rule, or a control")
+    add("--replay", type=float, default=0.25, help="share of an epoch that is stage 03's rows")
+    ift.add_training_arguments(parser, steps=125, lr=5e-5)
+    args = parser.parse_args(argv)
+    if not 0 < args.retention <= 1 or not 0 <= args.replay < 1:
+        parser.error("need 0 < --retention <= 1 and 0 <= --replay < 1")
+    return args
 
 
-def main(args): ...
+def main(args):
+    first = common.args_of(args.run, "01_preferences")
+    style = common.args_of(args.run, "02_critiques")["style"]
+    common.args_of(args.run, "03_ift")  # complete, too
+    control = "" if args.select == "margin" else f"_{args.select}"
+    folder = common.start_stage(args, f"04_rejection{control}")
+    if folder is None:
+        return
+
+    # 1. load --------------------------------------------------------------------------------------
+    run = Path(args.run)
+    source = run / "01_preferences" / "preferences.jsonl"
+    vocabulary = json.loads(source.with_name("vocabulary.json").read_text(encoding="utf-8"))
+    pairs = read_jsonl(source, ("id", "image", "chosen", "rejected", "split", "evidence"))
+    validation = [pair for pair in pairs if pair["split"] == "validation"]
+    pool = [pair for pair in pairs if pair["split"] == "pool"]
+    pools = cut_pools(pool, args.pool, args.iterations)
+    old = read_jsonl(run / "02_critiques" / "critiques.jsonl", ("id", "pair_id", "critique"))
+    results, checkpoint = {}, common.find_checkpoint(run / "03_ift")
+    for t in range(1, args.iterations + 1):
+        done = folder / f"iter{t}" / "done.json"
+        if done.exists():
+            results[f"iteration {t}"] = json.loads(done.read_text())
+            checkpoint = common.find_checkpoint(done.parent)
+    model, processor = common.load_judge(
+        first["model"], checkpoint, args.device, first["max_image_tokens"], trainable=True
+    )
+    if checkpoint.name == "model":
+        model = ift.add_lora(model, 0)
+    judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
+    judging["max_new_tokens"] = args.max_new_tokens
+
+    # 2. iterate -----------------------------------------------------------------------------------
+    for t in range(len(results) + 1, args.iterations + 1):
+        here = folder / f"iter{t}"
+        here.mkdir(exist_ok=True)
+        (here / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts anew
+        critiques, counts = old, {}
+        if args.select != "continue":
+            kept, counts = select_critiques(
+                t, pools[t - 1], model, processor, vocabulary, here, args, **judging
+            )
+            critiques = mix_in(kept, old, args.replay, row_seed(args.seed, "replay", t))
+        seed = row_seed(args.seed, t)
+        data, more = ift.training_steps(critiques, processor, first["image_root"], seed, args)
+        ift.train(model, data, here, **ift.training_settings(args))
+        ift.save_checkpoint(model, processor, here)
+        result = ift.validate(model, processor, validation, here, f"iteration {t}", **judging)
+        results[f"iteration {t}"] = {"counts": {**counts, **more}, "validation": result}
+        common.write_json(here / "done.json", results[f"iteration {t}"])
+
+    # 3. report ------------------------------------------------------------------------------------
+    counts = {}
+    for name, result in results.items():
+        counts |= {f"{name}, {line}": n for line, n in result["counts"].items()}
+    next_command = f"python 05_evaluate.py --run {shlex.quote(args.run)} --pairs HELD_OUT.jsonl"
+    common.finish_stage(folder, args, counts, [source], next_command, iterations=results)
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args())
