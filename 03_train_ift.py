@@ -91,7 +91,7 @@ def training_rows(critiques):
 
 
 def rows_of_step(rows, step, size, seed):
-    """The rows of optimizer step `step` (from 0): shuffled epochs one after another, cut by size."""
+    """The rows of optimizer step `step` (from 0): shuffled epochs, one after another, cut."""
     chosen = []
     for place in range(step * size, (step + 1) * size):
         epoch, k = divmod(place, len(rows))
@@ -150,9 +150,9 @@ class TrainingSteps(Dataset):
         seed,
     ):
         judged, correct = training_rows(critiques)
-        self.rows_of_kind = (
-            {"critique": judged, "correct": correct} if lam else {"critique": judged}
-        )
+        self.rows_of_kind = {"critique": judged}
+        if lam:
+            self.rows_of_kind["correct"] = correct
         self.processor, self.image_root, self.seed = processor, Path(image_root), seed
         self.train_batch, self.micro_batch = train_batch, micro_batch
         self.max_response_tokens = max_response_tokens
@@ -245,7 +245,7 @@ def count_supervised(micro_batches):
 
 
 def prepared_ahead(data, steps):
-    """The micro-batches of steps 0, 1, ..., read and encoded by a second process, two steps ahead."""
+    """The micro-batches of steps 0, 1, ..., read and encoded by a second process, two ahead."""
     return DataLoader(data, batch_size=None, sampler=range(steps), collate_fn=list, num_workers=1)
 
 
@@ -320,7 +320,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
 
 
 def save_checkpoint(model, processor, folder):
-    """folder/adapter/ for PeftModel, or folder/model/ of a full fine-tuning; whole or not at all."""
+    """folder/adapter/ for PeftModel, or model/ of a full fine-tuning; whole or not at all."""
     is_adapter = hasattr(model, "get_base_model")
     target = folder / ("adapter" if is_adapter else "model")
     partial = target.with_suffix(".partial")

@@ -1,15 +1,14 @@
-"""04  Margin-based rejection sampling: the judge learns from its best critiques where it can tell
-    good ones from bad ones.
+"""04  Margin-based rejection sampling: the judge learns from its own best critiques.
 
-    S(c)   = P(label | c) = sigmoid(+-r(c))                   confidence in the label after critique c
-    margin = S(c+) - S(c-)      c+: largest S among the critiques that pass stage 02's filters,
-                                c-: smallest S of all
+    S(c)   = P(label | c) = sigmoid(+-r(c))                 confidence in the label after critique c
+    margin = S(c+) - S(c-)       c+: largest S among the critiques that pass stage 02's filters
+                                 c-: smallest S of all
     pair:    mean of its two orders; kept if both orders have a passing critique and the margin is
              among the top --retention of the pool (or >= --margin). Then L_IFT on the kept c+, from
              the adapter of iteration t-1.
 
-What a margin selects: pairs about which the judge disagrees with itself, so hard ones and mislabelled
-ones alike. It is the expert's findings, in stage 02's filters, that keep the wrong labels out.
+What a margin selects: pairs about which the judge disagrees with itself, so hard ones and
+mislabelled ones alike. The expert's findings, in stage 02's filters, keep the wrong labels out.
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) S is read from the judge's own log-odds at the verdict, in the pass that sampled the critique;
@@ -23,10 +22,15 @@ Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterati
        02_critiques/critiques.jsonl.
 Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), margins.png, adapter/,
        validation.jsonl, kept.jsonl:
-    ROW
+    {"id": "00748-0-ab-0", "pair_id": "00748-0", "order": "ab", "image": "images/00748.png",
+     "prompt": "List the objects in the image.", "response_a": "purple star, red cross, blue
+     diamond.", "response_b": "purple star, red cross, red diamond.", "label": "A", "critique":
+     "A: purple star: yes\\nA: red cross: yes\\nA: blue diamond: yes\\nB: purple star: yes\\nB: red
+     cross: yes\\nB: red diamond: no\\nVerdict: A", "style": "critique", "verdict": "A", "log_odds":
+     6.114695, "dropped": null, "confidence_in_label": 0.997795, "margin": 0.994867, "iteration": 1}
 
-    python 04_rejection_sampling.py --run runs/demo --iterations 2 --pool 600 --steps 60 --lr 1.5e-3
-    python 04_rejection_sampling.py                # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
+    python 04_rejection_sampling.py --run runs/demo --iterations 2 --pool 600 --steps 60
+    python 04_rejection_sampling.py        # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
 """
 
 import importlib
@@ -65,8 +69,8 @@ def margin(confidences, right):
 
 
 def select_by_margin(margins, threshold=None, retention=None):
-    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the top share
-    `retention` of them, where margin 0 is never kept, even if fewer remain.
+    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the top
+    share `retention` of them, where margin 0 is never kept, even if fewer remain.
 
     margins: {id: margin in [0,1]}; give one of the two rules, else ValueError.
 
@@ -82,7 +86,7 @@ def select_by_margin(margins, threshold=None, retention=None):
 
 
 def select_random(ids, n, seed):
-    """n of the ids, each equally likely: the control of the same size. Their order does not matter."""
+    """n of the ids, each equally likely, whatever their order: the control of the same size."""
     return random.Random(seed).sample(sorted(ids), min(n, len(ids)))
 
 
@@ -138,7 +142,7 @@ def margins_of_pairs(pair_ids, questions):
 
 
 def pairs_by_margin(margins, eligible, threshold, retention, seed):
-    """The pairs with the largest margins; a share counts from the whole pool, not from the eligible."""
+    """The pairs with the largest margins; a share is one of the whole pool, eligible or not."""
     if threshold is None:
         return select_by_margin(margins, retention=retention)
     return select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
@@ -182,7 +186,7 @@ def keep(margins, passing, select, threshold, retention, seed, iteration):
 
 
 def mix_in(kept, old, replay, seed):
-    """The kept rows and so many of the old ones that they make up the share `replay` of an epoch."""
+    """The kept rows and as many old ones as make up the share `replay` of an epoch."""
     n = round(len(kept) * replay / (1 - replay))
     chosen = set(select_random([row["id"] for row in old], n, seed))
     return kept + [row for row in old if row["id"] in chosen]
@@ -204,7 +208,7 @@ def draw_margins(margins, kept_ids, path, title):
 
 # ---- Iterations, arguments and main --------------------------------------------------------------
 def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judging):
-    """(kept critique rows, counts) of iteration t: sample the pool, take the margins, keep the best.
+    """(kept critique rows, counts) of iteration t: sample the pool, take margins, keep the best.
 
     judging: image_root, style, batch_size, max_new_tokens.
     """
