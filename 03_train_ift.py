@@ -197,10 +197,10 @@ def bradley_terry_sum(logits, labels, rows, tokenizer):
     r = []
     for row_logits, row_labels in zip(logits, labels):  # (R+1,V), (R+1,)
         ids = row_labels[row_labels != -100].tolist()
-        place = 1 + common.find_verdict_token(tokenizer, ids)[2]  # labels[0] belongs to the prompt
-        is_bare = int(row_labels[place]) in (verdict_ids[0][1], verdict_ids[1][1])  # "A", not " A"
-        id_a, id_b = verdict_ids[0][is_bare], verdict_ids[1][is_bare]
-        r.append(common.verdict_log_odds(row_logits[place - 1][None], id_a, id_b))  # (1,)
+        _, _, place, spelling = common.find_verdict_token(tokenizer, ids, verdict_ids)
+        id_a, id_b = verdict_ids[0][spelling], verdict_ids[1][spelling]
+        # labels[0] belongs to the prompt, so ids[place] is labels[1 + place]: logits[place] predict it
+        r.append(common.verdict_log_odds(row_logits[place][None], id_a, id_b))  # (1,)
     label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
     return bradley_terry_loss(torch.cat(r), label_is_a).sum()
 
