@@ -199,7 +199,7 @@ def bradley_terry_sum(logits, labels, rows, tokenizer):
         ids = row_labels[row_labels != -100].tolist()
         _, _, place, spelling = common.find_verdict_token(tokenizer, ids, verdict_ids)
         id_a, id_b = verdict_ids[0][spelling], verdict_ids[1][spelling]
-        # labels[0] belongs to the prompt, so ids[place] is labels[1 + place]: logits[place] predict it
+        # labels[0] belongs to the prompt, so logits[place] predict ids[place] = labels[1 + place]
         r.append(common.verdict_log_odds(row_logits[place][None], id_a, id_b))  # (1,)
     label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
     return bradley_terry_loss(torch.cat(r), label_is_a).sum()
