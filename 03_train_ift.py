@@ -271,7 +271,8 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
         layers = common.unwrap(model).model.language_model
         layers.activation_checkpointing_enable()
         layers.disable_input_require_grads()  # a hook left by enabling that nothing needs
-    log, bar = RowWriter(folder / "metrics.jsonl"), common.progress_bar(steps, "train", "step")
+    log = RowWriter(folder / "metrics.jsonl", key=("step", "validation"))
+    bar = common.progress_bar(steps, "train", "step")
     started, n_total = time.time(), 0
     model.train()
     for step, micro_batches in enumerate(prepared_ahead(data, steps)):
@@ -425,7 +426,8 @@ def validate(model, processor, pairs, folder, name, **judging):
     numbers = [f"{measure} {result[measure]:.3f}" for measure in names]
     print(f"validation, {name}: {' | '.join(numbers)} | {len(pairs)} pairs")
     print(f"{rows[0]['image']}, label {rows[0]['label']}:\n{rows[0]['critique']}\n")
-    RowWriter(folder / "metrics.jsonl").write({"validation": name, **result})
+    log = RowWriter(folder / "metrics.jsonl", key=("step", "validation"))
+    log.write({"validation": name, **result})
     return result
 
 
