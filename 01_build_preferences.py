@@ -114,7 +114,7 @@ DENIED = re.compile(
         (?!\ (?:only|just|merely|simply|to\ mention|far|too|very|sure|clear|necessarily|all|every
              |many|much|yet|fully|entirely|completely|quite|directly)\b)
       )\b
-    (?: (?! \b  # each character up to one of these words
+    (?: (?! \b  # word by word, up to one of these
           (?: but|with|while|although|though|however|except|besides|that|which|who|where|because
             | since|so|as|is|are|was|were|has|can|there|the|this|these|those|his|her|their|its|it
             | he|she|they|you|we|just|only|instead(?!\ of)|on|in|at|near|behind|under|beside|next
@@ -123,8 +123,8 @@ DENIED = re.compile(
             | to (?!\ (?:be|have|contain|include|show)\b)
             | (?<!not\ )(?<!n't\ )(?<!be\ ) \w+ing\ an?  # "eating a donut"
           )\b (?!\ any\b) )
-      (?: [^,.;:!?\n()—]
-        | , (?= [^.;:]{0,60} \b(?:or|nor)\b )  # "no cars, buses or trucks"
+      (?: \w+ | [^\w,.;:!?\n()—]
+        | , (?!\ nor\b) (?= [^.;:]{0,60} \bor\b )  # "no cars, buses or trucks"
       )
     )*
     """,
