@@ -260,7 +260,7 @@ def response_of(row, field):
     turns = turns_of(row[field], "assistant")
     while turns and turns[-1][0] != "assistant":
         turns.pop()
-    if not turns or not turns[-1][1].strip():
+    if not turns:
         raise Skip("no response", field)
     return turns[:-1], turns[-1][1]
 
@@ -295,7 +295,7 @@ def from_own(row):
 
 
 def from_vl_rewardbench(row):
-    best = list(row["human_ranking"]).index(0)  # 0 is the better rank
+    best = [[0, 1], [1, 0]].index(row["human_ranking"])  # rank 0 is the better one
     group_of = {
         "RLAIF": "hallucination",
         "RLHF": "hallucination",
@@ -318,7 +318,6 @@ FORMATS = {  # name: (the columns it is known by, its mapping); the first that f
     "RLAIF-V": ({"question", "chosen", "rejected", "image"}, from_rlaif_v),
     "preferences.jsonl": ({"image", "prompt", "chosen", "rejected", "evidence"}, from_own),
     "TRL preferences": ({"image", "chosen", "rejected"}, from_messages),
-    "TRL preferences (images)": ({"images", "chosen", "rejected"}, from_messages),
 }
 
 
@@ -330,7 +329,7 @@ def hub_files(source):
 
     splits = datasets.load_dataset_builder(*source.split(":")).config.data_files
     hub = huggingface_hub.HfFileSystem()
-    for url in splits["train" if "train" in splits else min(splits)]:
+    for url in splits["train" if "train" in splits else next(iter(splits))]:
         place = hub.resolve_path(url)
         yield huggingface_hub.hf_hub_download(
             place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision
@@ -356,31 +355,37 @@ def rows_of_file(file):
 def read_rows(source):
     """((file, number from 1), row) of a parquet, json or jsonl file, of a folder of such, or of a
     hub id[:config]; embedded pictures as {"bytes", "path"}. Stops at what cannot be read."""
+    suffixes = (".parquet", ".json", ".jsonl")
     path = Path(source)
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".json", ".jsonl"))
-    elif not path.suffix and not path.exists():
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+    elif path.suffix not in suffixes and not path.exists():
         files = hub_files(str(source))
-    place, number = path, 0
+    file = path
+    number = 0
     try:
-        for place in map(Path, files):
-            for number, row in enumerate(rows_of_file(place), 1):
+        for file in map(Path, files):
+            number = 0
+            for number, row in enumerate(rows_of_file(file), 1):
                 if not isinstance(row, dict):
                     raise TypeError(f"row {number} is no JSON object")
-                yield (place, number), row
+                yield (file, number), row
     except Exception as error:  # not JSON, not parquet, no such data set, no connection
         why = " ".join(str(error).split())[:300]
-        stop(f"{place} after row {number}: {type(error).__name__}: {why}")
+        stop(f"{file} after row {number}: {type(error).__name__}: {why}")
 
 
 def find_picture(name, root):
     """The file of a picture's name: as it is, its base name, or COCO's of 2014 and 2017."""
     names = [name, Path(name).name]
-    if number := re.fullmatch(r"(?:.*/)?(?:COCO_\w+2014_)?(\d{1,12})(?:\.jpg)?", name):
+    coco = (
+        r"(?:.*/)?(?:COCO_\w+2014_)?(\d{12})\.jpg|(\d{1,12})"  # a file of COCO's, or the id alone
+    )
+    if number := re.fullmatch(coco, name):
         for split in ("train2014", "val2014", "train2017", "val2017"):
             prefix = f"COCO_{split}_" if "2014" in split else ""
-            file = f"{prefix}{int(number[1]):012d}.jpg"
+            file = f"{prefix}{int(number[1] or number[2]):012d}.jpg"
             names += [file, f"{split}/{file}"]
     for candidate in names:
         if (root / candidate).is_file():
@@ -399,9 +404,12 @@ def place_image(image, image_root, folder):
         image = {"path": image}
     root = Path(image_root).resolve()
     data = image.get("bytes")
-    file = None if data else find_picture(str(image.get("path") or ""), root)
+    if data:
+        file = io.BytesIO(data)
+    else:
+        file = find_picture(str(image.get("path") or ""), root)
     try:
-        with Image.open(io.BytesIO(data) if data else file) as picture:
+        with Image.open(file) as picture:
             kind = picture.format.lower().replace("jpeg", "jpg")
             picture.draft("RGB", (64, 64))  # JPEG is decoded at an eighth: fast, to its last byte
             picture.load()
@@ -430,8 +438,10 @@ def format_of(row, known, place):
 def pair_of(row, name, image_root, folder):
     """{id, image, prompt, chosen, rejected, ...} of one row, or Skip."""
     try:
-        image = row["image"] or row["images"]
-        pair = {"id": row["id"], "image": image, **FORMATS[name][1](row)}
+        pair = {"id": row["id"], "image": row["image"], **FORMATS[name][1](row)}
+        for side in ("chosen", "rejected"):
+            if not pair[side].strip():
+                raise Skip("no response", side)
         if pair["chosen"].strip() == pair["rejected"].strip():
             raise Skip("identical responses", "rejected")
         pair["prompt"] = re.sub(r"<image>\n?|\n<image>", "", pair["prompt"] or "")
@@ -443,15 +453,21 @@ def pair_of(row, name, image_root, folder):
 
 def read_pairs(source, image_root, folder, limit=None):
     """(format name, rows {id, image, prompt, chosen, rejected[, category, evidence]}, counts) of
-    the first `limit` rows of a source (see read_rows). For another data set add to FORMATS the
-    columns it is known by and a mapping: a row (lower-case columns, None where one is missing) ->
-    {prompt, chosen, rejected}, with image and id where the columns of these names do not hold
-    them; image: what place_image takes. A row without a response raises Skip(reason, field).
+    the first `limit` rows of a source (see read_rows). Images are paths from image_root or
+    absolute; embedded ones are written to folder/images. For another data set add to FORMATS the
+    columns it is known by and a mapping: row (its columns in lower case, None for a missing one)
+    -> {prompt, chosen, rejected}, and id and image if its columns of these names do not hold them;
+    image: a path, bytes as {"bytes": ...}, or a list of one. Skip(reason, field) drops the row.
     """
-    name, rows, counts = None, [], Counter()
-    ids, seen = set(), set()
+    name = None
+    rows = []
+    counts = Counter()
+    seen = set()
+    ids = set()
     for k, (place, row) in enumerate(islice(read_rows(source), limit)):
         row = defaultdict(lambda: None, {column.lower(): row[column] for column in row})
+        if "images" in row:  # TRL has both names
+            row.setdefault("image", row["images"])
         if place[1] == 1:
             name = format_of(row, name, place)
         counts["rows read"] += 1
@@ -486,7 +502,9 @@ def count_skip(counts, skip, place):
 
 def without_overlap(items, source, image_root, counts):
     """The items without a response that the evaluation set `source` has too, but for case,
-    punctuation and spacing; under 20 characters ("Yes, there is.") it recurs by chance."""
+    punctuation and spacing; those left out are added to `counts`. Below 20 characters responses
+    recur by chance ("Yes, there is."). image_root: where source's pictures are, if not in it.
+    """
 
     def texts(row):
         responses = [row.get("chosen", ""), row.get("rejected", "")]
