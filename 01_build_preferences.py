@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections import Counter, defaultdict
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import huggingface_hub
@@ -105,24 +105,35 @@ COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80
 # donut" has a donut, "not eating a donut" has none.
 DENIED = re.compile(
     r"""
-    \b(?: (?: without (?!\ \w+ing\b) | instead\ of | rather\ than | lack(?:s|ing)
-            | (?:absence|devoid|free|lack|no\ (?:signs?|traces?|evidence))\ of
-          )(?:\ (?:the|its|his|her|their))?  # what is definite exists, except after these
+    \b(?:
+        # cues that also deny what is definite: "without the dog"
+        (?: without (?!\ \w+ing\b)  # but "without looking at a dog"
+          | instead\ of | rather\ than | lack(?:s|ing)
+          | (?:absence|devoid|free|lack|no\ (?:signs?|traces?|evidence))\ of
+        )(?:\ (?:the|its|his|her|their))?
+        # "no dog", but not "No, a dog" or "no fewer than two dogs"
       | no (?!\ (?:doubt|more|less|fewer|longer|matter|wonder|problem|one)\b) (?=\ \w)
       | neither | never | nor (?:\ (?:is|are|was|were)\ there)?
-      | (?:\w+n't|not|cannot)  # but "not only", "not far from", "cannot quite"
+        # "is not a dog", but not "not only a dog" or "not far from a dog"
+      | (?:\w+n't|not|cannot)
         (?!\ (?:only|just|merely|simply|to\ mention|far|too|very|sure|clear|necessarily|all|every
              |many|much|yet|fully|entirely|completely|quite|directly)\b)
-      )\b
-    (?: (?! \b  # word by word, up to one of these
-          (?: but|with|while|although|though|however|except|besides|that|which|who|where|because
-            | since|so|as|is|are|was|were|has|can|there|the|this|these|those|his|her|their|its|it
-            | he|she|they|you|we|just|only|instead(?!\ of)|on|in|at|near|behind|under|beside|next
-            | around|along|between|from|by|over|through|for|into
-            | and\ (?:an?|one|two|three|some|several)
-            | to (?!\ (?:be|have|contain|include|show)\b)
-            | (?<!not\ )(?<!n't\ )(?<!be\ ) \w+ing\ an?  # "eating a donut"
-          )\b (?!\ any\b) )
+    )\b
+    (?: (?! \b(?:  # word by word, up to one of these:
+            # another clause
+            but|with|while|although|though|however|except|besides|that|which|who|where|because
+          | since|so|as|is|are|was|were|has|can|there|it|he|she|they|you|we|just|only
+          | instead (?!\ of)
+            # what is definite exists: "not looking at the dog"
+          | the|this|these|those|his|her|their|its
+            # a place: "no dog on a bench"
+          | on|in|at|near|behind|under|beside|next|around|along|between|from|by|over|through|for
+          | into | to (?!\ (?:be|have|contain|include|show)\b)
+            # another thing: "no dog and a cat"
+          | and\ (?:an?|one|two|three|some|several)
+            # what someone does all the same: "no shirt eating a donut"
+          | (?<!not\ )(?<!n't\ )(?<!be\ ) \w+ing\ an?
+        )\b (?!\ any\b) )  # "not in any car" goes on
       (?: \w+ | [^\w,.;:!?\n()—]
         | , (?!\ nor\b) (?= [^.;:]{0,60} \bor\b )  # "no cars, buses or trucks"
       )
@@ -136,25 +147,27 @@ NOT_THERE = re.compile(
     (?: ,?\ (?:and|or|nor)\ [\w\ ]{1,20}? )?  # another thing that is not there either
     \ (?: (?:cannot|can't|can\ not)\ be\ (?:seen|found)
         | (?:is|are|was|were)
-          (?: \ (?:absent|nowhere) | \ missing (?!\ an?\b)  # but "is missing a wheel"
-            | (?:\ not|n't)\ (?:present|visible|seen|shown|depicted|there
-                              |in\ (?:the|this)\ (?:image|picture|photo|scene))
+          (?: \ (?:absent|nowhere)
+            | \ missing (?!\ an?\b)  # but "is missing a wheel"
+            | (?:\ not|n't)\ (?:present|visible|seen|shown|depicted|there)
+            | (?:\ not|n't)\ in\ (?:the|this)\ (?:image|picture|photo|scene)
           )
     )\b
     """,
     re.VERBOSE,
 )
 # A colour or a game is a thing after an article or a fruit, if neither noun nor colour follows.
-RARELY_THINGS = {"orange", "baseball", "basketball", "football", "volleyball"}
+RARELY_THINGS = ("orange", "baseball", "basketball", "football", "volleyball")
 AS_A_THING = re.compile(
     rf"""
     \b(?: an? | one | the | whole | half | peeled | sliced | fresh
-        | (?:apple|banana|lemon)s? ,? (?:\ and|\ or)?
+        | (?:apple|banana|lemon)s? ,? (?:\ and|\ or)?  # "an apple, orange and kiwi"
       )\ ({"|".join(RARELY_THINGS)})
     (?= $
-      | \ (?: and\ (?:an?|the|one|two|some) | or|is|in|on|at|near|next|beside|with|that|which|from
-            |to|towards?|into|through|over|under|behind|while|as|across|sits|lying|sitting)\b
-      | (?! \ | ,\ (?:black|white|red|yellow|brown)\b ) \W
+      | \ (?: and\ (?:an?|the|one|two|some)  # "an orange and a cup", but "an orange and white cat"
+            | or|is|in|on|at|near|next|beside|with|that|which|from|to|towards?|into|through|over
+            | under|behind|while|as|across|sits|lying|sitting)\b
+      | (?! \ | ,\ (?:black|white|red|yellow|brown)\b ) \W  # but "an orange, black and white cat"
     )
     """,
     re.VERBOSE,
@@ -199,11 +212,9 @@ def mention_spans(text, vocabulary):
     things = {match.start(1) for match in AS_A_THING.finditer(text)}
     found = find_phrases(said, phrases)
     mentions = []
-    for (start, end, phrase), (next_start, _, next_phrase) in zip(
-        found, [*found[1:], (-1, -1, "")]
-    ):
+    for (start, end, phrase), following in pairwise([*found, (0, 0, "")]):
         # of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor"
-        qualifies = said[end:next_start] == " " and " " not in next_phrase
+        qualifies = said[end : following[0]] == " " and " " not in following[2]
         if qualifies or re.match(r"-\w", said[end : end + 2]):  # or "dog-friendly"
             continue
         if phrase in RARELY_THINGS and start not in things:
@@ -404,10 +415,7 @@ def place_image(image, image_root, folder):
         image = {"path": image}
     root = Path(image_root).resolve()
     data = image.get("bytes")
-    if data:
-        file = io.BytesIO(data)
-    else:
-        file = find_picture(str(image.get("path") or ""), root)
+    file = io.BytesIO(data) if data else find_picture(str(image.get("path") or ""), root)
     try:
         with Image.open(file) as picture:
             kind = picture.format.lower().replace("jpeg", "jpg")

@@ -117,6 +117,8 @@ def test_coco_vocabulary():
         # order of first mention, each once
         ("a cat, a dog, another cat and two dogs", ["cat", "dog"]),
         ("a dog, a cat and a puppy", ["dog", "cat"]),
+        ("a cat and a dog .", ["cat", "dog"]),
+        ("a dog ", ["dog"]),
         ("", []),
     ],
 )
@@ -142,7 +144,7 @@ def test_mentions(text, objects):
         ("The dog is not visible. A cat and a horse are absent.", []),
         ("Its owner cannot be seen, and the dog can't be seen.", []),
         ("The bus is missing a wheel.", ["bus"]),
-        ("There is no cat, nor is there a dog.", []),
+        ("There is no cat, nor is there a dog or a bird.", []),
         ("a bench instead of a chair", ["bench"]),
         # where the scope ends
         ("no dog, but a cat", ["cat"]),
