@@ -144,6 +144,7 @@ def test_mentions(text, objects):
         ("The dog is not visible. A cat and a horse are absent.", []),
         ("Its owner cannot be seen, and the dog can't be seen.", []),
         ("The bus is missing a wheel.", ["bus"]),
+        ("A man walks without holding an umbrella or touching the dog.", ["person", "dog"]),
         ("There is no cat, nor is there a dog or a bird.", []),
         ("a bench instead of a chair", ["bench"]),
         # where the scope ends

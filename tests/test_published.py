@@ -299,6 +299,17 @@ def test_own_preferences_come_back(tmp_path, photos):
     assert one.read_pairs(source, photos, tmp_path)[:2] == ("preferences.jsonl", rows)
 
 
+def test_json_lines_of_other_programs(tmp_path, photos):
+    """A byte order mark, empty lines, a date for a response, a folder that is not there."""
+    rows = [own_row(0, chosen="2014-05-01", image="elsewhere/0.png"), own_row(1, chosen="Grüße")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    source = tmp_path / "x.jsonl"
+    source.write_text("\n\n".join(lines) + "\n\n", encoding="utf-8-sig")
+    pairs = one.read_pairs(source, photos, tmp_path)[1]
+    assert [pair["chosen"] for pair in pairs] == ["2014-05-01", "Grüße"]
+    assert pairs[0]["image"] == "0.png"
+
+
 # ---- What is skipped and refused -----------------------------------------------------------------
 def test_what_is_skipped(tmp_path, photos, capsys):
     whole = picture(3, (400, 300), kind="JPEG")
