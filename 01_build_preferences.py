@@ -464,9 +464,9 @@ def read_pairs(source, image_root, folder, limit=None):
     """(format name, rows {id, image, prompt, chosen, rejected[, category, evidence]}, counts) of
     the first `limit` rows of a source (see read_rows). Images are paths from image_root or
     absolute; embedded ones are written to folder/images. For another data set add to FORMATS the
-    columns it is known by and a mapping: row (its columns in lower case, None for a missing one)
-    -> {prompt, chosen, rejected}, and id and image if its columns of these names do not hold them;
-    image: a path, bytes as {"bytes": ...}, or a list of one. Skip(reason, field) drops the row.
+    columns it is known by and a mapping: row (None for a missing column) -> {prompt, chosen,
+    rejected}, and id and image if its columns of these names do not hold them. image: a path,
+    bytes as {"bytes": ...}, or a list of one. Skip(reason, field) drops the row.
     """
     name = None
     rows = []
@@ -474,7 +474,7 @@ def read_pairs(source, image_root, folder, limit=None):
     seen = set()
     ids = set()
     for k, (place, row) in enumerate(islice(read_rows(source), limit)):
-        row = defaultdict(lambda: None, {column.lower(): row[column] for column in row})
+        row = defaultdict(lambda: None, row)
         if "images" in row:  # TRL has both names
             row.setdefault("image", row["images"])
         if place[1] == 1:
