@@ -265,9 +265,6 @@ def coco_names(names):
     return coco if is_coco else dict(names)
 
 
-NAMES_AT_ONCE = 50  # in a question: GroundingDINO reads 256 tokens, which is 5 for each name
-
-
 class HubDetector:
     """Transformers detectors: with classes of their own (DETR, RT-DETR), or open ones, which are
     asked about names (GroundingDINO, OWLv2). The contract is Detector's.
@@ -289,13 +286,10 @@ class HubDetector:
     def find(self, images, questions):
         found = []
         for image, asked in zip(images, questions):
-            if not self.is_open:
-                found.append(self.look(image, self.names))
-                continue
-            found.append([])
-            for start in range(0, len(asked), NAMES_AT_ONCE):
-                names = asked[start : start + NAMES_AT_ONCE]
-                found[-1] += self.look(image, dict(enumerate(names)))
+            parts = [self.names]
+            if self.is_open:  # GroundingDINO reads 256 tokens: 50 names of up to 4, and their dots
+                parts = [dict(enumerate(asked[i : i + 50])) for i in range(0, len(asked), 50)]
+            found.append(sum((self.look(image, names) for names in parts), []))
         return found
 
     @torch.inference_mode()
@@ -364,7 +358,7 @@ class OwnAnswers:
 
 
 def load_expert(name, floor, device, classes, model, processor):
-    """The expert that --expert names; the policy's model and processor are for "none"."""
+    """The expert that --expert names; model and processor are the policy's."""
     try:
         if name == "none":
             return OwnAnswers(model, processor)
@@ -374,11 +368,8 @@ def load_expert(name, floor, device, classes, model, processor):
     except (
         Exception
     ) as error:  # of many kinds: no such file, no detector, no connection, no package
-        words = " ".join(str(error).split())[:300]
-        stop(
-            f"--expert {name}: expected ultralytics weights (*.pt), a transformers detector "
-            f"(owner/name, or a folder) or none; {type(error).__name__}: {words}"
-        )
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        stop(f"--expert {name}: no *.pt of ultralytics, transformers detector or none; {words}")
 
 
 # ---- What to verify, candidates, findings --------------------------------------------------------
@@ -477,28 +468,19 @@ def find_objects(questions, expert, image_root, path):
 def read_detections(path, images, vocabulary):
     """{image: row {id, detections[, asked]}} of findings made elsewhere, for each of the images."""
     of_image = {row["id"]: row for row in common.read_jsonl(path, ("id", "detections"))}
-    names = set()
+    names, known = set(), set(vocabulary.values())
     for image, row in of_image.items():
         for found in row["detections"]:
             fields = {"object", "confidence", "box"}
             if fields - set(found) or not 0 <= found["confidence"] <= 1:
                 stop(f"{path} row {image!r}: expected {fields}, confidence in [0, 1], not {found}")
             names.add(found["object"])
-    check_fit(names, set(vocabulary.values()), path, "the vocabulary")
+    if names and not names & known:  # spelled otherwise, everything would count as absent
+        stop(f"{path}: no class ({sorted(names)[:5]}) is of the vocabulary ({sorted(known)[:5]})")
     missing = [image for image in images if image not in of_image]
     if missing:
         stop(f"{path} has no row for {len(missing)} images, such as id {missing[0]!r}")
     return of_image
-
-
-def check_fit(names, known, what, where):
-    """Stop where no class name is known; else say which are not (they stay unsure)."""
-    unknown = sorted(names - known)
-    message = f"{len(unknown)} of {len(names)} classes of {what} are not among those of {where}"
-    if unknown and unknown == sorted(names):
-        stop(f"{message}: {unknown[:5]}; it has {sorted(known)[:5]}")
-    if unknown:
-        print(f"{message}: {unknown[:5]}")
 
 
 # ---- The contact sheet: what a person should look at before training on the pairs ----------------
@@ -506,27 +488,26 @@ COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange"}
 
 
 def draw_pair(axis, caption, row, picture):
-    """The evidence's boxes in the picture; as its caption both responses and each object's status."""
+    """The evidence's boxes in the picture; the caption: both responses, each object's status."""
     width, height = picture.size
     picture.thumbnail((640, 640))
     axis.imshow(picture, extent=(0, width, height, 0))  # boxes count the original's pixels
-    lines = [textwrap.fill(f"+ {row['chosen']}", 56, max_lines=3)]
-    lines.append(textwrap.fill(f"- {row['rejected']}", 56, max_lines=3))
-    for status, colour in COLOURS.items():
+    style = {"fontsize": 8, "va": "top", "parse_math": False}  # "$5 and $6" is no formula
+    responses = [f"+ {row['chosen']}", f"- {row['rejected']}"]
+    text = "\n".join(textwrap.fill(response, 46, max_lines=3) for response in responses)
+    caption.text(0, 1, text, **style)
+    for y, (status, colour) in zip((0.36, 0.25, 0.14), COLOURS.items()):
         evidence = [found for found in row["evidence"] if found["status"] == status]
-        names = ", ".join(found["object"] for found in evidence)
-        lines.append(textwrap.shorten(f"{status}: {names or '-'}", 56))
+        names = ", ".join(found["object"] for found in evidence) or "-"
+        caption.text(0, y, textwrap.shorten(f"{status}: {names}", 46), color=colour, **style)
         for found in (found for found in evidence if found["box"]):
             x1, y1, x2, y2 = found["box"]
             axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
             label = f"{found['object']} {found['confidence']:.2f} {status}"
             behind = {"facecolor": colour, "edgecolor": "none", "pad": 1}
-            axis.text(x1, y1, label, fontsize=7, color="white", bbox=behind, parse_math=False)
-    for y, line, colour in zip(
-        (1, 0.62, 0.26, 0.13, 0), lines, ("black", "black", *COLOURS.values())
-    ):
-        # parse_math: "$5 and $6" is no formula
-        caption.text(0, y, line, fontsize=8, color=colour, va="top", parse_math=False)
+            side = "left" if x1 + x2 < width else "right"
+            x = x1 if side == "left" else x2
+            axis.text(x, y1, label, ha=side, bbox=behind, **{**style, "va": "bottom"})
 
 
 def draw_contact_sheet(rows, image_root, path):
@@ -552,28 +533,24 @@ def parse_args(argv=None):
     parser, _ = common.stage_parser(__doc__)
     data = parser.add_argument_group("the data")
     source = data.add_mutually_exclusive_group(required=True)
-    add = source.add_argument
-    add("--images", help="folder of images for which the policy writes responses")
-    add("--pairs", help="published pairs instead: file, folder, or hub id[:config]")
+    source.add_argument("--images", help="folder of images for which the policy writes responses")
+    source.add_argument("--pairs", help="published pairs instead: file, folder, or hub id[:config]")
     add = data.add_argument
     add("--image-root", help="where image paths and COCO ids start; else --images, or by --pairs")
-    add("--exclude", nargs="+", help="evaluation sets whose rows must not be here")
+    add("--exclude", nargs="+", help="evaluation sets whose images and responses must not be here")
     add("--prompts", help="text file, one prompt per line, instead of the built-in ones")
     add("--limit", type=int, help="read only the first so many images or rows")
     add("--validation", type=int, default=200, help="pairs set aside to watch training in 03, 04")
     add("--train", type=int, default=5000, help="pairs for critiques (02); the rest: 04's pool")
     group = parser.add_argument_group("the expert, which says what is in the image")
-    add = group.add_mutually_exclusive_group().add_argument
+    source = group.add_mutually_exclusive_group()
     expert = (
         "ultralytics weights *.pt, a transformers detector, or none: the policy's own yes or no"
     )
-    add("--expert", default="yolo11x.pt", help=expert)
-    add("--detections", help="findings made elsewhere instead, in the form of detections.jsonl")
+    source.add_argument("--expert", default="yolo11x.pt", help=expert)
+    source.add_argument("--detections", help="findings made elsewhere, as in detections.jsonl")
     add = group.add_argument
-    add(
-        "--vocabulary",
-        help="json {phrase: class}; else the expert's classes or COCO's, synonyms too",
-    )
+    add("--vocabulary", help="json {phrase: class}; else the expert's or COCO's, with synonyms")
     add("--present", type=float, default=0.5, help="confidence from which an object is present")
     add("--absent", type=float, default=0.05, help="confidence below which it is absent")
     group = parser.add_argument_group(
@@ -584,37 +561,30 @@ def parse_args(argv=None):
     add("--max-image-tokens", type=int, help="bound on the tokens of an image, for all stages")
     add("--candidates", type=int, default=4, help="K, responses per image")
     add("--temperature", type=float, default=1.0, help="of the candidates")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        help="of a candidate; without an end it is dropped",
-    )
+    add("--max-new-tokens", type=int, default=256, help="of a candidate; unfinished it is dropped")
     args = parser.parse_args(argv)
     if not 0 <= args.absent <= args.present <= 1:
         parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
-    near = args.images or args.pairs
-    if args.pairs and not Path(args.pairs).is_dir():
-        near = Path(args.pairs).parent
+    near = Path(args.images or args.pairs)
+    if args.pairs and not near.is_dir():
+        near = near.parent
     args.image_root = str(Path(args.image_root or near).resolve())
     return args
 
 
 def set_up_expert(args, model, processor):
-    """(expert or None, its classes or None, vocabulary {phrase: class})."""
+    """(expert, or None where findings are given; vocabulary {phrase: class})."""
     vocabulary = COCO_VOCABULARY
     if args.vocabulary:
         given = json.loads(Path(args.vocabulary).read_text("utf-8"))
         vocabulary = {phrase.lower(): name for phrase, name in given.items()}
     if args.detections:
-        return None, None, vocabulary
+        return None, vocabulary
     device, wanted = common.pick_device(args.device), sorted(set(vocabulary.values()))
     expert = load_expert(args.expert, args.absent, device, wanted, model, processor)
-    if expert.classes and args.vocabulary:
-        check_fit(set(wanted), set(expert.classes), args.vocabulary, f"--expert {args.expert}")
-    elif expert.classes:
+    if expert.classes and not args.vocabulary:
         vocabulary = build_vocabulary(expert.classes, SYNONYMS)
-    return expert, expert.classes, vocabulary
+    return expert, vocabulary
 
 
 def main(args):
@@ -631,14 +601,14 @@ def main(args):
         model, processor = common.load_judge(
             args.model, device=args.device, max_image_tokens=args.max_image_tokens
         )
-    expert, classes, vocabulary = set_up_expert(args, model, processor)
+    expert, vocabulary = set_up_expert(args, model, processor)
+    classes = expert.classes if expert else None  # None: whatever it was asked about
     all_names = sorted(set(vocabulary.values()))
 
     # 2. Candidates, mentions, findings ------------------------------------------------------------
     if args.images:
-        sampling = {"n": args.candidates, "temperature": args.temperature}
-        sampling |= {"max_new_tokens": args.max_new_tokens}
-        sampling |= {"seed": args.seed, "batch_size": args.batch_size}
+        shared = ("temperature", "max_new_tokens", "seed", "batch_size")
+        sampling = {"n": args.candidates, **{name: getattr(args, name) for name in shared}}
         path = folder / "candidates.jsonl"
         written = write_candidates(items, model, processor, args.image_root, path, sampling)
         texts = {row["id"]: row["candidates"] for row in written}
@@ -657,7 +627,10 @@ def main(args):
         findings = read_detections(args.detections, questions, vocabulary)
 
     # 3. Pairs -------------------------------------------------------------------------------------
-    rows, statuses = [], Counter()
+    rows, statuses = (
+        [],
+        Counter({"mentions present": 0, "mentions absent": 0, "mentions unsure": 0}),
+    )
     for item in items:
         key, finding = item["id"], findings[item["image"]]
         found, named = finding["detections"], set().union(*mentions[key])
@@ -668,7 +641,8 @@ def main(args):
             item, texts[key], mentions[key], swaps[key], found, status, vocabulary, args.seed
         )
         counts["pairs made" if row else f"dropped: {reason}"] += 1
-        rows += [row] if row else []
+        if row:
+            rows.append(row)
     if not rows:
         stop(f"no pair could be made: {dict(counts + statuses)}; check --expert and --vocabulary")
     rows = assign_splits(rows, args.validation, args.train, args.seed)
