@@ -492,7 +492,7 @@ def draw_pair(axis, caption, row, picture):
     width, height = picture.size
     picture.thumbnail((640, 640))
     axis.imshow(picture, extent=(0, width, height, 0))  # boxes count the original's pixels
-    style = {"fontsize": 8, "va": "top", "parse_math": False}  # "$5 and $6" is no formula
+    style = {"fontsize": 7.5, "va": "top", "parse_math": False}  # "$5 and $6" is no formula
     responses = [f"+ {row['chosen']}", f"- {row['rejected']}"]
     text = "\n".join(textwrap.fill(response, 46, max_lines=3) for response in responses)
     caption.text(0, 1, text, **style)
