@@ -90,14 +90,14 @@ def pair_candidates(candidates, status, swaps, vocabulary, rng):
     Needs: swap_object (and what it needs)
     """
 
-    def present(candidate):
+    def present_in(candidate):
         return [name for name in candidate[1] if status[name] == "present"]
 
     def n_present(candidate):
-        return len(present(candidate))
+        return len(present_in(candidate))
 
     faulty = [c for c in candidates if any(status[name] == "absent" for name in c[1])]
-    clean = [c for c in candidates if c not in faulty and present(c)]
+    clean = [c for c in candidates if c not in faulty and present_in(c)]
     if not clean:
         return None, None, "no candidate without hallucination"
     chosen = max(clean, key=n_present)
@@ -105,7 +105,7 @@ def pair_candidates(candidates, status, swaps, vocabulary, rng):
         return chosen[0], max(faulty, key=n_present)[0], "sampled"
     if not swaps:
         return None, None, "no candidate hallucinates, no absent object to swap in"
-    old = rng.choice(present(chosen))
+    old = rng.choice(present_in(chosen))
     return chosen[0], swap_object(chosen[0], old, swaps[0], vocabulary), "swapped"
 
 
@@ -365,9 +365,7 @@ def load_expert(name, floor, device, classes, model, processor):
         if name.endswith(".pt"):
             return Detector(name, floor, device, classes)
         return HubDetector(name, floor, device)
-    except (
-        Exception
-    ) as error:  # of many kinds: no such file, no detector, no connection, no package
+    except Exception as error:  # of many kinds: no file, no detector, no connection, no package
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         stop(f"--expert {name}: no *.pt of ultralytics, transformers detector or none; {words}")
 
@@ -401,6 +399,8 @@ def load_items(args, folder):
     else:
         lines = Path(args.prompts).read_text("utf-8").splitlines() if args.prompts else PROMPTS
         prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            stop(f"--prompts {args.prompts} is empty")
         images = Path(args.images).resolve()
         items, counts = read_images(images, args.image_root, prompts, args.limit, args.seed, folder)
     for source in args.exclude or ():
@@ -435,8 +435,9 @@ def plan_questions(items, mentions, classes, seed):
     mentions: {id: list of mentions for each text}; classes: those that may be swapped in.
     """
     co_occurrence = Counter()  # {frozenset of two classes: texts that mention both}
-    for named in (named for item in items for named in mentions[item["id"]]):
-        co_occurrence.update(frozenset(pair) for pair in combinations(named, 2))
+    for item in items:
+        for named in mentions[item["id"]]:
+            co_occurrence.update(frozenset(pair) for pair in combinations(named, 2))
     swaps, questions = {}, {}
     for item in items:
         key = item["id"]
@@ -453,13 +454,13 @@ def find_objects(questions, expert, image_root, path):
     writer = RowWriter(path)
     rows = [{"id": image, "asked": asked} for image, asked in questions.items()]
 
-    def find(batch):
+    def find_batch(batch):
         pictures = [common.load_image(Path(image_root) / row["id"]) for row in batch]
         return expert.find(pictures, [row["asked"] for row in batch])
 
     for chunk, bar in common.in_chunks(rows, writer.is_done, 256, "detections"):
         batches = [chunk[start : start + 32] for start in range(0, len(chunk), 32)]
-        for row, detections in zip(chunk, common.share_out(batches, find)):
+        for row, detections in zip(chunk, common.share_out(batches, find_batch)):
             writer.write({**row, "detections": detections})
         bar.update(len(chunk))
     return {row["id"]: row for row in writer.rows}
@@ -500,7 +501,9 @@ def draw_pair(axis, caption, row, picture):
         evidence = [found for found in row["evidence"] if found["status"] == status]
         names = ", ".join(found["object"] for found in evidence) or "-"
         caption.text(0, y, textwrap.shorten(f"{status}: {names}", 46), color=colour, **style)
-        for found in (found for found in evidence if found["box"]):
+        for found in evidence:
+            if found["box"] is None:
+                continue
             x1, y1, x2, y2 = found["box"]
             axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
             label = f"{found['object']} {found['confidence']:.2f} {status}"
