@@ -540,7 +540,7 @@ def parse_args(argv=None):
     source.add_argument("--pairs", help="published pairs instead: file, folder, or hub id[:config]")
     add = data.add_argument
     add("--image-root", help="where image paths and COCO ids start; else --images, or by --pairs")
-    add("--exclude", nargs="+", help="evaluation sets whose images and responses must not be here")
+    add("--exclude", nargs="+", help="evaluation sets whose responses must not be here")
     add("--prompts", help="text file, one prompt per line, instead of the built-in ones")
     add("--limit", type=int, help="read only the first so many images or rows")
     add("--validation", type=int, default=200, help="pairs set aside to watch training in 03, 04")
