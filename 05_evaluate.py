@@ -695,7 +695,7 @@ def main(args):
         return
 
     # 1. read, and refuse what could not be measured later ----------------------------------------
-    _, pairs, counts = one.read_pairs(args.pairs, args.image_root, folder)
+    _, pairs, read = one.read_pairs(args.pairs, args.image_root, folder)
     by_id = {pair["id"]: pair for pair in pairs}
     preferences, vocabulary = [], one.COCO_VOCABULARY
     if (run / "01_preferences" / "meta.json").exists():
@@ -721,7 +721,7 @@ def main(args):
     judged = {}
     for name, checkpoint in conditions.items():
         judged |= judge_with(load, checkpoint, shown[name], writer, judging | votes)
-    counts |= {"pairs": len(pairs), "judgements": len(writer.rows)}
+    counts = {**read, "pairs": len(pairs), "judgements": len(writer.rows)}
     counts["without a verdict"] = sum(row["verdict"] is None for row in writer.rows)
 
     # 3. measure ----------------------------------------------------------------------------------
@@ -732,13 +732,14 @@ def main(args):
     results["differences"] = paired_differences(judged, last, others, by_id)
     results["expert"], results["best_of_n"] = expert, {}
     if args.best_of:
+        counts["pictures without truth"] = len(pictures) - len(scored)
         scored = scored[: args.best_of_images]
         judges = {name: conditions[name] for name in ("base", last)}
         found = sample_and_pick(scored, judges, load, folder, args.best_of, judging, sampling)
         candidates, picks, of_responses = found
         table = best_of_n_table(scored, candidates, picks, truth, vocabulary)
         results["best_of_n"] = table
-        counts |= {"pictures without truth": len(pictures) - len(scored), **of_responses}
+        counts |= of_responses
 
     # 4. report -----------------------------------------------------------------------------------
     common.write_json(folder / "metrics.json", results)
