@@ -16,7 +16,9 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   3) Best-of-N picks by knockout on P(A) averaged over both orders; its quality is measured against
      the truth (--truth), or by the benchmark's own review of the answers files (LLaVA-Bench);
   4) --protocol official: 9 calls a pair, the most that VL-RewardBench's script counts, each in an
-     order drawn by lot, decided by the majority of all calls; but our prompt and top_p 1, not .2.
+     order drawn by lot, decided by the majority of all calls; but our prompt and top_p 1, not .2,
+     so that published figures (GPT-4o: .658, Qwen2-VL-7B: .283 in arXiv 2411.17451) are near ours
+     and no more.
 
 Reads   pairs (a file, folder or hub id); 01-04 of the run, as far as they are there
 Writes  05_evaluation[_BENCHMARK[_official]]/: report.md, metrics.json, reliability.png,
@@ -46,15 +48,15 @@ from common import RowWriter, both_orders, parse_checks, read_jsonl, row_seed, s
 one = import_module("01_build_preferences")
 ift = import_module("03_train_ift")
 
-PUBLISHED = {  # accuracy on VL-RewardBench, official prompt and protocol
-    "Qwen2-VL-7B (published, arXiv 2411.17451)": 0.283,
-    "GPT-4o (published, arXiv 2411.17451)": 0.658,
-    "VL-GenRM (published, arXiv 2506.13888)": 0.723,
+FOLDERS = {
+    ("pairs", "both-orders"): "05_evaluation",
+    ("vl-rewardbench", "both-orders"): "05_evaluation_vl-rewardbench",
+    ("vl-rewardbench", "official"): "05_evaluation_vl-rewardbench_official",
+    ("llava-wild", "both-orders"): "05_evaluation_llava-wild",
 }
-WILD_NOTE = (
-    "There is no score here: the official GPT review (eval_gpt_review_bench.py) scores an answers "
-    "file. Answers are sampled at temperature 1, officially they are greedy."
-)
+NOTE = "Accuracy is the mean over both orders; no verdict is wrong."
+OFFICIAL_NOTE = "Pairs without a majority of their calls are undecided and leave the accuracy."
+WILD_NOTE = "No score here: the official review (eval_gpt_review_bench.py) reads an answers file."
 OFFICIAL_CALLS = 9  # odd, so that only missing verdicts leave a pair undecided
 
 
@@ -299,18 +301,17 @@ def withheld(questions, how, image_root, seed):
     names = sorted({question["image"] for question in questions})
     if how == "other" and len(names) < 2:
         stop("--withhold other needs pairs of at least two pictures: give --withhold blank")
-    pictures, blanks = {}, {}
+    pictures = {}
+    blank_of_size = {}  # shared: there may be thousands of pictures
     for place, name in enumerate(names):
         if how == "other":
             others = names[:place] + names[place + 1 :]
             other = others[row_seed(seed, "other", name) % len(others)]
             pictures[name] = Path(image_root) / other
-            continue
-        with Image.open(Path(image_root) / name) as picture:
-            size = picture.size
-        if size not in blanks:  # one for all pictures of a size: there may be thousands
-            blanks[size] = Image.new("RGB", size, (128, 128, 128))
-        pictures[name] = blanks[size]
+        else:
+            with Image.open(Path(image_root) / name) as picture:
+                blank = Image.new("RGB", picture.size, (128, 128, 128))
+            pictures[name] = blank_of_size.setdefault(blank.size, blank)
     return [{**question, "picture": pictures[question["image"]]} for question in questions]
 
 
@@ -321,12 +322,16 @@ def find_conditions(run):
         found["after 03"] = common.find_checkpoint(run / "03_ift")
     for stage in sorted(run.glob("04_rejection*")):
         rule = stage.name.removeprefix("04_rejection").removeprefix("_") or "margin"
-        iterations = [
-            int(done.parent.name[len("iter") :]) for done in stage.glob("iter*/done.json")
-        ]
-        for t in sorted(iterations):
+        names = [done.parent.name for done in stage.glob("iter*/done.json")]
+        for t in sorted(int(name.removeprefix("iter")) for name in names):
             found[f"{rule}, iteration {t}"] = common.find_checkpoint(stage / f"iter{t}")
     return found
+
+
+def last_judge(names):
+    """The one that is compared with the others: margin selection's last, else the last of all."""
+    by_margin = [name for name in names if name.startswith("margin")]
+    return by_margin[-1] if by_margin else list(names)[-1]
 
 
 def judge_with(load, checkpoint, asked, writer, judging):
@@ -452,16 +457,15 @@ def best_of_n_table(rows, candidates, picks, truth, vocabulary):
 
 
 # ---- LLaVA-Bench in the wild: answers for its own review, which scores them ----------------------
-def read_questions(folder):
+def read_questions(folder, image_root):
     """Rows {id, question_id, image, prompt} of the released folder (questions.jsonl, images/)."""
     rows = []
     for row in read_jsonl(Path(folder) / "questions.jsonl", ("question_id", "image", "text")):
-        image = f"images/{row['image']}"
-        if not (Path(folder) / image).is_file():
-            stop(f"{folder}/{image} is missing, and the review needs all answers")
-        question_id = row["question_id"]
-        new = {"id": str(question_id), "question_id": question_id, "image": image}
-        rows.append({**new, "prompt": row["text"]})
+        new = {"id": str(row["question_id"]), "question_id": row["question_id"]}
+        new |= {"image": f"images/{row['image']}", "prompt": row["text"]}
+        if not (Path(image_root) / new["image"]).is_file():
+            stop(f"{image_root}/{new['image']} is missing, and the review needs all answers")
+        rows.append(new)
     return rows
 
 
@@ -469,8 +473,7 @@ def answer_in_the_wild(rows, judges, load, folder, n, judging, sampling):
     """answers_first.jsonl, one sample of the policy, and answers_judge.jsonl, the judge's pick of n
     -> counts. The review reads them row by row. judges: one, {its name: checkpoint}.
     """
-    found = sample_and_pick(rows, judges, load, folder, n, judging, sampling)
-    candidates, picks, counts = found
+    candidates, picks, counts = sample_and_pick(rows, judges, load, folder, n, judging, sampling)
     chosen = {"first": {key: texts[0] for key, texts in candidates.items()}}
     for winners in picks.values():
         chosen["judge"] = {key: of_row[-1] for key, of_row in winners.items()}
@@ -518,9 +521,10 @@ def markdown(title, columns, scores):
     """Lines of a table of scores {row: {column: value}}; columns: {column: heading}, of which those
     that no row has are left out.
     """
-    columns = {
-        c: x for c, x in columns.items() if any(s.get(c) is not None for s in scores.values())
-    }
+    used = set()
+    for of_row in scores.values():
+        used |= {column for column, value in of_row.items() if value is not None}
+    columns = {column: heading for column, heading in columns.items() if column in used}
     lines = ["", f"| {' | '.join([title, *columns.values()])} |"]
     lines.append("|" + " --- |" * (1 + len(columns)))
     for name, of_row in scores.items():
@@ -545,18 +549,18 @@ CHANCE["bradley_terry_loss"] = math.log(2)
 RATES = ("present_said_yes", "absent_said_no", "balanced")
 
 
-def table_lines(results, published, how):
-    """The tables, from what metrics.json holds; published: {judge: accuracy}, how: a sentence."""
+def table_lines(results, note):
+    """All tables but Best-of-N's, from what metrics.json holds; note: a sentence on the first."""
     table = results["table"]
-    known = {name: {"accuracy": accuracy} for name, accuracy in published.items()}
-    lines = markdown("judge", COLUMNS, {**known, "chance": CHANCE, **table}) + ["", how]
+    lines = markdown("judge", COLUMNS, {"chance": CHANCE, **table}) + ["", note]
     if results["differences"]:
         rows = {}
         for name, (mean, low, high) in results["differences"].items():
             rows[name] = {"mean": f"{mean:+.3f}", "interval": f"{low:+.3f} to {high:+.3f}"}
         headings = {"mean": "mean", "interval": "95 % interval, paired"}
         lines += markdown("difference in accuracy", headings, rows)
-    rows, categories = {}, set()
+    rows = {}
+    categories = set()
     for name, measures in table.items():
         rows[name] = {**measures, **measures["by_category"]}
         categories |= set(measures["by_category"])
@@ -569,13 +573,6 @@ def table_lines(results, published, how):
         lines += markdown("checks of", {rate: rate.replace("_", " ") for rate in RATES}, rows)
     if results["expert"]:
         lines += ["", expert_line(results["expert"])]
-    best_of = results["best_of_n"]
-    for measured in ("hallucinated", "recall") if best_of else ():
-        rows = {}
-        for name, by_n in best_of.items():
-            rows[name] = {n: scores[measured] for n, scores in by_n.items()}
-        headings = {n: f"N = {n}" for n in best_of["random pick"]}
-        lines += markdown(f"Best-of-N, {measured}", headings, rows)
     return lines
 
 
@@ -587,6 +584,18 @@ def expert_line(expert):
         f"{expert['n_pairs']} pairs hold such a finding, {expert['labels_wrong']:.1%} have a wrong "
         f"label; {expert['n_without_truth']} pairs are of pictures without truth."
     )
+
+
+def best_of_n_lines(best_of):
+    """Two tables from what best_of_n_table gives."""
+    lines = []
+    for measured in ("hallucinated", "recall"):
+        rows = {}
+        for name, by_n in best_of.items():
+            rows[name] = {n: scores[measured] for n, scores in by_n.items()}
+        headings = {n: f"N = {n}" for n in best_of["random pick"]}
+        lines += markdown(f"Best-of-N, {measured}", headings, rows)
+    return lines
 
 
 def before_and_after(judged, names):
@@ -627,10 +636,11 @@ def parse_args(argv=None):
     add("--max-image-tokens", type=int, help="most tokens of a picture; default: the model's bound")
     add("--style", choices=tuple(common.INSTRUCTIONS), help="of critique; default: critique")
     args = parser.parse_args(argv)
-    is_wild, is_official = args.benchmark == "llava-wild", args.protocol == "official"
-    if args.best_of and (args.best_of.bit_count() != 1 or not (args.truth or is_wild)):
-        parser.error("--best-of needs a power of 2, and --truth: its quality is not guessed")
-    if is_official and (args.benchmark != "vl-rewardbench" or args.votes > 1):
+    if args.best_of not in (0, 1, 2, 4, 8, 16, 32, 64, 128):
+        parser.error("--best-of needs a power of 2, up to 128")
+    if args.best_of and not args.truth and args.benchmark != "llava-wild":
+        parser.error("--best-of needs --truth: its quality is measured, not guessed")
+    if args.protocol == "official" and (args.benchmark != "vl-rewardbench" or args.votes > 1):
         parser.error("--protocol official is vl-rewardbench's, with votes of its own: no --votes")
     source = Path(args.pairs)
     root = args.image_root or (source if source.is_dir() else source.parent)
@@ -656,9 +666,9 @@ def take_settings(args):
 
 
 def read_truth(path):
-    """{image: set of its objects}; {} without a file."""
+    """{image: set of its objects}."""
     truth = {}
-    for row in read_jsonl(path, ("image", "objects")) if path else ():
+    for row in read_jsonl(path, ("image", "objects")):
         truth[row["image"]] = {thing["object"] for thing in row["objects"]}
     return truth
 
@@ -672,14 +682,13 @@ def finish(folder, args, counts, lines):
 
 
 def main(args):
-    run, official = Path(args.run), args.protocol == "official"
+    run = Path(args.run)
+    official = args.protocol == "official"
     take_settings(args)
     conditions = find_conditions(run)
     args.conditions = list(conditions)  # a newly trained judge is a reason to evaluate anew
-    # the judge that is compared with the others: margin selection's last, or else the last of all
-    last = ([name for name in conditions if name.startswith("margin")] or list(conditions))[-1]
-    name = "05_evaluation" if args.benchmark == "pairs" else f"05_evaluation_{args.benchmark}"
-    folder = common.start_stage(args, f"{name}_official" if official else name)
+    last = last_judge(conditions)
+    folder = common.start_stage(args, FOLDERS[args.benchmark, args.protocol])
     if folder is None:
         return
     bounds = {"device": args.device, "max_image_tokens": args.max_image_tokens}
@@ -688,7 +697,8 @@ def main(args):
     sampling["seed"] = args.seed
     judging = {"image_root": args.image_root, "style": args.style, **sampling}
     if args.benchmark == "llava-wild":
-        rows, n = read_questions(args.pairs), max(1, args.best_of)
+        rows = read_questions(args.pairs, args.image_root)
+        n = max(1, args.best_of)
         judges = {last: conditions[last]} if n > 1 else {}
         counts = answer_in_the_wild(rows, judges, load, folder, n, judging, sampling)
         finish(folder, args, counts, ["", WILD_NOTE])
@@ -697,11 +707,12 @@ def main(args):
     # 1. read, and refuse what could not be measured later ----------------------------------------
     _, pairs, read = one.read_pairs(args.pairs, args.image_root, folder)
     by_id = {pair["id"]: pair for pair in pairs}
-    preferences, vocabulary = [], one.COCO_VOCABULARY
+    preferences = []
+    vocabulary = one.COCO_VOCABULARY
     if (run / "01_preferences" / "meta.json").exists():
         preferences = read_jsonl(run / "01_preferences" / "preferences.jsonl")
         vocabulary = json.loads((run / "01_preferences" / "vocabulary.json").read_text("utf-8"))
-    truth = read_truth(args.truth)
+    truth = read_truth(args.truth) if args.truth else {}
     expert = expert_against_truth(preferences, truth)
     # Best-of-N: a row of each picture; where the truth holds no objects, recall would be 0 / 0
     pictures = {pair["image"]: pair for pair in pairs}
@@ -717,7 +728,10 @@ def main(args):
 
     # 2. judge ------------------------------------------------------------------------------------
     writer = RowWriter(folder / "judgements.jsonl", key=("condition", "question"))
-    votes = {"votes": args.votes, "temperature": 0.2 if official else float(args.votes > 1)}
+    temperature = 0.0 if args.votes == 1 else 1.0
+    if official:
+        temperature = 0.2
+    votes = {"votes": args.votes, "temperature": temperature}
     judged = {}
     for name, checkpoint in conditions.items():
         judged |= judge_with(load, checkpoint, shown[name], writer, judging | votes)
@@ -727,31 +741,27 @@ def main(args):
     # 3. measure ----------------------------------------------------------------------------------
     score = official_scores if official else partial(measure, vocabulary=vocabulary)
     everyone = {"shorter response": heuristic_rows(pairs), **judged}
-    results = {"table": {name: score(rows, by_id) for name, rows in everyone.items()}}
+    results = {"expert": expert, "best_of_n": {}}
+    results["table"] = {name: score(rows, by_id) for name, rows in everyone.items()}
     others = [] if official else [name for name in conditions if name != last]
     results["differences"] = paired_differences(judged, last, others, by_id)
-    results["expert"], results["best_of_n"] = expert, {}
     if args.best_of:
         counts["pictures without truth"] = len(pictures) - len(scored)
         scored = scored[: args.best_of_images]
         judges = {name: conditions[name] for name in ("base", last)}
         found = sample_and_pick(scored, judges, load, folder, args.best_of, judging, sampling)
         candidates, picks, of_responses = found
-        table = best_of_n_table(scored, candidates, picks, truth, vocabulary)
-        results["best_of_n"] = table
+        best_of = best_of_n_table(scored, candidates, picks, truth, vocabulary)
+        results["best_of_n"] = best_of
         counts |= of_responses
 
     # 4. report -----------------------------------------------------------------------------------
     common.write_json(folder / "metrics.json", results)
-    published = PUBLISHED if args.benchmark == "vl-rewardbench" else {}
-    if official:
-        asked = f"{OFFICIAL_CALLS} calls each, each in an order drawn by lot; pairs without a "
-        asked += "majority of their calls are undecided and leave the accuracy"
-    else:
-        n_hallucination = results["table"][last]["n_hallucination"]
-        asked = f"in both orders ({n_hallucination} with a hallucinated object), {args.votes} "
-        asked += "vote(s) each; accuracy is the mean over orders, chance .5 (both orders: .25)"
-    lines = table_lines(results, published, f"n = {len(pairs)} pairs, {asked}.")
+    note = f"n = {len(pairs)} pairs, {len(questions)} questions, {args.votes} vote(s) each. "
+    note += OFFICIAL_NOTE if official else NOTE
+    lines = table_lines(results, note)
+    if args.best_of:
+        lines += best_of_n_lines(results["best_of_n"])
     lines += before_and_after(judged, ("base", last))
     if common.RANK == 0:
         drawn = {name: judged[name] for name in ("base", "after 03", last) if name in judged}

@@ -655,7 +655,6 @@ def test_vl_rewardbench(tmp_path, shapes, fake, protocol):
     report, folder = evaluate(tmp_path, *given, "--protocol", protocol, "--withhold")
     table = json.loads((folder / "metrics.json").read_text())["table"]
     assert set(table["base"]["by_category"]) <= {"general", "hallucination", "reasoning"}
-    assert cells(report, "GPT-4o")[1] == "0.658"
     assert cells(report, "shorter response")[1] == "0.500"
     if protocol == "both-orders":
         assert folder.name == "05_evaluation_vl-rewardbench"
@@ -688,7 +687,7 @@ def test_llava_bench_in_the_wild(tmp_path, shapes, fake):
     fake(captions)
     given = ["--benchmark", "llava-wild", "--pairs", shapes, "--model", "hub/base"]
     report, folder = evaluate(tmp_path, *given, "--best-of", 4)
-    assert folder.name == "05_evaluation_llava-wild" and "no score here" in report
+    assert folder.name == "05_evaluation_llava-wild" and "No score here" in report
     for name, number in (("first", "0"), ("judge", "3")):
         answers = read_jsonl(folder / f"answers_{name}.jsonl")
         assert len({answer["answer_id"] for answer in answers}) == len(questions)
