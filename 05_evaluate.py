@@ -640,8 +640,11 @@ def parse_args(argv=None):
         parser.error("--best-of needs a power of 2, up to 128")
     if args.best_of and not args.truth and args.benchmark != "llava-wild":
         parser.error("--best-of needs --truth: its quality is measured, not guessed")
-    if args.protocol == "official" and (args.benchmark != "vl-rewardbench" or args.votes > 1):
-        parser.error("--protocol official is vl-rewardbench's, with votes of its own: no --votes")
+    args.temperature = 0.0 if args.votes == 1 else 1.0
+    if args.protocol == "official":
+        args.temperature = 0.2
+        if args.benchmark != "vl-rewardbench" or args.votes > 1:
+            parser.error("--protocol official is vl-rewardbench's; it votes by itself: no --votes")
     source = Path(args.pairs)
     root = args.image_root or (source if source.is_dir() else source.parent)
     args.image_root = str(Path(root).resolve())
@@ -728,10 +731,7 @@ def main(args):
 
     # 2. judge ------------------------------------------------------------------------------------
     writer = RowWriter(folder / "judgements.jsonl", key=("condition", "question"))
-    temperature = 0.0 if args.votes == 1 else 1.0
-    if official:
-        temperature = 0.2
-    votes = {"votes": args.votes, "temperature": temperature}
+    votes = {"votes": args.votes, "temperature": args.temperature}
     judged = {}
     for name, checkpoint in conditions.items():
         judged |= judge_with(load, checkpoint, shown[name], writer, judging | votes)
