@@ -180,33 +180,26 @@ def measure(rows, pairs, vocabulary):
 
 
 def official_scores(rows, pairs):
-    """VL-RewardBench's own scoring: accuracy = agree / (agree + reject), over pairs.
+    """VL-RewardBench's own scoring, over pairs: accuracy = agree / (agree + reject).
 
     More than half of a pair's calls must agree with the label, or reject it; without such a
-    majority ("unmatched": no verdict, or "other": none at all) the pair is undecided and left out.
+    majority (a call without verdict is in neither) the pair is undecided and left out.
     """
-    said = {}  # {pair id: one word per call}
+    calls = {}  # {pair id: of each call True, False, or None without a verdict}
     for row in rows:
-        if row["verdict"] is None:
-            word = "unmatched"
-        else:
-            word = "agree" if row["verdict"] == row["label"] else "reject"
-        said.setdefault(row["id"], []).append(word)
-    outcome = {}
-    for key, words in said.items():
-        word, count = Counter(words).most_common(1)[0]
-        outcome[key] = word if count > len(words) / 2 else "other"
-    tally = Counter(outcome.values())
-    decided = ("agree", "reject")
-    right = {key: float(word == "agree") for key, word in outcome.items() if word in decided}
-    scores = {word: tally[word] for word in ("agree", "reject", "unmatched", "other")}
-    scores["undecided"] = tally["unmatched"] + tally["other"]
+        agrees = row["verdict"] == row["label"]
+        calls.setdefault(row["id"], []).append(None if row["verdict"] is None else agrees)
+    right = {}
+    for key, answers in calls.items():
+        for outcome in (True, False):
+            if answers.count(outcome) > len(answers) / 2:
+                right[key] = float(outcome)
+    scores = {"undecided": len(calls) - len(right), "by_category": {}}
     scores["unparseable"] = sum(row["verdict"] is None for row in rows) / len(rows)
-    scores["by_category"] = {}
     if right:
         scores["accuracy"] = float(np.mean(list(right.values())))
         scores |= by_category(right, pairs)
-    categories = {pairs[key].get("category") for key in outcome}
+    categories = {pairs[key].get("category") for key in calls}
     if len(scores["by_category"]) < len(categories):  # one has no decided pair
         scores["macro"] = scores["macro_interval"] = None
     return scores
@@ -251,15 +244,12 @@ def expert_against_truth(rows, truth):
         if row["image"] not in truth:
             continue
         objects = truth[row["image"]]
-        wrong = []
-        for finding in row["evidence"]:
-            if finding["status"] != "unsure":
-                said_present = finding["status"] == "present"
-                wrong.append(said_present != (finding["object"] in objects))
+        sure = [finding for finding in row["evidence"] if finding["status"] != "unsure"]
+        wrong = [(f["status"] == "present") != (f["object"] in objects) for f in sure]
         findings_wrong += wrong
         pairs_wrong.append(any(wrong))
         # A label is right where the rejected response alone names what is not there.
-        inventors = {e["claimed_by"] for e in row["evidence"] if e["object"] not in objects}
+        inventors = {f["claimed_by"] for f in row["evidence"] if f["object"] not in objects}
         labels_wrong.append(inventors != {"rejected"})
     if not findings_wrong:
         return {}
@@ -616,8 +606,11 @@ def before_and_after(judged, names):
 def parse_args(argv=None):
     parser, _ = common.stage_parser(__doc__)
     add = parser.add_argument_group("what is judged").add_argument
-    add("--benchmark", choices=("pairs", "vl-rewardbench", "llava-wild"), default="pairs")
-    add("--pairs", required=True, help="its file, folder or hub id")
+    benchmarks = ("pairs", "vl-rewardbench", "llava-wild")
+    add("--benchmark", choices=benchmarks, default="pairs", help="pairs: any, of any format of 01")
+    add(
+        "--pairs", help="its file, folder or hub id; of vl-rewardbench by default the published one"
+    )
     protocols = ("both-orders", "official")
     add("--protocol", choices=protocols, default="both-orders", help="official: VL-RewardBench's")
     add("--image-root", help="folder that image paths start from; default: that of --pairs")
@@ -625,8 +618,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group("how it is judged").add_argument
     add("--votes", type=int, default=1, help="1 is greedy, more: the majority of sampled critiques")
     ways = ("blank", "other")
-    withheld_from = "the last judge also sees a blank picture, another row's; nothing: neither"
-    add("--withhold", nargs="*", choices=ways, default=list(ways), help=withheld_from)
+    shown = (
+        "the last judge also sees blank pictures, and other rows'; without a word after it: none"
+    )
+    add("--withhold", nargs="*", choices=ways, default=list(ways), help=shown)
     add("--max-new-tokens", type=int, default=512, help="longest critique or response, tokens")
     add = parser.add_argument_group("Best-of-N (with --truth or llava-wild)").add_argument
     add("--best-of", type=int, default=0, help="N: responses to a picture; a power of 2")
@@ -636,6 +631,10 @@ def parse_args(argv=None):
     add("--max-image-tokens", type=int, help="most tokens of a picture; default: the model's bound")
     add("--style", choices=tuple(common.INSTRUCTIONS), help="of critique; default: critique")
     args = parser.parse_args(argv)
+    if args.benchmark == "vl-rewardbench":
+        args.pairs = args.pairs or "MMInstruction/VL-RewardBench"
+    if args.pairs is None:
+        parser.error("--pairs is needed: what is to be judged")
     if args.best_of not in (0, 1, 2, 4, 8, 16, 32, 64, 128):
         parser.error("--best-of needs a power of 2, up to 128")
     if args.best_of and not args.truth and args.benchmark != "llava-wild":
