@@ -358,8 +358,9 @@ class Decoding:
 
     def keep(self, index):
         """Only the samples of this index go on."""
+        index = index.to(self.position.device)  # with --device auto, logits may lie elsewhere
         self.cache.reorder_cache(index)
-        self.position = self.position[index.to(self.position.device)]
+        self.position = self.position[index]
         if not self.is_shared:
             self.mask = self.mask[index]
 
