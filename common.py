@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -562,6 +563,7 @@ def run(main, args):
     """main(args), as every script ends with: libraries are quiet, torchrun's processes join."""
     transformers.logging.set_verbosity_error()  # what matters about a model, load_judge checks
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks for it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # stage 03's DataLoader forks this process
     if WORLD > 1:
         if args.device == "auto":
@@ -750,7 +752,7 @@ def find_checkpoint(folder):
 
 
 def finish_stage(folder, args, counts, inputs, next_command, **extra):
-    """Say what was made and dropped; write meta.json last, which means that the stage is complete."""
+    """Say what was made and dropped; write meta.json last, which means: the stage is complete."""
     commit = None
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
