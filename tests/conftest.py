@@ -183,10 +183,9 @@ def logits_alone(model, processor, request, tokens):
 
     n, R = tokens.shape
     inputs = encode_prompts(processor, [request["text"]] * n, [request["image"]] * n)
-    written = tokens.clamp(min=0)  # -1 stands after the end
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], written], 1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    types = [inputs["mm_token_type_ids"], torch.zeros_like(written)]
+    types = [inputs["mm_token_type_ids"], torch.zeros_like(tokens)]
     inputs["mm_token_type_ids"] = torch.cat(types, 1)
     return model(**inputs, logits_to_keep=R + 1, use_cache=False).logits[:, :-1]
 
@@ -198,7 +197,11 @@ def check_samples(model, processor, request, samples, stop_ids, temperature, see
 
     tokens = torch.stack([tokens for tokens, _ in samples])  # (n, R)
     log_odds = torch.stack([log_odds for _, log_odds in samples])  # (n, R, 2)
-    logits = logits_alone(model, processor, request, tokens)  # (n, R, V)
+    lengths = [length_of(row, stop_ids) for row in tokens]
+    written = tokens.clone()
+    for row, length in zip(written, lengths):
+        row[length - 1 :] = 0  # the last token and what follows it decide nothing
+    logits = logits_alone(model, processor, request, written)  # (n, R, V)
     if temperature == 0:
         chosen = logits.gather(2, tokens.clamp(min=0)[:, :, None])[:, :, 0]
         may_be = chosen > logits.amax(2) - EPSILON
@@ -209,7 +212,6 @@ def check_samples(model, processor, request, samples, stop_ids, temperature, see
         first = (cdf < uniforms - EPSILON).sum(2)  # the tokens that rounding may choose
         last = (cdf < uniforms + EPSILON).sum(2)
         may_be = (first <= tokens) & (tokens <= last)
-    lengths = [length_of(row, stop_ids) for row in tokens]
     for spelling, (id_a, id_b) in enumerate(zip(*verdict_token_ids(processor.tokenizer))):
         expected = logits[:, :, id_a] - logits[:, :, id_b]
         may_be &= (log_odds[:, :, spelling] - expected).abs() < EPSILON

@@ -60,7 +60,7 @@ def test_samples_are_those_of_the_row_alone(trained, pictures, raw, temperature,
     pass of the row by itself say, log-odds included."""
     model, processor = trained
     asked = requests(pictures)
-    for some, size in ((asked, 64), (asked, 10), (asked[::-1], 1), (asked[4:6], 64)):
+    for some, size in ((asked, 64), (asked[::-1], 3 * n), (asked[4:6], 1)):
         answers = raw(model, processor, some, n, temperature, 40, seed=5, batch_size=size)
         lengths = []
         for row, samples in zip(some, answers):
