@@ -681,7 +681,8 @@ class HelpFormatter(argparse.HelpFormatter):
     """Names the default where there is one."""
 
     def _get_help_string(self, action):
-        silent = not action.option_strings or action.default in (None, False, argparse.SUPPRESS)
+        default = action.default  # 0 is one, False is none
+        silent = default is None or default is False or default == argparse.SUPPRESS
         return action.help if silent else f"{action.help} (%(default)s)"
 
 
