@@ -197,10 +197,10 @@ def bradley_terry_sum(logits, labels, rows, tokenizer):
     r = []
     for row_logits, row_labels in zip(logits, labels):  # (R+1,V), (R+1,)
         ids = row_labels[row_labels != -100].tolist()
-        place = 1 + common.find_verdict_token(tokenizer, ids)[2]  # labels[0] belongs to the prompt
-        is_bare = int(row_labels[place]) in (verdict_ids[0][1], verdict_ids[1][1])  # "A", not " A"
-        id_a, id_b = verdict_ids[0][is_bare], verdict_ids[1][is_bare]
-        r.append(common.verdict_log_odds(row_logits[place - 1][None], id_a, id_b))  # (1,)
+        _, _, place, spelling = common.find_verdict_token(tokenizer, ids, verdict_ids)
+        id_a, id_b = verdict_ids[0][spelling], verdict_ids[1][spelling]
+        # labels[0] belongs to the prompt, so logits[place] predict ids[place] = labels[1 + place]
+        r.append(common.verdict_log_odds(row_logits[place][None], id_a, id_b))  # (1,)
     label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
     return bradley_terry_loss(torch.cat(r), label_is_a).sum()
 
@@ -271,7 +271,8 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
         layers = common.unwrap(model).model.language_model
         layers.activation_checkpointing_enable()
         layers.disable_input_require_grads()  # a hook left by enabling that nothing needs
-    log, bar = RowWriter(folder / "metrics.jsonl"), common.progress_bar(steps, "train", "step")
+    log = RowWriter(folder / "metrics.jsonl", key=("step", "validation"))
+    bar = common.progress_bar(steps, "train", "step")
     started, n_total = time.time(), 0
     model.train()
     for step, micro_batches in enumerate(prepared_ahead(data, steps)):
@@ -425,7 +426,8 @@ def validate(model, processor, pairs, folder, name, **judging):
     numbers = [f"{measure} {result[measure]:.3f}" for measure in names]
     print(f"validation, {name}: {' | '.join(numbers)} | {len(pairs)} pairs")
     print(f"{rows[0]['image']}, label {rows[0]['label']}:\n{rows[0]['critique']}\n")
-    RowWriter(folder / "metrics.jsonl").write({"validation": name, **result})
+    log = RowWriter(folder / "metrics.jsonl", key=("step", "validation"))
+    log.write({"validation": name, **result})
     return result
 
 

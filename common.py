@@ -194,11 +194,10 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
 
 def load_adapter(model, folder, trainable=False):
     """PeftModel; refuses an adapter whose keys do not fit, where PEFT itself only warns."""
-    from peft import PeftModel, get_peft_model_state_dict  # slow to import
-    from safetensors.torch import load_file
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights  # slow to import
 
     model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    found = set(load_file(Path(folder) / "adapter_model.safetensors"))
+    found = set(load_peft_weights(str(folder), device="cpu"))
     expected = set(get_peft_model_state_dict(model))
     if found != expected:
         only_there, only_here = sorted(found - expected)[:8], sorted(expected - found)[:8]
@@ -442,27 +441,28 @@ def verdict_token_ids(tokenizer):
     return ids
 
 
-def find_verdict_token(tokenizer, ids):
-    """(text, verdict or None, index in ids of the token that holds its letter or None)."""
+def find_verdict_token(tokenizer, ids, verdict_ids):
+    """(text, verdict, place, spelling) of a response's token ids; the last three may be None.
+
+    ids[place] is the token that holds the verdict's letter; spelling: its index in verdict_ids.
+    """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     verdict, index = find_verdict(text)
     if verdict is None:
-        return text, None, None
+        return text, None, None, None
     place = len(ids) - 1
     while len(tokenizer.decode(ids[:place], skip_special_tokens=True)) > index:
         place -= 1  # the text before this token already reaches beyond the letter
-    return text, verdict, place
+    return text, verdict, place, int(ids[place] in (verdict_ids[0][1], verdict_ids[1][1]))
 
 
 def finish_sample(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
     """The answer of common.sample from one sample's tokens (R,) and log-odds (R, 2)."""
     ends = torch.isin(tokens, stop_ids.cpu()).nonzero()
     length = int(ends[0]) if len(ends) else int((tokens >= 0).sum())
-    text, verdict, place = find_verdict_token(tokenizer, tokens[:length].tolist())
-    r = None
-    if verdict is not None:
-        is_bare = int(tokens[place]) in (verdict_ids[0][1], verdict_ids[1][1])
-        r = log_odds[place, int(is_bare)].item()
+    ids = tokens[:length].tolist()
+    text, verdict, place, spelling = find_verdict_token(tokenizer, ids, verdict_ids)
+    r = None if verdict is None else log_odds[place, spelling].item()
     return {"text": text, "complete": len(ends) > 0, "verdict": verdict, "log_odds": r}
 
 
@@ -749,7 +749,7 @@ def find_checkpoint(folder):
 
 
 def finish_stage(folder, args, counts, inputs, next_command, **extra):
-    """Say what was made and dropped; write meta.json last, which means that the stage is complete."""
+    """Say what was made and dropped; write meta.json last: its presence means "complete"."""
     commit = None
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
