@@ -131,8 +131,13 @@ def test_nothing_in_a_stage_serves_only_a_later_one(name):
     assert only_elsewhere == set()
 
 
+# The parser of verdicts stands beside the prompt that asks for them, though 02 alone calls it: the
+# other stages get the verdict from sample.
+BESIDE_THE_PROMPT = {"parse_verdict"}
+
+
 def test_what_is_common_serves_two_files_or_common_itself():
-    at_home = used_at_home("common")
+    at_home = used_at_home("common") | BESIDE_THE_PROMPT
     for defined in definitions("common"):
         users = [name for name in SCRIPTS if ("common", defined) in taken(name)]
         assert defined in at_home or len(users) >= 2, f"{defined} serves {users}"
@@ -292,7 +297,10 @@ def flat(result):
     if isinstance(result, dict):
         return flat(list(result.items()))
     if isinstance(result, (tuple, list)):
-        return [number for part in result for number in flat(part)]
+        numbers = []
+        for part in result:
+            numbers += flat(part)
+        return numbers
     if isinstance(result, str):
         return [float(ord(letter)) for letter in result]
     return torch.as_tensor(result).double().flatten().tolist()

@@ -99,7 +99,10 @@ class Judge:
 
     def sample(self, model, processor, requests, n=1, **settings):
         self.calls.append({"requests": requests, "n": n, **settings})
-        return [[self.write(request, k) for k in range(n)] for request in requests]
+        answers = []
+        for request in requests:
+            answers.append([self.write(request, k) for k in range(n)])
+        return answers
 
     def sampled(self):
         """The calls that drew samples; the others judged, greedily."""
@@ -117,16 +120,21 @@ def tokens(text, add_special_tokens=False):
     return SimpleNamespace(input_ids=text.split())
 
 
+def requests_of(calls):
+    """All requests of the calls, one after another."""
+    requests = []
+    for call in calls:
+        requests += call["requests"]
+    return requests
+
+
 def asked(calls):
     """The ids of the pairs that the calls' requests are about."""
-    ids = set()
-    for call in calls:
-        ids |= {request["id"].split("-")[0] for request in call["requests"]}
-    return ids
+    return {request["id"].split("-")[0] for request in requests_of(calls)}
 
 
 def texts(calls):
-    return [request["text"] for call in calls for request in call["requests"]]
+    return [request["text"] for request in requests_of(calls)]
 
 
 @pytest.fixture
@@ -197,8 +205,9 @@ def test_02_shows_the_findings_and_the_label(stages, run):
 def test_02_writes_about_training_pairs_in_both_orders(stages, run):
     judge = Judge(always_right)
     stages(2, judge, "--critiques", "1")
-    ids = [request["id"] for call in judge.calls for request in call["requests"]]
-    assert sorted(ids) == sorted(f"t{i}-{order}" for i in range(4) for order in ("ab", "ba"))
+    ids = [request["id"] for request in requests_of(judge.calls)]
+    expected = [f"t{i}-ab" for i in range(4)] + [f"t{i}-ba" for i in range(4)]
+    assert sorted(ids) == sorted(expected)
     few = Judge(always_right)
     stages(2, few, "--critiques", "1", "--pairs", "2", "--overwrite")
     assert len(asked(few.calls)) == 2
@@ -368,6 +377,8 @@ def test_03_validates_on_the_validation_pairs_greedily(critiqued, run):
         assert KNOWN not in text
     rows = common.read_jsonl(run / "03_ift" / "validation.jsonl")
     assert [row["condition"] for row in rows] == ["before"] * 4 + ["after 03"] * 4
+    log = common.read_jsonl(run / "03_ift" / "metrics.jsonl")
+    assert [row["validation"] for row in log] == ["before", "after 03"]
     measures = json.loads((run / "03_ift" / "meta.json").read_text())["validation"]
     assert measures["before"]["accuracy"] == measures["after"]["accuracy"] == 1.0
     assert measures["after"]["bradley_terry_loss"] == pytest.approx(-math.log(0.9), rel=1e-4)
@@ -399,7 +410,9 @@ def test_03_starts_from_the_base_model(critiqued):
 def judge_pairs(judge, monkeypatch, path, pairs=PAIRS[:2], **settings):
     monkeypatch.setattr(common, "sample", judge.sample)
     writer = common.RowWriter(path, key=("condition", "question"))
-    questions = [question for pair in pairs for question in common.both_orders(pair)]
+    questions = []
+    for pair in pairs:
+        questions += common.both_orders(pair)
     settings = {"image_root": "pictures", "style": "critique", **settings}
     return ift.judge(None, None, questions, writer, "base", **settings)
 
@@ -567,10 +580,12 @@ def test_04_keeps_the_soundest_critique_and_not_the_surest_right_verdict(trained
 def test_04_keeps_the_largest_margins_as_a_share_of_the_whole_pool(trained, run):
     """Only six pairs of iteration 1 are eligible; .4 of the pool of ten are four."""
     trained(4, Judge(pool_judge), *FLAGS_04)
-    first = [(row["pair_id"], row["order"]) for row in kept_rows(run, 1)]
-    second = [(row["pair_id"], row["order"]) for row in kept_rows(run, 2)]
-    assert first == [(f"p{i:02d}", order) for i in (9, 8, 7, 6) for order in ("ab", "ba")]
-    assert second == [(f"p{i}", order) for i in (19, 18, 17, 16) for order in ("ab", "ba")]
+    first, second = kept_rows(run, 1), kept_rows(run, 2)
+    assert [row["pair_id"] for row in first[::2]] == ["p09", "p08", "p07", "p06"]
+    assert [row["pair_id"] for row in second[::2]] == ["p19", "p18", "p17", "p16"]
+    for rows in (first, second):
+        assert [row["pair_id"] for row in rows[::2]] == [row["pair_id"] for row in rows[1::2]]
+        assert [row["order"] for row in rows] == ["ab", "ba"] * 4
     done = json.loads((run / "04_rejection" / "iter1" / "done.json").read_text())
     assert done["counts"]["pairs in the pool"] == 10
     assert done["counts"]["pairs kept"] == 4
