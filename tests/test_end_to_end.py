@@ -202,9 +202,9 @@ def test_interrupted_stages_resume_to_identical_files(world, finished, tmp_path,
 def test_ablations_run(world, finished, tmp_path, expert, style):
     folder, _ = finished
     vocabulary = folder / "01_preferences" / "vocabulary.json"
-    few = ["--limit", "250", "--present", "0.5", "--absent", "0.5", "--validation", "20", "--train", "60"]
+    few = "--limit 250 --present 0.5 --absent 0.5 --validation 20 --train 60"
     extra = {
-        "01": [*few, "--vocabulary", str(vocabulary)],
+        "01": [*few.split(), "--vocabulary", str(vocabulary)],
         "02": [],
         "03": ["--steps", "10"],
         "05": ["--best-of", "0", "--withhold"],
