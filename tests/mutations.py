@@ -441,14 +441,13 @@ MUTATIONS = [
 ]
 
 
-def apply(mutation, folder):
-    """Change the copy; says which mutation no longer fits the code."""
-    path = folder / mutation["file"]
-    source = path.read_text(encoding="utf-8")
+def mutated(mutation):
+    """The file's text with the mutation; says where it no longer fits the code."""
+    source = (ROOT / mutation["file"]).read_text(encoding="utf-8")
     times = source.count(mutation["old"])
     if times != 1:
         sys.exit(f"error: {mutation['file']} holds {times} times, not once: {mutation['old']!r}")
-    path.write_text(source.replace(mutation["old"], mutation["new"]), encoding="utf-8")
+    return source.replace(mutation["old"], mutation["new"])
 
 
 def run_tests(folder, tests, log):
@@ -480,41 +479,47 @@ def outcome(folder, tests):
     return name, log.read_text(encoding="utf-8", errors="replace")
 
 
-def fresh_copy(folder):
-    skip = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache", ".venv", "world")
-    shutil.copytree(ROOT, folder, ignore=skip)
-    return folder
-
-
-def main(args):
+def choose(words):
+    """The mutations that hold one of the words; all without any."""
     chosen = []
     for mutation in MUTATIONS:
         text = " ".join(mutation.values())
-        if not args.words or any(word in text for word in args.words):
+        if not words or any(word in text for word in words):
             chosen.append(mutation)
+    return chosen
+
+
+def main(args):
+    chosen = choose(args.words)
+    texts = [mutated(mutation) for mutation in chosen]  # all must fit before the first is tried
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not survive a fork
     import matplotlib.figure  # noqa: F401  slow to import, so once for all
     from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: F401
 
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
-        for i, mutation in enumerate(chosen):  # all fit the code, before the first is tried
-            apply(mutation, fresh_copy(Path(folder) / f"{i}"))
-        untouched = fresh_copy(Path(folder) / "untouched")
+        copy = Path(folder) / "copy"
+        skip = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache", ".venv")
+        shutil.copytree(ROOT, copy, ignore=skip)
         tests = sorted({mutation["test"] for mutation in chosen})
-        found, output = outcome(untouched, tests)
+        found, output = outcome(copy, tests)
         if found != "passed":
             sys.exit(f"{output}\nerror: the tests do not pass on the code as it is")
-        for i, mutation in enumerate(chosen):
-            found, output = outcome(Path(folder) / f"{i}", [mutation["test"]])
-            killed = found == "failed"
-            print(f"{'killed' if killed else 'SURVIVED':<9}{mutation['file']}: {mutation['new']}")
-            if not killed:
-                survivors.append(mutation)
-                print(output[-2000:] if found == "no result" else f"  {mutation['test']}")
+        for mutation, text in zip(chosen, texts):
+            (copy / mutation["file"]).write_text(text, encoding="utf-8")
+            found, output = outcome(copy, [mutation["test"]])
+            shutil.copy(ROOT / mutation["file"], copy / mutation["file"])
+            line = f"{mutation['file']}: {' '.join(mutation['new'].split())}"
+            if found == "failed":
+                print("killed  ", line, flush=True)
+                continue
+            survivors.append(mutation)
+            print("SURVIVED", line, flush=True)
+            if found == "no result":
+                print(output[-2000:])
     print(f"killed {len(chosen) - len(survivors)} of {len(chosen)}")
     for mutation in survivors:
-        print(f"survived: {mutation['file']}: {mutation['old']!r} -> {mutation['new']!r}")
+        print(f"survived {mutation['test']}: {mutation['old']!r} -> {mutation['new']!r}")
     sys.exit(bool(survivors))
 
 
