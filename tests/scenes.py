@@ -42,7 +42,7 @@ USER = Style(noise=22, jitter=38, smallest=6.3, largest=10.5)
 
 # ---- Scenes -------------------------------------------------------------------------------------
 def language_prior():
-    """popularity (40,), companions (40, 40): how readily two kinds meet. The same in every world."""
+    """popularity (40,), companions (40, 40): how readily two kinds meet; the same everywhere."""
     rng = np.random.default_rng(0)
     popularity = rng.uniform(0.5, 2.0, len(KINDS))
     companions = np.ones((len(KINDS), len(KINDS)))
@@ -128,7 +128,7 @@ def draw_ordinary_scene(rng, style=USER):
 
 # ---- Pairs --------------------------------------------------------------------------------------
 def pick_absent(rng, near, present, mix=(0.4, 0.4, 0.2)):
-    """(absent kind, category): a kind that is not in `present`, by preference one that goes with it.
+    """(absent kind, category): a kind not in `present`, by preference one that goes with it.
 
     mix: how often it has another colour than `near`, another shape, or both."""
     colour, shape = near.split()
