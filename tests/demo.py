@@ -77,9 +77,9 @@ def start(command, log=None):
 
 
 def run_all(steps):
-    """Runs the commands {name: command line} one after the other -> {name: seconds}."""
+    """Runs (name, command line) one after the other -> {name: seconds}."""
     seconds = {}
-    for name, command in steps.items():
+    for name, command in steps:
         clock = time.time()
         if start(command).wait() != 0:
             sys.exit(f"error: step {name} failed; mend the cause and run the same command again")
@@ -151,15 +151,12 @@ def main():
     if pick_device().type == "cpu":  # a GPU is for one process
         for name in ("01", "02", "03", "05"):
             steps[name] = TWO_PROCESSES.split() + steps[name]
-    last_step = {"05": steps.pop("05")}
-    control_step = steps.pop("04 random")
-    first_steps = {name: steps.pop(name) for name in ("01", "02", "03")}
-    seconds = run_all(first_steps)
-    control = start(control_step, run / "04_random.log")  # beside 04 on the second core
-    seconds |= run_all(steps)
+    seconds = run_all((name, steps[name]) for name in ("01", "02", "03"))
+    control = start(steps["04 random"], run / "04_random.log")  # beside 04 on the second core
+    seconds |= run_all([("04", steps["04"])])
     if control.wait() != 0:
         sys.exit(f"error: the control failed, see {run}/04_random.log; mend and run again")
-    seconds |= run_all(last_step)
+    seconds |= run_all([("05", steps["05"])])
     last_screen(run, pictures)
     by_step = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
     print(f"seconds: {by_step}; all {time.time() - clock:.0f}")
