@@ -1,5 +1,5 @@
-"""The toy world: its pictures are the same everywhere, its pairs are true, the shipped build is whole
-and light, and the builder's short cuts give what the ordinary checkpoint gives."""
+"""The toy world: its pictures are the same everywhere, its pairs are true, the shipped build is
+whole and light, and the builder's short cuts give what the ordinary checkpoint gives."""
 
 import hashlib
 import json
@@ -13,10 +13,11 @@ import pytest
 import scenes
 import torch
 from build_world import Row, Trainer
-from common import INSTRUCTIONS, build_judge_prompt, encode_prompts, load_judge
 from conftest import ROOT
 from demo import WORLD
 from PIL import Image
+
+from common import INSTRUCTIONS, build_judge_prompt, encode_prompts, load_judge
 
 
 @pytest.fixture(scope="module")
