@@ -773,6 +773,7 @@ def train_expert(folder, seed, out, n_scenes=1500, epochs=7):
     ultralytics keeps its settings inside `folder` and stays offline."""
     os.environ |= {"YOLO_CONFIG_DIR": str(folder), "MPLCONFIGDIR": str(folder)}
     os.environ |= {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "YOLO_VERBOSE": "0"}
+    sys.stdout = (folder / "log.txt").open("w")  # this process's own: progress bars
     import ultralytics.data.utils
     from ultralytics import YOLO
 
