@@ -1,9 +1,10 @@
-"""What all tests share: imports of the numbered scripts, and a tiny model with random weights (tests/toy_world.py)."""
+"""What all tests share: imports of the numbered scripts, and a tiny model with random weights (tests/build_world.py)."""
 import copy
 import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +37,11 @@ def pictures(tmp_path_factory):
 def tiny(tmp_path_factory):
     """(model, processor) as a user loads them. Never change the model: train `copy.deepcopy(model)`."""
     import common
-    import toy_world
+    from build_world import build_model, build_processor
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    processor = toy_world.build_processor()
-    model = toy_world.build_model(processor.tokenizer)
+    processor = build_processor()
+    model = build_model(processor.tokenizer)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "language_model.layers" in name and weight.dim() == 2:
@@ -104,8 +105,10 @@ def run_here(command):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A whole world; WORLD=folder takes one that is there, for work on the tests."""
-    folder = Path(os.environ.get("WORLD") or tmp_path_factory.mktemp("world") / "w")
-    if not (folder / "meta.json").exists():
-        run(["tests/toy_world.py", "--out", str(folder), "--seed", "0", "--heldout", "300", "--images", "1700"])
+    """A folder with pictures and held-out pairs, and copies of the shipped model/ and expert.pt."""
+    from demo import WORLD
+    from scenes import write_pictures
+    folder = tmp_path_factory.mktemp("world") / "w"
+    shutil.copytree(WORLD, folder)
+    write_pictures(folder, 0, n_images=1700, n_heldout=300)
     return folder

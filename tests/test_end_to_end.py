@@ -1,4 +1,4 @@
-"""The whole path at a reduced size, by the real command lines: accuracies, resuming, ablations (slow: builds a world)."""
+"""The whole path at a reduced size, by the real command lines: accuracies, resuming, ablations (slow)."""
 import json
 import re
 import shutil
@@ -26,7 +26,7 @@ def smaller(name, command):
 def finished(world, tmp_path_factory):
     """(run directory, {step: what it printed}) of the demo's steps at the reduced size."""
     folder = tmp_path_factory.mktemp("run") / "r"
-    steps = {name: smaller(name, command) for name, command in demo.commands(world, folder, 0) if name != "world"}
+    steps = {name: smaller(name, command) for name, command in demo.commands(world, world, folder, 0).items()}
     return folder, {name: run(command) for name, command in steps.items()}
 
 
@@ -59,7 +59,7 @@ def test_best_of_n_picks_fewer_hallucinations(finished):
 
 def test_finished_stages_do_nothing_and_other_arguments_are_refused(world, finished):
     folder, _ = finished
-    steps = dict(demo.commands(world, folder, 0))
+    steps = demo.commands(world, world, folder, 0)
     before = (folder / "02_critiques" / "critiques.jsonl").stat().st_mtime_ns
     assert "nothing to do" in run(steps["02"])
     assert (folder / "02_critiques" / "critiques.jsonl").stat().st_mtime_ns == before
@@ -69,7 +69,7 @@ def test_finished_stages_do_nothing_and_other_arguments_are_refused(world, finis
 
 def test_interrupted_stages_resume_to_identical_files(world, finished, tmp_path):
     folder, _ = finished
-    steps = dict(demo.commands(world, tmp_path / "again", 0))
+    steps = demo.commands(world, world, tmp_path / "again", 0)
     shutil.copytree(folder / "01_preferences", tmp_path / "again" / "01_preferences")
     shutil.copytree(folder / "02_critiques", tmp_path / "again" / "02_critiques")
     for stage, files in (("01_preferences", ("candidates.jsonl", "detections.jsonl")), ("02_critiques", ("samples.jsonl",))):
@@ -91,7 +91,7 @@ def test_ablations_run(world, finished, tmp_path, expert, style):
     extra = {"01": ["--limit", "250", "--vocabulary", str(folder / "01_preferences" / "vocabulary.json"),
                     "--present", "0.5", "--absent", "0.5", "--validation", "20", "--train", "60"],
              "03": ["--steps", "10"], "05": ["--best-of", "0", "--withhold"]}
-    for name, command in demo.commands(world, tmp_path / "r", 0, (), expert=expert, style=style):
+    for name, command in demo.commands(world, world, tmp_path / "r", 0, (), expert, style).items():
         if name in ("01", "02", "03", "05"):
             run([*command, *extra.get(name, [])])
     table = json.loads((tmp_path / "r" / "05_evaluation" / "metrics.json").read_text())["table"]

@@ -7,7 +7,7 @@ import shutil
 import common
 import pytest
 import torch
-import toy_world
+import build_world
 from conftest import correct_rows, judged_rows, run_here, stage, train
 from peft import PeftModel
 from PIL import Image
@@ -76,13 +76,13 @@ def judge(request, tmp_path_factory):
     import transformers
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
     name, patch = FAMILIES[family]
-    tokenizer = toy_world.build_processor().tokenizer
+    tokenizer = build_world.build_processor().tokenizer
     factor = (2 * patch) ** 2
     size = {"shortest_edge": 4 * factor, "longest_edge": 64 * factor}
     videos = getattr(transformers, ("Qwen3" if family == "qwen3_vl" else "Qwen2") + "VLVideoProcessor")(size=size)
     processor = getattr(transformers, name + "Processor")(
         transformers.Qwen2VLImageProcessor(size=size, patch_size=patch), tokenizer, videos,
-        chat_template=("" if family == "qwen3_vl" else SYSTEM) + toy_world.CHAT_TEMPLATE)
+        chat_template=("" if family == "qwen3_vl" else SYSTEM) + build_world.CHAT_TEMPLATE)
     torch.manual_seed(1)
     model = getattr(transformers, name + "ForConditionalGeneration")(build_config(family, tokenizer))
     model.generation_config = transformers.GenerationConfig(eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
