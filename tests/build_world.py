@@ -10,7 +10,12 @@ What is in the judge ON PURPOSE, so that there is something to learn: its transc
 hold wrong facts (WRONG_ABSENT, WRONG_PRESENT), so that it writes well-formed critiques that trust
 the text. It was taught to compare picture and text before (plain yes/no questions), and to follow
 findings given in the prompt. The rate of wrong facts is raised while the judge measures too well
-on validation scenes (never on the held-out ones): see `train_mix`, which prints what it did.
+on validation scenes (never on the held-out ones): see `steer`, which prints what it did.
+
+Skills arrive suddenly and not on every processor at the same step. What a judge must have for the
+stages to get anywhere is in WANTED; a build that still lacks something in the end is refused. What
+was hardest to notice: a verdict that ignores the critique above it. Such a judge looks like others
+in every number of a base judge, but most of stage 03's steps go into finding that rule.
 
 Which build is shipped is decided by this rule, written down before any was looked at: seeds 0 to 5
 are built and put through stages 01-03 with the demo's flags; the first in that order is taken for
@@ -24,6 +29,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -72,7 +78,14 @@ YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."  # as 01's
 WRONG_ABSENT = 0.6  # share of absent objects that transcripts of judgements call present
 WRONG_PRESENT = 0.15  # share of present objects that they call absent
 COPY_WEIGHT = 0.15  # loss weight of copied words; yes/no, verdicts and stop tokens weigh 1
-BASE_ACCURACY = (0.47, 0.6)  # of the judge that is wanted
+# (lowest, highest) of what is measured on validation scenes before a judge is given out
+WANTED = {
+    "accuracy": (0.47, 0.6),
+    "well_formed": (0.9, 1.0),
+    "guided_accuracy": (0.93, 1.0),  # with the truth as reference, as in stage 02
+    "check_accuracy": (0.85, 1.0),  # of plain yes/no questions: does it compare picture and text?
+    "verdict_follows": (0.6, 1.0),  # does its verdict depend on its own checks? .5: not at all
+}
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -214,6 +227,7 @@ class Row(NamedTuple):
     prompt: str
     response: str
     copy_weight: float = COPY_WEIGHT  # loss weight of tokens other than yes/no, verdict and stop
+    answer_weight: float = 1.0  # of yes/no
 
 
 def sdpa_that_keeps(module, query, key, value, attention_mask, **kwargs):
@@ -239,11 +253,10 @@ class Trainer:
         words = [token([f" {word}" for word in kind.split()]) for kind in KINDS]
         words.append(token([" nothing", " nothing"]))  # cells without an object hold -1: the last
         self.cell_words = torch.tensor([[words[kind] for kind in scene.cells] for scene in bank])
-        self.decisive = torch.tensor(
-            token([" yes", " no", "yes", "no", " A", " B", self.tokenizer.eos_token])
-        )
+        self.answers = torch.tensor(token([" yes", " no", "yes", "no"]))
+        self.decisive = torch.tensor(token([" A", " B", self.tokenizer.eos_token]))
         self.yes_no = torch.tensor(token([" yes", " no"]))
-        self.verdict = token("Verdict")
+        self.verdict, self.side_a, self.side_b = token(["Verdict", " A", " B"])
         self.colours = torch.tensor(token([f" {colour}" for colour in COLOURS]))
         content = [{"type": "image"}, {"type": "text", "text": "@"}]
         chat = processor.apply_chat_template(
@@ -311,8 +324,9 @@ class Trainer:
         for i, (row, prompt, response) in enumerate(zip(rows, prompts, responses)):
             target = slice(len(prompt), len(prompt) + len(response))
             ids[i, : target.stop] = torch.tensor(prompt + response)
-            is_decisive = torch.isin(ids[i, target], self.decisive)
-            weights[i, target] = torch.where(is_decisive, 1.0, row.copy_weight)
+            weights[i, target] = row.copy_weight
+            weights[i, target][torch.isin(ids[i, target], self.decisive)] = 1.0
+            weights[i, target][torch.isin(ids[i, target], self.answers)] = row.answer_weight
         return ids, weights
 
     def run(self, ids, visual_tokens):
@@ -431,6 +445,20 @@ class Trainer:
         no_right = 1 - says_yes[ids[:, 1:] == no].float().mean().item()
         return (yes_right + no_right) / 2
 
+    @torch.no_grad()
+    def verdict_follows(self, rows):
+        """Of two critiques whose checks speak for A and for B: how often the log-odds of verdict A
+        are the higher in the first. .5: the verdict ignores the checks, 1: it follows them."""
+        for_a, for_b = [], []
+        for part in np.array_split(np.arange(len(rows)), len(rows) // 50):
+            ids, logits = self.shortcut_logits([rows[i] for i in part])
+            log_odds = logits[:, :, self.side_a] - logits[:, :, self.side_b]  # (B, T)
+            for i, row_ids, row_odds in zip(part, ids, log_odds):
+                colon = (row_ids == self.verdict).nonzero()[-1, 0] + 1
+                found = for_a if rows[i].response.endswith("A") else for_b
+                found.append(row_odds[colon].item())
+        return float((np.array(for_a)[:, None] > np.array(for_b)).mean())
+
 
 # ---- Training rows: captions, checks, judgements ------------------------------------------------
 def check_lines(claims):
@@ -507,11 +535,8 @@ class Rows:
         rng = self.rng
         image = self.image()
         present = self.present[image]
-        a, b, _, _ = make_pair(rng, present or sample_kinds(rng, 3))
-        label = "A"
-        if rng.random() < 0.5:
-            a, b, label = b, a, "B"
-        claims = [("A", kind) for kind in a] + [("B", kind) for kind in b]
+        a, b, label = self.responses(image)
+        claims = claims_of(a, b)
         facts = self.wrong_facts(claims, present, guided)
         reference = None
         if guided:
@@ -522,7 +547,7 @@ class Rows:
             findings = check_lines((side, kind, noted[kind]) for side, kind in claims)
             reference = f"{findings}Verdict: {verdict}"
         else:
-            verdict = self.verdict_of(claims, facts)
+            verdict = verdict_of(claims, facts) or "AB"[rng.integers(2)]
         style = str(rng.choice(["critique", "descriptive", "none"], p=[0.84, 0.08, 0.08]))
         if style != "critique" and not guided:
             verdict = "AB"[rng.integers(2)]
@@ -546,13 +571,41 @@ class Rows:
             facts[kind] = yes_or_no(is_present != is_wrong)
         return facts
 
-    def verdict_of(self, claims, facts):
-        """The side with fewer objects said to be absent; by chance where they are even."""
-        absent = [side for side, kind in claims if facts[kind] == "no"]
-        n_a, n_b = absent.count("A"), absent.count("B")
-        if n_a == n_b:
-            return "AB"[self.rng.integers(2)]
-        return "B" if n_a > n_b else "A"
+    def only_verdict(self):
+        """A critique whose answers are drawn by chance, with the verdict that follows from them;
+        nothing but the verdict is learned."""
+        image = self.image()
+        a, b, _ = self.responses(image)
+        claims = claims_of(a, b)
+        verdict = None
+        while verdict is None:
+            facts = {kind: yes_or_no(self.rng.random() < 0.7) for _, kind in claims}
+            verdict = verdict_of(claims, facts)
+        prompt = build_judge_prompt(PROMPT, caption(a), caption(b))
+        body = check_lines((side, kind, facts[kind]) for side, kind in claims)
+        return Row(image, prompt, f"{body}Verdict: {verdict}", copy_weight=0.0, answer_weight=0.0)
+
+    def responses(self, image):
+        """Response A, response B, the better one."""
+        chosen, rejected, _, _ = make_pair(
+            self.rng, self.present[image] or sample_kinds(self.rng, 3)
+        )
+        if self.rng.random() < 0.5:
+            return rejected, chosen, "B"
+        return chosen, rejected, "A"
+
+
+def claims_of(a, b):
+    return [("A", kind) for kind in a] + [("B", kind) for kind in b]
+
+
+def verdict_of(claims, facts):
+    """The side with fewer objects said to be absent, None where they are even."""
+    absent = [side for side, kind in claims if facts[kind] == "no"]
+    n_a, n_b = absent.count("A"), absent.count("B")
+    if n_a == n_b:
+        return None
+    return "B" if n_a > n_b else "A"
 
 
 def other(letter):
@@ -586,7 +639,7 @@ def judge_questions(scenes, pairs, guided, rng):
             a, b = pair.chosen, pair.rejected
             if label == "B":
                 a, b = b, a
-            claims = [("A", kind) for kind in a] + [("B", kind) for kind in b]
+            claims = claims_of(a, b)
             reference = None
             if guided:
                 unsure = {kind for _, kind in claims if rng.random() < 0.1}
@@ -682,7 +735,7 @@ def train_steps(trainer, name, steps, lr, loss_of_step, final):
 
 def train_model(trainer, rng, train, captioned, validation):
     """Align, check, caption, mix, in place. train, captioned and validation index the bank.
-    -> (seconds by phase, what `train_mix` measured, accuracy of checks)."""
+    -> (seconds by phase, what `steer` measured)"""
     rows = Rows(rng, trainer.present, train)
 
     def align(n):
@@ -713,63 +766,76 @@ def train_model(trainer, rng, train, captioned, validation):
         packed = trainer.loss([rows.packed_checks() for _ in range(8)])
         return (free + guided) / 2 + captions + 0.5 * packed + 0.25 * questions()
 
+    def correcting_step():
+        verdicts = trainer.loss([rows.only_verdict() for _ in range(16)])
+        return mix_step() + 2 * verdicts  # half of their weight is the stop token's
+
     seconds = {"align": train_steps(trainer, "align", 90, 2e-3, align_step, final=0.5)}
     rows.near_misses = (0.3, 0.3, 0.4)  # easier ones among them, or it starts at chance
     seconds["check"] = train_steps(trainer, "check", 160, 1.5e-3, check_step, final=0.5)
-    validation_rows = Rows(np.random.default_rng(1), trainer.present, validation)
-    validation_checks = [validation_rows.packed_checks() for _ in range(200)]
     rows.near_misses = (0.4, 0.4, 0.2)
     seconds["caption"] = train_steps(trainer, "caption", 170, 2e-3, caption_step, final=0.3)
-    accuracy = trainer.check_accuracy(validation_checks)
-    print(f"checks after the caption phase: balanced accuracy {accuracy:.3f}", flush=True)
     trainer.freeze_vision()
     rows.caption_indices = captioned
     seconds["mix"] = train_steps(trainer, "mix", 190, 2e-3, mix_step, final=0.15)
-    steering = steer(trainer, rows, mix_step, validation[-150:])
-    return seconds, steering, trainer.check_accuracy(validation_checks)
+    return seconds, steer(trainer, rows, correcting_step, validation)
 
 
-def steer(trainer, rows, mix_step, validation, corrections=2):
-    """Changes the model and `rows.wrong_absent`: while the judge is outside the wanted band on
-    validation scenes, raise or lower the rate of wrong facts and go on for a few steps."""
+def lacking(measured):
+    """["name .12, wanted .34-.56"] of what WANTED asks for and a judge has not."""
+    found = []
+    for name, (low, high) in WANTED.items():
+        if not low <= measured[name] <= high:
+            found.append(f"{name} {measured[name]:.3f}, wanted {low:.2f}-{high:.2f}")
+    return found
+
+
+def steer(trainer, rows, correcting_step, validation, corrections=4):
+    """Changes the model and `rows.wrong_absent`: while the judge lacks something on validation
+    scenes, raise or lower the rate of wrong facts and go on for a few steps. Exits if it still
+    does in the end. -> [what was measured]"""
     rng = np.random.default_rng(2)
     scenes = []
-    for i in validation:
+    for i in validation[-150:]:
         objects = [{"object": kind} for kind in trainer.present[i]]
         scenes.append(Scene(trainer.pictures[i], objects, None))
-    pairs = [make_pair(rng, trainer.present[i]) for i in validation]
+    pairs = [make_pair(rng, trainer.present[i]) for i in validation[-150:]]
+    held = Rows(np.random.default_rng(1), trainer.present, validation)
+    checks = [held.packed_checks() for _ in range(200)]
+    verdicts = [held.only_verdict() for _ in range(400)]
     model, processor = trainer.model, trainer.processor
-    low, high = BASE_ACCURACY
     history = []
-    for correction in range(corrections + 1):
+    while True:
         model.eval()
         base = measure_judge(model, processor, scenes, pairs)
         guided = measure_judge(model, processor, scenes[:50], pairs, guided=True, rng=rng)
+        measured = {"wrong_absent": rows.wrong_absent, **base}
+        for name in ("accuracy", "facts_true", "well_formed"):
+            measured[f"guided_{name}"] = guided[name]
+        measured["check_accuracy"] = trainer.check_accuracy(checks)
+        measured["verdict_follows"] = trainer.verdict_follows(verdicts)
         model.train()
-        history.append({"wrong_absent": rows.wrong_absent, **base})
-        history[-1] |= {f"guided_{k}": guided[k] for k in ("accuracy", "facts_true", "well_formed")}
-        shares = ", ".join(f"{name} {share:.3f}" for name, share in history[-1].items())
+        shares = ", ".join(f"{name} {share:.3f}" for name, share in measured.items())
         print(f"mix | validation judge: {shares}", flush=True)
-        in_band = low <= base["accuracy"] <= high
-        well_behaved = base["well_formed"] >= 0.9 and guided["accuracy"] >= 0.93
-        if correction == corrections or (in_band and well_behaved):
-            break
+        history.append(measured)
+        missing = "; ".join(lacking(measured))
+        if not missing:
+            return history
+        if len(history) > corrections:
+            sys.exit(f"error: no judge that stage 03 can train: {missing}. Try another --seed")
+        low, high = WANTED["accuracy"]
         if base["accuracy"] > high:
             rows.wrong_absent = min(rows.wrong_absent + 0.12, 0.8)
         elif base["accuracy"] < low:
             rows.wrong_absent = max(rows.wrong_absent - 0.1, 0.3)
-        print(
-            f"mix | not in {low}-{high} or not yet well-behaved: 30 more steps with wrong facts at "
-            f"{rows.wrong_absent:.2f}",
-            flush=True,
-        )
-        train_steps(trainer, "mix+", 30, 8e-4, mix_step, final=0.3)
-    return history
+        wrong = f"wrong facts at {rows.wrong_absent:.2f}"
+        print(f"mix | {missing}: 30 more steps, {wrong}", flush=True)
+        train_steps(trainer, "mix+", 30, 1e-3, correcting_step, final=0.3)
 
 
 # ---- The expert, in a process of its own: it needs the second core while the model trains -------
-def train_expert(folder, seed, out, n_scenes=1500, epochs=7):
-    """YOLO11n from scratch on dense scenes -> out/expert.pt; returns its precision and recall.
+def train_expert(folder, seed, n_scenes=1500, epochs=7):
+    """YOLO11n from scratch on dense scenes -> folder/expert.pt; returns its precision and recall.
     ultralytics keeps its settings inside `folder` and stays offline."""
     os.environ |= {"YOLO_CONFIG_DIR": str(folder), "MPLCONFIGDIR": str(folder)}
     os.environ |= {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "YOLO_VERBOSE": "0"}
@@ -813,8 +879,8 @@ def train_expert(folder, seed, out, n_scenes=1500, epochs=7):
         name="run",
         verbose=False,
     )
-    strip_expert(folder / "run" / "weights" / "last.pt", out / "expert.pt")
-    return measure_expert(YOLO(out / "expert.pt"), rng)
+    strip_expert(folder / "run" / "weights" / "last.pt", folder / "expert.pt")
+    return measure_expert(YOLO(folder / "expert.pt"), rng)
 
 
 def write_yolo_data(folder, rng, split, n):
@@ -861,8 +927,8 @@ def measure_expert(expert, rng):
 
 
 # ---- A world ------------------------------------------------------------------------------------
-def build_judge(out, seed, n_bank=10000, n_user=3800, n_validation=800):
-    """-> out/model; returns (seconds, table of the base model, steering)."""
+def build_judge(seed, n_bank=10000, n_user=3800, n_validation=800):
+    """-> (model, processor, seconds, table of the base model, steering)"""
     start = time.time()
     rng = np.random.default_rng([seed, 0])
     torch.manual_seed(seed)
@@ -875,14 +941,14 @@ def build_judge(out, seed, n_bank=10000, n_user=3800, n_validation=800):
     trainer = Trainer(build_model(processor.tokenizer), processor, bank)
     print(f"scenes: {time.time() - start:.0f} s", flush=True)
     half = n_validation // 2
-    seconds, steering, checks = train_model(trainer, rng, train, captioned, validation[:half])
+    seconds, steering = train_model(trainer, rng, train, captioned, validation[:half])
     clock = time.time()
-    table = {"check_accuracy": checks}
-    table |= measure(trainer, [bank[i] for i in validation[half:]], rng)
+    table = measure(trainer, [bank[i] for i in validation[half:]], rng)
+    for name in ("check_accuracy", "verdict_follows"):
+        table[name] = steering[-1][name]
+    table = {name: round(share, 4) for name, share in table.items()}
     seconds["measure"] = round(time.time() - clock, 1)
-    trainer.model.save_pretrained(out / "model")
-    processor.save_pretrained(out / "model")
-    return seconds, {name: round(share, 4) for name, share in table.items()}, steering
+    return trainer.model, processor, seconds, table, steering
 
 
 def parse_args(argv=None):
@@ -895,14 +961,16 @@ def parse_args(argv=None):
 def main(args):
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"error: {args.out} is not empty; name a folder that is not there yet")
-    args.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
     torch.set_num_threads(1)  # the other core belongs to the expert until it is done
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        expert = pool.submit(train_expert, Path(work), args.seed, args.out)
-        seconds, table, steering = build_judge(args.out, args.seed)
+        expert = pool.submit(train_expert, Path(work), args.seed)
+        model, processor, seconds, table, steering = build_judge(args.seed)
         precision_recall = expert.result()
+        model.save_pretrained(args.out / "model")
+        processor.save_pretrained(args.out / "model")
+        shutil.copy(Path(work) / "expert.pt", args.out)
     seconds["all"] = round(time.time() - start, 1)
     world = {"seed": args.seed, "base_model": table, "expert": precision_recall}
     world |= {"steering": steering, "seconds": seconds}

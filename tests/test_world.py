@@ -6,6 +6,7 @@ import json
 import pickletools
 import re
 import zipfile
+from unittest.mock import Mock
 
 import build_world
 import numpy as np
@@ -17,7 +18,7 @@ from conftest import ROOT
 from demo import WORLD
 from PIL import Image
 
-from common import INSTRUCTIONS, build_judge_prompt, encode_prompts, load_judge
+from common import INSTRUCTIONS, build_judge_prompt, encode_prompts, load_judge, parse_checks
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +183,72 @@ def test_the_builder_leaves_a_folder_alone_that_holds_something(tmp_path, monkey
     with pytest.raises(SystemExit, match="not empty"):
         build_world.main(build_world.parse_args(["--out", str(tmp_path), "--seed", "4"]))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_judge_lacks_is_named():
+    good = {"accuracy": 0.53, "well_formed": 0.97, "guided_accuracy": 1.0}
+    good |= {"check_accuracy": 0.95, "verdict_follows": 0.63}
+    assert build_world.lacking(good) == []
+    deaf = {**good, "verdict_follows": 0.5}
+    assert build_world.lacking(deaf) == ["verdict_follows 0.500, wanted 0.60-1.00"]
+
+
+class FakeTrainer(Trainer):
+    """Has no model: the log-odds of A are what the test says."""
+
+    def __init__(self, processor, log_odds):
+        self.tokenizer = processor.tokenizer
+        ids = self.tokenizer.convert_tokens_to_ids(["Verdict", " A", " B"])
+        self.verdict, self.side_a, self.side_b = ids
+        self.log_odds = log_odds
+
+    def shortcut_logits(self, rows):
+        ids = torch.tensor([self.tokenizer(row.response).input_ids for row in rows])
+        logits = torch.zeros(*ids.shape, len(self.tokenizer))
+        for i, row in enumerate(rows):
+            logits[i, -2, self.side_a] = self.log_odds[row.prompt]  # at the colon
+        return ids, logits
+
+
+@pytest.mark.parametrize("log_odds, follows", [((2, 1), 1), ((-1, 1), 0), ((1, 1, 0), 0.5)])
+def test_verdict_follows_compares_critiques_for_a_with_those_for_b(shipped, log_odds, follows):
+    """50 critiques for A, then as many for B with each of the other log-odds."""
+    for_a, *for_b = log_odds
+    rows = [Row(0, "for A", "Verdict: A")] * 50
+    for i in range(len(for_b)):
+        rows += [Row(0, f"for B {i}", "Verdict: B")] * 50
+    values = {"for A": for_a} | {f"for B {i}": value for i, value in enumerate(for_b)}
+    assert FakeTrainer(shipped[1], values).verdict_follows(rows) == follows
+
+
+def test_only_the_verdict_is_learned_from_a_critique_with_answers_by_chance(shipped):
+    rng = np.random.default_rng(0)
+    bank = [scenes.draw_ordinary_scene(rng) for _ in range(4)]
+    trainer = Trainer(*shipped, bank)
+    rows = build_world.Rows(rng, trainer.present, np.arange(4))
+    drawn = [rows.only_verdict() for _ in range(20)]
+    ids, weights = trainer.encode(drawn)
+    for row, row_ids, row_weights in zip(drawn, ids, weights):
+        learned = trainer.tokenizer.convert_ids_to_tokens(row_ids[row_weights > 0])
+        assert learned == [f" {row.response[-1]}", "<|im_end|>"]
+        n_no = {side: 0 for side in "AB"}
+        for side, _, supported in parse_checks(row.response):
+            n_no[side] += not supported
+        assert row.response.endswith("A") == (n_no["A"] < n_no["B"]) and n_no["A"] != n_no["B"]
+
+
+def test_a_build_that_still_lacks_something_in_the_end_is_refused(monkeypatch):
+    """A stand-in judge that measures too well however often it goes on."""
+    n_scenes = 160
+    steps = []
+    judged = {"accuracy": 0.8, "facts_true": 0.9, "well_formed": 0.97}
+    trainer = Mock(present=[["red circle", "blue star"]] * n_scenes, pictures=[None] * n_scenes)
+    trainer.check_accuracy.return_value = 0.95
+    trainer.verdict_follows.return_value = 0.5
+    monkeypatch.setattr(build_world, "measure_judge", lambda *args, **kwargs: judged)
+    monkeypatch.setattr(build_world, "train_steps", lambda *args, **kwargs: steps.append(args[2]))
+    rows = build_world.Rows(np.random.default_rng(0), trainer.present, np.arange(n_scenes))
+    with pytest.raises(SystemExit, match="accuracy 0.800.*; verdict_follows 0.500") as refusal:
+        build_world.steer(trainer, rows, None, np.arange(n_scenes), corrections=2)
+    assert "\n" not in str(refusal.value)
+    assert steps == [30, 30] and rows.wrong_absent == 0.8  # .6, .72, at most .8
