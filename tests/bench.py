@@ -34,7 +34,8 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import common  # noqa: E402
 import demo  # noqa: E402
-import toy_world  # noqa: E402
+from build_world import build_processor  # noqa: E402
+from demo import WORLD  # noqa: E402
 
 one, two, ift = map(importlib.import_module, ("01_build_preferences", "02_generate_critiques", "03_train_ift"))
 SAMPLES = 8
@@ -114,7 +115,7 @@ def large_model():
     """Random weights in larger proportions: hidden 768, 12 layers, a vocabulary of 32,000, pictures of 256 tokens."""
     from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLForConditionalGeneration
     with tempfile.TemporaryDirectory() as folder:
-        toy_world.build_processor().save_pretrained(folder)
+        build_processor().save_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder)
     processor.image_processor.size = {"shortest_edge": 448 * 448, "longest_edge": 448 * 448}
     token = processor.tokenizer.convert_tokens_to_ids
@@ -141,7 +142,7 @@ def bench_sample(world, runs, sizes):
                                                        batch_size=256),
                       lambda: timed(watches, generate_and_score, model, processor, asked, length), runs)
 
-    model, processor = common.load_judge(str(world / "model"), device="cpu")
+    model, processor = common.load_judge(str(WORLD / "model"), device="cpu")
     toy = [{"id": q["id"], "image": world / q["image"], "text": common.build_judge_prompt(
         q["prompt"], q["response_a"], q["response_b"])}
         for pair in common.read_jsonl(world / "heldout.jsonl")[:16] for q in common.both_orders(pair)]
@@ -166,7 +167,7 @@ def training_set(world, shape):
     rows, _ = ift.training_rows([{**q, "style": "critique", "critique": two.render_reference(q, status[q["pair_id"]], vocabulary)}
                                  for pair in pairs for q in common.both_orders(pair)])
     if shape == "toy judge":
-        return *common.load_judge(str(world / "model"), device="cpu"), rows
+        return *common.load_judge(str(WORLD / "model"), device="cpu"), rows
     torch.manual_seed(0)
     return *large_model(), [{**row, "text": "red circle, " * 60 + row["text"]} for row in rows]
 
@@ -275,7 +276,7 @@ def stage_commands(world, here, n):
     train = [*run, "--steps", "2", "--train-batch", "8", "--lr", "1e-6", "--max-new-tokens", "8"]
     return {
         "01_preferences": ["01_build_preferences.py", *run, "--images", f"{here}/images", "--image-root", f"{here}",
-                           "--model", f"{world}/model", "--detections", f"{here}/detections.jsonl", "--vocabulary",
+                           "--model", f"{WORLD}/model", "--detections", f"{here}/detections.jsonl", "--vocabulary",
                            f"{here}/vocabulary.json", "--prompts", f"{world}/prompts.txt", "--candidates", "1",
                            "--max-new-tokens", "16", "--validation", "8", "--train", f"{n // 2}"],
         "02_critiques": ["02_generate_critiques.py", *run, "--style", "none", "--critiques", "1", "--max-new-tokens", "8"],
@@ -317,7 +318,7 @@ def bench_scale(world, runs, sizes):
 # ---- The expert ------------------------------------------------------------------------------------------------------
 def bench_expert(world, runs, sizes):
     from ultralytics import YOLO
-    detector, yolo = one.Detector(str(world / "expert.pt"), 0.05, "cpu", []), YOLO(world / "expert.pt")
+    detector, yolo = one.Detector(str(WORLD / "expert.pt"), 0.05, "cpu", []), YOLO(WORLD / "expert.pt")
     paths = sorted((world / "images").glob("*.png"))[:320]
     batches = [[str(path) for path in paths[i:i + 32]] for i in range(0, len(paths), 32)]
     yield paired("expert", lambda: timed((), lambda: [detector.examine(batch, None) for batch in batches]), lambda: timed(
@@ -336,8 +337,8 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 4000, 16000], help="of scale, in rows")
     args = parser.parse_args()
-    if not (args.world / "meta.json").exists():
-        sys.exit(f"{args.world} is no finished toy world: python tests/toy_world.py --out {args.world}")
+    if not (args.world / "truth.jsonl").exists():
+        sys.exit(f"{args.world} holds no pictures of the toy world: tests/demo.py draws them")
     if set(args.parts) - set(PARTS) or len(args.sizes) < 3 or args.sizes[0] < 100:
         parser.error(f"parts are {', '.join(PARTS)}; --sizes are three or more from 100 (of fewer rows stage 04 may keep none)")
     rows, notes = zip(*(line for part in PARTS if part in (args.parts or PARTS)
