@@ -80,8 +80,8 @@ def table_rows(what, seconds):
 
 
 # ---- Judges --------------------------------------------------------------------------------------
-def toy_judge(world):
-    return common.load_judge(str(world / "model"))
+def toy_judge(world, device=None):
+    return common.load_judge(str(world / "model"), device=device)
 
 
 def larger_judge(world):
@@ -362,9 +362,7 @@ def bench_train(world, pictures, runs):
         }
         seconds, losses = in_turn(sides, runs)
         lines += table_rows(what, seconds)
-        tokenizer, n_tokens = data.processor.tokenizer, 0
-        for row in rows_in_order(data, steps):
-            n_tokens += len(tokenizer(row["response"]).input_ids) + 1  # the stop token
+        n_tokens = sum(ift.count_supervised(data[step])[0] for step in range(steps))
         rates = [n_tokens / statistics.median(spent) for spent in seconds.values()]
         apart = max(abs(a - b) for a, b in zip(losses["03"], losses[theirs], strict=True))
         notes.append(
