@@ -124,9 +124,8 @@ def answers_of(tokenizer, tokens, log_odds, n):
     return [answers[i : i + n] for i in range(0, len(answers), n)]
 
 
-def log_odds_of(logits, tokenizer):
+def log_odds_of(logits, ids_a, ids_b):
     """log P(A) - log P(B) (..., 2) for both spellings of the verdict, from logits (..., V)."""
-    ids_a, ids_b = common.verdict_token_ids(tokenizer)
     return logits[..., ids_a].float() - logits[..., ids_b].float()
 
 
@@ -153,13 +152,15 @@ def generate_and_score(model, processor, requests, n, temperature, max_new_token
     inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], is_text], 1)
     keep = tokens.shape[1] + 1
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits[:, :-1]  # (S, R, V)
-    return answers_of(tokenizer, tokens, log_odds_of(logits, tokenizer), n)
+    log_odds = log_odds_of(logits, *common.verdict_token_ids(tokenizer))  # (S, R, 2)
+    return answers_of(tokenizer, tokens, log_odds, n)
 
 
 @torch.no_grad()
 def plain_loop(model, processor, requests, n, temperature, max_new_tokens):
-    """The loop that one writes first."""
+    """The loop that one writes first, which reads the verdict's log-odds as it goes."""
     tokenizer = processor.tokenizer
+    verdict_ids = common.verdict_token_ids(tokenizer)
     texts, images = [row["text"] for row in requests], [row["image"] for row in requests]
     inputs = common.encode_prompts(processor, texts, images).to(model.device)
     out = model(**inputs, use_cache=True, logits_to_keep=1)
@@ -176,7 +177,7 @@ def plain_loop(model, processor, requests, n, temperature, max_new_tokens):
         else:
             new = torch.multinomial((logits.float() / temperature).softmax(-1), 1)[:, 0]  # (S,)
         tokens.append(new)
-        log_odds.append(log_odds_of(logits, tokenizer))  # (S, 2)
+        log_odds.append(log_odds_of(logits, *verdict_ids))  # (S, 2)
         going &= new != tokenizer.eos_token_id
         if not going.any():
             break
