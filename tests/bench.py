@@ -211,7 +211,7 @@ def long_questions():
 
 
 def bench_sample(world, pictures, runs):
-    """Lines of the table, and no notes."""
+    """Lines of the table, and no notes; 8 samples of each prompt at temperature 1."""
     parts = (
         ("sample, toy, 32 x 8", toy_judge(world), toy_questions(pictures, 16), 96),
         ("sample, larger, 2 x 8", larger_judge(world), long_questions(), 64),
@@ -336,17 +336,17 @@ def training_parts(world, pictures):
     """(what, model, TrainingSteps, steps) of both shapes."""
     pairs = common.read_jsonl(pictures / "heldout.jsonl")
     settings = {"lam": 0.0, "max_response_tokens": None, "seed": 0}
+
     model, processor = toy_judge(world)
     critiques = true_critiques(pairs)
-    data = ift.TrainingSteps(
-        critiques, processor, pictures, train_batch=32, micro_batch=8, **settings
-    )
+    sizes = {"train_batch": 32, "micro_batch": 8}
+    data = ift.TrainingSteps(critiques, processor, pictures, **sizes, **settings)
     yield "train, toy, 10 steps of 32", model, data, 10
+
     model, processor = larger_judge(world)
     critiques = true_critiques(pairs, preamble="red circle, " * 60)
-    data = ift.TrainingSteps(
-        critiques, processor, pictures, train_batch=4, micro_batch=2, **settings
-    )
+    sizes = {"train_batch": 4, "micro_batch": 2}
+    data = ift.TrainingSteps(critiques, processor, pictures, **sizes, **settings)
     yield "train, larger, 2 steps of 4", model, data, 2
 
 
