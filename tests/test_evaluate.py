@@ -9,6 +9,7 @@ from collections import Counter
 from functools import partial
 from importlib import import_module
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -630,9 +631,6 @@ def vl_rewardbench(path, shapes, n=6):
     """A parquet file in its columns. Even rows: the first response is the better and shorter one;
     odd rows: the second is the better and longer one.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     ids = ("RLAIF-V-{}", "hallucination_pair-{}", "mathverse_{}", "wildvision-battle-{}")
     ids += ("LRVInstruction-{}", "RLHF-V-{}")
     rows = []
@@ -642,7 +640,7 @@ def vl_rewardbench(path, shapes, n=6):
         row |= {"response": ["red circle.", "blue star, red ring."], "image": picture}
         row |= dict.fromkeys(("judge", "rationale", "query_source", "ground_truth"), "")
         rows.append({**row, "human_ranking": [i % 2, 1 - i % 2], "models": ["", ""]})
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    datasets.Dataset.from_list(rows).to_parquet(path)
 
 
 @pytest.mark.parametrize("protocol", ["both-orders", "official"])
