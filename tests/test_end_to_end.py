@@ -1,108 +1,226 @@
-"""The whole path at a reduced size, by the real command lines: accuracies, resuming, ablations (slow: builds a world)."""
+"""The whole method at a reduced size on the shipped toy world, by the real command lines (slow)."""
+
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import demo
 import pytest
-from conftest import ROOT, run
 
 pytestmark = pytest.mark.slow
-SMALLER = {"--pool": "300", "--steps": {"03": "150", "04": "40"}, "--best-of-images": "30"}
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("01", "02", "03", "04", "04 random", "05")
+SMALLER = {
+    "04": ["--pool", "300", "--steps", "40"],
+    "04 random": ["--pool", "300", "--steps", "40"],
+    "05": ["--best-of-images", "30"],
+}
 
 
-def smaller(name, command):
-    """The demo's command with fewer pairs and steps."""
-    command = list(command)
-    for flag, value in SMALLER.items():
-        if flag in command:
-            command[command.index(flag) + 1] = value if isinstance(value, str) else value[name.split()[0]]
-    return command
+def start(command):
+    """(exit status, all that a command line printed); the last of two equal flags counts."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return done.returncode, done.stdout
+
+
+def run(command):
+    status, output = start(command)
+    assert status == 0, f"{command}\n{output[-4000:]}"
+    return output
+
+
+def commands(world, folder, **changed):
+    """{step: command line} of the demo, at the reduced size."""
+    steps = demo.commands(world, world, folder, 0, **changed)
+    return {name: [*command, *SMALLER.get(name, [])] for name, command in steps.items()}
 
 
 @pytest.fixture(scope="session")
 def finished(world, tmp_path_factory):
-    """(run directory, {step: what it printed}) of the demo's steps at the reduced size."""
+    """(run directory, {step: what it printed}) of all steps."""
     folder = tmp_path_factory.mktemp("run") / "r"
-    steps = {name: smaller(name, command) for name, command in demo.commands(world, folder, 0) if name != "world"}
-    return folder, {name: run(command) for name, command in steps.items()}
+    said = {}
+    for name, command in commands(world, folder).items():
+        said[name] = run(command)
+    assert tuple(said) == STAGES
+    return folder, said
 
 
-def test_the_method_works(finished):
-    folder, said = finished
-    metrics = json.loads((folder / "05_evaluation" / "metrics.json").read_text())
-    table = metrics["table"]
-    assert 0.40 <= table["base"]["accuracy"] <= 0.68
-    assert table["after 03"]["accuracy"] >= table["base"]["accuracy"] + 0.17
-    assert table["after 03"]["hallucination"] >= 0.74 and table["after 03"]["unparseable"] <= 0.03
-    assert table["margin, iteration 2"]["accuracy"] >= table["after 03"]["accuracy"] - 0.03
-    assert table["after 03"]["checks"]["balanced"] >= table["base"]["checks"]["balanced"] + 0.15
-    for how in ("blank", "other"):  # without its picture it must not do what it does with it
-        assert table[f"margin, iteration 2, {how} image"]["accuracy"] <= 0.66
-    assert metrics["expert"]["findings_contradicted"] <= 0.12
-    report = (folder / "05_evaluation" / "report.md").read_text()
-    assert "random, iteration 2" in report and "Best-of-N" in report
-    for t in (1, 2):
-        share = re.search(rf"iteration {t}: kept \d+ of \d+ pairs = ([\d.]+)%", said["04"])
-        assert 30 <= float(share[1]) <= 50
-    assert "then python 02_generate_critiques.py" in said["01"]
+def metrics_of(folder):
+    return json.loads((folder / "05_evaluation" / "metrics.json").read_text())
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- What comes out ------------------------------------------------------------------------------
+def test_the_judge_learns(finished):
+    """With room for other processors; nothing about which selection wins."""
+    folder, _ = finished
+    table = metrics_of(folder)["table"]
+    base, after = table["base"], table["after 03"]
+    assert 0.4 <= base["accuracy"] <= 0.7
+    assert after["accuracy"] >= base["accuracy"] + 0.2
+    assert after["unparseable"] <= 0.05
+    assert after["checks"]["balanced"] >= base["checks"]["balanced"] + 0.1
+    for rule in ("margin", "random"):
+        for t in (1, 2):
+            assert table[f"{rule}, iteration {t}"]["accuracy"] >= base["accuracy"] + 0.1
+
+
+@pytest.mark.parametrize("how", ["blank", "other"])
+def test_the_judge_needs_the_picture(finished, how):
+    folder, _ = finished
+    table = metrics_of(folder)["table"]
+    seeing = table["margin, iteration 2"]["accuracy"]
+    assert table[f"margin, iteration 2, {how} image"]["accuracy"] <= seeing - 0.1
+
+
+def test_the_expert_is_held_against_the_truth(finished):
+    folder, _ = finished
+    assert 0 <= metrics_of(folder)["expert"]["findings_contradicted"] <= 0.15
 
 
 def test_best_of_n_picks_fewer_hallucinations(finished):
     folder, _ = finished
-    table = json.loads((folder / "05_evaluation" / "metrics.json").read_text())["best_of_n"]
-    judged, oracle, random = (table[name]["8"]["hallucinated"] for name in ("margin, iteration 2", "oracle pick", "random pick"))
-    assert oracle <= judged + 0.05 and judged < random  # the oracle weighs recall as well
+    table = metrics_of(folder)["best_of_n"]
+    hallucinated = {name: by_size["8"]["hallucinated"] for name, by_size in table.items()}
+    judged = hallucinated["margin, iteration 2"]
+    assert hallucinated["oracle pick"] <= judged + 0.05
+    assert judged <= hallucinated["random pick"] + 0.05
 
 
-def test_finished_stages_do_nothing_and_other_arguments_are_refused(world, finished):
+def test_reports_name_what_was_done(finished):
+    folder, said = finished
+    report = (folder / "05_evaluation" / "report.md").read_text()
+    for name in ("base", "after 03", "margin, iteration 2", "random, iteration 2"):
+        assert name in report
+    for first, script in (("01", "02_generate_critiques.py"), ("02", "03_train_ift.py")):
+        assert f"next: python {script}" in said[first]
+    for t in (1, 2):
+        share = re.search(rf"iteration {t}: kept \d+ of \d+ pairs = ([\d.]+)%", said["04"])
+        assert 10 <= float(share[1]) <= 45
+
+
+def test_controls_train_on_as_many_rows(finished):
     folder, _ = finished
-    steps = dict(demo.commands(world, folder, 0))
-    before = (folder / "02_critiques" / "critiques.jsonl").stat().st_mtime_ns
-    assert "nothing to do" in run(steps["02"])
-    assert (folder / "02_critiques" / "critiques.jsonl").stat().st_mtime_ns == before
-    refused = subprocess.run([sys.executable, *steps["02"], "--style", "none"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode and "--style was critique, is none" in refused.stderr
+    for t in (1, 2):
+        sizes = []
+        for stage in ("04_rejection", "04_rejection_random"):
+            sizes.append(len(read_rows(folder / stage / f"iter{t}" / "kept.jsonl")))
+        assert sizes[0] == sizes[1] > 0
 
 
-def test_interrupted_stages_resume_to_identical_files(world, finished, tmp_path):
+def test_pictures_are_there(finished):
     folder, _ = finished
-    steps = dict(demo.commands(world, tmp_path / "again", 0))
-    shutil.copytree(folder / "01_preferences", tmp_path / "again" / "01_preferences")
-    shutil.copytree(folder / "02_critiques", tmp_path / "again" / "02_critiques")
-    for stage, files in (("01_preferences", ("candidates.jsonl", "detections.jsonl")), ("02_critiques", ("samples.jsonl",))):
-        here = tmp_path / "again" / stage
-        (here / "meta.json").unlink()
-        for name in files:  # cut in the middle of a row, as a power cut does
-            data = (here / name).read_bytes()
-            (here / name).write_bytes(data[:int(len(data) * 0.83)])
-        for made in ("preferences.jsonl", "critiques.jsonl"):
-            (here / made).unlink(missing_ok=True)
-        assert "resuming" in run(steps[stage[:2]])
-        for path in here.glob("*.jsonl"):
-            assert path.read_bytes() == (folder / stage / path.name).read_bytes(), path.name
+    for path in (
+        "01_preferences/contact_sheet.png",
+        "04_rejection/iter1/margins.png",
+        "05_evaluation/reliability.png",
+    ):
+        assert (folder / path).stat().st_size > 5000
 
 
+def test_no_library_warns_on_the_screen(finished):
+    _, said = finished
+    for name, output in said.items():
+        for line in output.splitlines():
+            ours = line.startswith("warning: retention")
+            assert ours or "warning" not in line.lower(), f"{name}: {line}"
+
+
+# ---- Complete stages, other arguments, interruptions ---------------------------------------------
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_finished_stages_do_nothing(world, finished):
+    folder, _ = finished
+    before = files_of(folder)
+    for command in commands(world, folder).values():
+        assert "nothing to do" in run(command)
+    assert files_of(folder) == before
+
+
+def test_other_arguments_are_refused(world, finished):
+    folder, _ = finished
+    status, output = start([*commands(world, folder)["02"], "--critiques", "3"])
+    assert status != 0
+    assert "--critiques was 2, is 3" in output
+
+
+# stage: what a later moment of it writes, and files that are cut in the middle of a row
+INTERRUPTIONS = {
+    "01": ("01_preferences", ["preferences.jsonl"], ["candidates.jsonl", "detections.jsonl"]),
+    "02": ("02_critiques", ["critiques.jsonl"], ["samples.jsonl"]),
+    "03": ("03_ift", ["adapter"], ["validation.jsonl"]),
+    "04": ("04_rejection", ["iter2/done.json", "iter2/adapter"], ["iter2/samples.jsonl"]),
+    "05": ("05_evaluation", ["metrics.json", "best_of_n.jsonl"], ["judgements.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_interrupted_stages_resume_to_identical_files(world, finished, tmp_path, name):
+    folder, _ = finished
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    stage, later, cut = INTERRUPTIONS[name]
+    (again / stage / "meta.json").unlink()
+    for made in later:
+        path = again / stage / made
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for made in cut:
+        data = (again / stage / made).read_bytes()
+        (again / stage / made).write_bytes(data[: int(len(data) * 0.83)])
+    assert "resuming" in run(commands(world, again)[name])
+    for path in sorted((folder / stage).rglob("*.jsonl")):
+        if path.name == "metrics.jsonl":  # holds tokens per second
+            continue
+        resumed = again / stage / path.relative_to(folder / stage)
+        assert resumed.read_bytes() == path.read_bytes(), path.name
+
+
+# ---- Ablations and the README --------------------------------------------------------------------
 @pytest.mark.parametrize("expert, style", [(None, "descriptive"), ("none", "critique")])
 def test_ablations_run(world, finished, tmp_path, expert, style):
     folder, _ = finished
-    extra = {"01": ["--limit", "250", "--vocabulary", str(folder / "01_preferences" / "vocabulary.json"),
-                    "--present", "0.5", "--absent", "0.5", "--validation", "20", "--train", "60"],
-             "03": ["--steps", "10"], "05": ["--best-of", "0", "--withhold"]}
-    for name, command in demo.commands(world, tmp_path / "r", 0, (), expert=expert, style=style):
-        if name in ("01", "02", "03", "05"):
-            run([*command, *extra.get(name, [])])
-    table = json.loads((tmp_path / "r" / "05_evaluation" / "metrics.json").read_text())["table"]
+    vocabulary = folder / "01_preferences" / "vocabulary.json"
+    few = "--limit 250 --present 0.5 --absent 0.5 --validation 20 --train 60"
+    extra = {
+        "01": [*few.split(), "--vocabulary", str(vocabulary)],
+        "02": [],
+        "03": ["--steps", "10"],
+        "05": ["--best-of", "0", "--withhold"],
+    }
+    steps = commands(world, tmp_path / "r", expert=expert, style=style)
+    for name, flags in extra.items():
+        run([*steps[name], *flags])
+    table = metrics_of(tmp_path / "r")["table"]
     assert set(table) == {"shorter response", "base", "after 03"}
 
 
-def test_readme_commands_exist():
-    text = (ROOT / "README.md").read_text()
+def test_what_the_readme_names_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "pip install -r requirements.txt && python tests/demo.py" in text
     assert "pip install -r requirements.txt && pytest" in text
-    for script in set(re.findall(r"(?:python )((?:tests/)?\w+\.py)", text)):
+    for script in re.findall(r"python ((?:tests/)?\w+\.py)", text):
         assert (ROOT / script).exists(), script
     for picture in re.findall(r"\]\((assets/[^)]+)\)", text):
         assert (ROOT / picture).exists(), picture

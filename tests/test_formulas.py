@@ -1,56 +1,77 @@
-"""Every formula: hand-computed numbers, an independent slow twin on random inputs, and its invariances."""
-import inspect
+"""The pure functions of 03 and 04: numbers by hand, slow twins on random inputs, invariances."""
+
+import importlib
 import math
 import random
-import textwrap
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from common import both_orders, verdict_log_odds
-from conftest import stage
 
-three, four, five = stage("03_train_ift"), stage("04_rejection_sampling"), stage("05_evaluate")
+from common import verdict_log_odds
+
+three = importlib.import_module("03_train_ift")
+four = importlib.import_module("04_rejection_sampling")
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 03: the losses
-# ---------------------------------------------------------------------------------------------------------------------
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# ---- 03: the losses ------------------------------------------------------------------------------
 def slow_nll(logits, labels):
     total, n = 0.0, 0
     for row, targets in zip(logits.double(), labels.tolist()):
         for t, target in enumerate(targets[1:]):  # the token at t + 1 is predicted at t
             if target != -100:
-                total, n = total - math.log(row[t].exp()[target] / row[t].exp().sum()), n + 1
+                total -= math.log(row[t].exp()[target] / row[t].exp().sum())
+                n += 1
     return total, n
 
 
 def test_nll_by_hand():
-    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0], [9.0, 0.0]]])
     # P = (1/4, 3/4), (4/5, 1/5), unused
+    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0], [9.0, 0.0]]])
     nll, n = three.nll_sum(logits, torch.tensor([[-100, 1, 1]]))
-    assert n == 2 and nll.item() == pytest.approx(-math.log(3 / 4) - math.log(1 / 5))
-    nll, n = three.nll_sum(logits, torch.tensor([[1, -100, 0]]))  # the first label has no predecessor
-    assert n == 1 and nll.item() == pytest.approx(-math.log(4 / 5))
+    assert n == 2
+    assert nll.item() == pytest.approx(-math.log(3 / 4) - math.log(1 / 5))
+    # the first label has no predecessor
+    nll, n = three.nll_sum(logits, torch.tensor([[1, -100, 0]]))
+    assert n == 1
+    assert nll.item() == pytest.approx(-math.log(4 / 5))
+
+
+def random_labels(seed):
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 11, (3, 7), generator=rng)
+    return labels.masked_fill(torch.rand(3, 7, generator=rng) < 0.4, -100)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nll_slow_twin_and_padding(seed):
-    logits, rng = randn(3, 7, 11, seed=seed), torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 11, (3, 7), generator=rng).masked_fill(torch.rand(3, 7, generator=rng) < 0.4, -100)
+def test_nll_slow_twin(seed):
+    logits, labels = randn(3, 7, 11, seed=seed), random_labels(seed)
+    slow, slow_n = slow_nll(logits, labels)
     nll, n = three.nll_sum(logits, labels)
-    assert (nll.item(), n.item()) == (pytest.approx(slow_nll(logits, labels)[0], rel=1e-5), slow_nll(logits, labels)[1])
-    for left, right in ((2, 0), (0, 3), (1, 1)):  # unsupervised positions around the row change nothing
-        padded = torch.cat([randn(3, left, 11), logits, randn(3, right, 11, seed=9)], 1)
-        around = torch.nn.functional.pad(labels.index_fill(1, torch.tensor(0), -100), (left, right), value=-100)
-        assert torch.allclose(three.nll_sum(padded, around)[0], nll, rtol=1e-5)
-    assert torch.allclose(three.nll_sum(logits + randn(3, 7, 1), labels)[0], nll, rtol=1e-5)  # the softmax's freedom
+    assert nll.item() == pytest.approx(slow, rel=1e-5)
+    assert n.item() == slow_n
+    shifted = three.nll_sum(logits + randn(3, 7, 1), labels)[0]  # the softmax's freedom
+    assert torch.allclose(shifted, nll, rtol=1e-5)
     assert three.nll_sum(logits.bfloat16(), labels)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("left, right", [(2, 0), (0, 3), (1, 1)])
+def test_nll_ignores_unsupervised_positions_around_a_row(left, right):
+    logits, labels = randn(3, 7, 11), random_labels(0)
+    labels[:, 0] = -100
+    padded = torch.cat([randn(3, left, 11), logits, randn(3, right, 11, seed=9)], 1)
+    around = torch.nn.functional.pad(labels, (left, right), value=-100)
+    nll, n = three.nll_sum(logits, labels)
+    padded_nll, padded_n = three.nll_sum(padded, around)
+    assert torch.allclose(padded_nll, nll, rtol=1e-5)
+    assert padded_n == n
 
 
 def test_ift_loss_by_hand():
@@ -60,326 +81,388 @@ def test_ift_loss_by_hand():
 
 @pytest.mark.parametrize("lam", [0.0, 1 / 3, 1.0])
 def test_ift_loss_adds_up_over_micro_batches(lam):
-    critique, correct = randn(6, seed=1).abs(), randn(6, seed=2).abs()  # summed NLL of six micro-batches
+    critique, correct = randn(6, seed=1).abs(), randn(6, seed=2).abs()  # summed NLL of six of them
     parts = [three.ift_loss(a, 40, b, 25, lam) for a, b in zip(critique, correct)]
     whole = three.ift_loss(critique.sum(), 40, correct.sum(), 25, lam)
-    assert torch.allclose(sum(parts), whole) and torch.allclose(whole, critique.sum() / 40 + lam * correct.sum() / 25)
+    assert torch.allclose(sum(parts), whole)
+    assert torch.allclose(whole, critique.sum() / 40 + lam * correct.sum() / 25)
 
 
-def test_bradley_terry():
-    loss = three.bradley_terry_loss(torch.tensor([0.0, math.log(3), math.log(3)]), torch.tensor([True, True, False]))
+def test_bradley_terry_by_hand():
+    r = torch.tensor([0.0, math.log(3), math.log(3)])
+    loss = three.bradley_terry_loss(r, torch.tensor([True, True, False]))
     assert loss.tolist() == pytest.approx([math.log(2), -math.log(3 / 4), -math.log(1 / 4)])
-    r, label_is_a = randn(50).requires_grad_(), randn(50, seed=1) > 0
-    slow = [-math.log(1 / (1 + math.exp(-x))) if a else -math.log(1 / (1 + math.exp(x)))
-            for x, a in zip(r.tolist(), label_is_a)]
-    assert three.bradley_terry_loss(r, label_is_a).tolist() == pytest.approx(slow, rel=1e-4)
-    assert torch.equal(three.bradley_terry_loss(-r, ~label_is_a), three.bradley_terry_loss(r, label_is_a))
-    three.bradley_terry_loss(r, label_is_a).sum().backward()
+    extreme = three.bradley_terry_loss(torch.tensor([300.0]), torch.tensor([False]))
+    assert extreme.tolist() == [300.0]  # no overflow
+
+
+def test_bradley_terry_slow_twin():
+    r = randn(50).requires_grad_()
+    label_is_a = randn(50, seed=1) > 0
+    loss = three.bradley_terry_loss(r, label_is_a)
+    signed = [x if is_a else -x for x, is_a in zip(r.tolist(), label_is_a)]
+    assert loss.tolist() == pytest.approx([-math.log(sigmoid(x)) for x in signed], rel=1e-4)
+    swapped = three.bradley_terry_loss(-r, ~label_is_a)
+    assert torch.allclose(swapped, loss)
+    loss.sum().backward()
     assert ((r.grad < 0) == label_is_a).all()  # descent moves r towards the label
-    assert three.bradley_terry_loss(torch.tensor([300.0]), torch.tensor([False])).tolist() == [300.0]  # no overflow
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The verdict's log-odds, confidence, margin
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 03: the order of rows, the learning rate ----------------------------------------------------
+def test_rows_of_step_are_shuffled_epochs_cut_into_steps():
+    rows = list("abcdefg")
+    steps = [three.rows_of_step(rows, step, 4, seed=3) for step in range(7)]
+    assert {len(step) for step in steps} == {4}
+    joined = sum(steps, [])  # 28 rows: four epochs
+    epochs = [joined[start : start + 7] for start in range(0, 28, 7)]
+    for epoch in epochs:
+        assert sorted(epoch) == rows
+        assert epoch != rows
+    assert epochs[0] != epochs[1]
+    assert rows == list("abcdefg")  # not shuffled in place
+    other = [three.rows_of_step(rows, step, 4, seed=4) for step in range(7)]
+    assert other != steps
+
+
+def test_rows_of_step_repeats_few_rows_within_a_step():
+    step = three.rows_of_step(["a", "b", "c"], 5, 6, seed=0)
+    assert sorted(step[:3]) == sorted(step[3:]) == ["a", "b", "c"]
+    assert step == three.rows_of_step(["a", "b", "c"], 5, 6, seed=0)
+
+
+def test_learning_rate_by_hand():
+    # 40 steps: two of warm-up, then 38 of decay from 1 to a tenth
+    rates = [three.learning_rate(step, 40, 2.0) for step in range(40)]
+    assert rates[:3] == pytest.approx([1.0, 2.0, 2.0])
+    assert rates[21] == pytest.approx(2.0 * (1 - 0.9 * 19 / 38))
+    assert rates[39] == pytest.approx(2.0 * (1 - 0.9 * 37 / 38))
+    for i in range(2, 39):
+        assert rates[i] > rates[i + 1] > 0.2
+    assert three.learning_rate(0, 1, 2.0) == 2.0  # a single step is taken at the full rate
+
+
+# ---- The verdict's log-odds, votes, confidence, margin -------------------------------------------
 def test_log_odds():
     logits = randn(5, 20) * 4
     log_p = logits.log_softmax(-1)
-    assert torch.allclose(verdict_log_odds(logits, 3, 7), log_p[:, 3] - log_p[:, 7], atol=1e-5)
-    ids_a, ids_b = torch.tensor([3, 1, 3, 4, 0]), torch.tensor([7, 2, 7, 5, 19])
-    slow = [log_p[i, ids_a[i]] - log_p[i, ids_b[i]] for i in range(5)]
-    assert torch.allclose(verdict_log_odds(logits, ids_a, ids_b), torch.stack(slow), atol=1e-5)
-    assert torch.equal(verdict_log_odds(logits, ids_b, ids_a), -verdict_log_odds(logits, ids_a, ids_b))
+    expected = log_p[:, 3] - log_p[:, 7]
+    assert torch.allclose(verdict_log_odds(logits, 3, 7), expected, atol=1e-5)
     assert verdict_log_odds(logits.bfloat16(), 3, 7).dtype == torch.float32
 
 
-def fake_sample(quality, verdicts=None):
-    """Stands in for common.sample: the log-odds of a judgement is the difference of the two texts' quality."""
-    def sample(model, processor, requests, n=1, *_, **__):
-        answers = []
-        for request in requests:
-            a, b = (next(line.split(": ", 1)[1] for line in request["text"].splitlines()
-                    if line.startswith(f"Response {side}"))
-                    for side in "AB")
-            logits = torch.full((1, 5), 2.5)
-            logits[0, 0], logits[0, 1] = quality[a], quality[b]
-            r = verdict_log_odds(logits, 0, 1).item()
-            answers.append([{"text": "x", "complete": True, "verdict": "A" if r > 0 else "B", "log_odds": r}] * n
-                           if verdicts is None else verdicts)
-        return answers
-    return sample
+def test_log_odds_with_other_tokens_in_each_row():
+    logits = randn(5, 20) * 4
+    log_p = logits.log_softmax(-1)
+    ids_a, ids_b = torch.tensor([3, 1, 3, 4, 0]), torch.tensor([7, 2, 7, 5, 19])
+    slow = [log_p[i, ids_a[i]] - log_p[i, ids_b[i]] for i in range(5)]
+    r = verdict_log_odds(logits, ids_a, ids_b)
+    assert torch.allclose(r, torch.stack(slow), atol=1e-5)
+    assert torch.equal(verdict_log_odds(logits, ids_b, ids_a), -r)
 
 
-def test_order_swap_flips_the_sign(monkeypatch):
-    """A judge that looks at the texts alone gives the same response the same probability in both orders."""
-    quality = {f"text {i}": x for i, x in enumerate(randn(8).tolist())}
-    monkeypatch.setattr(three.common, "sample", fake_sample(quality))
-    pairs = [{"id": str(i), "image": "x.png", "prompt": "q", "chosen": f"text {i}", "rejected": f"text {i + 1}"}
-             for i in range(7)]
-    rows = three.judge(None, None, [q for pair in pairs for q in both_orders(pair)], ".")
-    for ab, ba, pair in zip(rows[::2], rows[1::2], pairs):
-        gap = quality[pair["chosen"]] - quality[pair["rejected"]]
-        assert ab["probability_a"] == pytest.approx(1 / (1 + math.exp(-gap)), abs=1e-6)
-        assert ab["probability_a"] == pytest.approx(1 - ba["probability_a"], abs=1e-6)
-        assert (ab["verdict"], ba["verdict"]) == (("A", "B") if gap > 0 else ("B", "A"))
-        r = torch.tensor([gap, -gap])
-        s = four.confidence_in_label(r, torch.tensor([True, False]))
-        assert s[0] == s[1] and torch.allclose(-s.log(), three.bradley_terry_loss(r, torch.tensor([True, False])))
-    result = three.measure(rows)
-    assert result["agreement"] == 1 and result["accuracy_ab"] == result["accuracy_ba"] == result["both"]
-
-
-@pytest.mark.parametrize("samples, verdict, probability", [
-    ([("A", 1.0), ("A", 1.0), ("B", -9.0)], "A", None), ([("B", -1.0), ("A", 3.0), ("B", -1.0)], "B", None),
-    ([("A", 3.0), ("B", -1.0)], "A", None), ([("A", 1.0), ("B", -3.0)], "B", None),  # a tie: by the mean probability
-    ([("B", -2.0), (None, None), (None, None)], "B", None), ([(None, None), (None, None)], None, 0.5)])
-def test_votes(monkeypatch, samples, verdict, probability):
-    votes = [{"text": "x", "complete": True, "verdict": v, "log_odds": r} for v, r in samples]
-    monkeypatch.setattr(three.common, "sample", fake_sample({"good": 0, "bad": 0}, votes))
-    pair = {"id": "1", "image": "x.png", "prompt": "q", "chosen": "good", "rejected": "bad"}
-    row = three.judge(None, None, list(both_orders(pair)), ".", votes=len(votes))[0]
-    assert row["verdict"] == verdict
-    slow = sum(0.5 if r is None else 1 / (1 + math.exp(-r)) for _, r in samples) / len(samples)
-    assert row["probability_a"] == pytest.approx(slow if probability is None else probability)
+@pytest.mark.parametrize(
+    "votes, verdict",
+    [
+        ([("A", 2.0)], "A"),
+        ([("B", -1.0)], "B"),
+        ([("A", 0.1), ("A", 0.1), ("B", -9.0)], "A"),  # the majority, not the mean
+        ([("B", -1.0), ("A", 3.0), ("B", -1.0)], "B"),
+        ([("A", 3.0), ("B", -1.0)], "A"),  # a tie: by the mean probability
+        ([("A", 1.0), ("B", -3.0)], "B"),
+        ([("B", -2.0), (None, None), (None, None)], "B"),  # no verdict is no vote
+        ([(None, None), (None, None)], None),
+    ],
+)
+def test_decide(votes, verdict):
+    samples = [{"verdict": letter, "log_odds": r} for letter, r in votes]
+    found, probability = three.decide(samples)
+    assert found == verdict
+    shares = [0.5 if r is None else sigmoid(r) for _, r in votes]
+    assert probability == pytest.approx(sum(shares) / len(shares))
 
 
 def test_confidence_in_label():
     r = torch.tensor([0.0, math.log(4), math.log(4), -2.0])
-    s = four.confidence_in_label(r, torch.tensor([True, True, False, False]))
-    assert s.tolist() == pytest.approx([0.5, 0.8, 0.2, 1 / (1 + math.exp(-2.0))])
+    label_is_a = torch.tensor([True, True, False, False])
+    s = four.confidence_in_label(r, label_is_a)
+    assert s.tolist() == pytest.approx([0.5, 0.8, 0.2, sigmoid(2.0)])
+    assert torch.allclose(-s.log(), three.bradley_terry_loss(r, label_is_a))
 
 
-def test_margin():
+def test_margin_by_hand():
     assert four.margin([0.9, 0.2, 0.97], [True, False, False]) == pytest.approx(0.7)
-    assert four.margin([0.9, 0.2], [False, False]) == four.margin([], []) == 0.0
+    assert four.margin([0.9, 0.2], [False, False]) == 0.0
+    assert four.margin([], []) == 0.0
     assert four.margin([0.4], [True]) == 0.0
-    assert four.margin([0.9, 0.6], [True, True]) == pytest.approx(0.3)  # all right: the least sure one counts too
+    # all right: the least sure one counts, too
+    assert four.margin([0.9, 0.6], [True, True]) == pytest.approx(0.3)
     with pytest.raises(ValueError):
         four.margin([0.5, 0.6], [True])
+
+
+def test_margin_slow_twin():
     rng = random.Random(0)
     for _ in range(200):
         confidences = [rng.random() for _ in range(rng.randint(1, 6))]
         right = [rng.random() < 0.5 for _ in confidences]
-        slow = max((a - b for a, ok in zip(confidences, right) if ok for b in confidences), default=0.0)
-        assert four.margin(confidences, right) == slow >= 0
+        slow = 0.0
+        for a, ok in zip(confidences, right):
+            for b in confidences:
+                if ok:
+                    slow = max(slow, a - b)
+        assert four.margin(confidences, right) == slow
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 04: selection
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 03: the measures of judgement rows ----------------------------------------------------------
+def judged(key, ab, ba):
+    """The two rows of a pair, by its verdicts in the orders ab and ba."""
+    return [
+        {"id": key, "order": "ab", "label": "A", "verdict": ab},
+        {"id": key, "order": "ba", "label": "B", "verdict": ba},
+    ]
+
+
+def test_accuracy_by_order():
+    rows = judged("1", "A", "B") + judged("2", "A", "A") + judged("3", "B", "A")
+    rows += judged("4", None, None) + judged("5", None, "B") + judged("6", "A", "B")
+    expected = {
+        "accuracy": (3 / 6 + 3 / 6) / 2,
+        "accuracy_ab": 3 / 6,
+        "accuracy_ba": 3 / 6,
+        "both": 2 / 6,
+        "agreement": 3 / 6,  # pair 3 is wrong twice, so the same response wins
+        "unparseable": 3 / 12,
+        "n_pairs": 6,
+    }
+    assert three.accuracy_by_order(rows) == pytest.approx(expected)
+    assert three.accuracy_by_order(rows[::-1]) == pytest.approx(expected)
+
+
+def test_accuracy_of_a_judge_that_always_says_a():
+    result = three.accuracy_by_order(judged("1", "A", "A") + judged("2", "A", "A"))
+    assert (result["accuracy_ab"], result["accuracy_ba"], result["accuracy"]) == (1, 0, 0.5)
+    assert (result["both"], result["agreement"], result["unparseable"]) == (0, 0, 0)
+
+
+def test_accuracy_weighs_the_orders_alike():
+    rows = judged("1", "A", "A") + judged("2", "A", "A")[:1] + judged("3", "A", "A")[:1]
+    result = three.accuracy_by_order(rows)
+    assert (result["accuracy_ab"], result["accuracy_ba"]) == (1, 0)
+    assert result["accuracy"] == 0.5  # not 3 of 4
+
+
+def test_mean_bradley_terry():
+    rows = [
+        {"probability_a": 0.8, "label": "A"},
+        {"probability_a": 0.8, "label": "B"},
+        {"probability_a": 0.5, "label": "B"},
+    ]
+    slow = -(math.log(0.8) + math.log(0.2) + math.log(0.5)) / 3
+    assert three.mean_bradley_terry(rows) == pytest.approx(slow, rel=1e-5)
+    # certain and wrong: large, but a number
+    certain = three.mean_bradley_terry([{"probability_a": 0.0, "label": "A"}])
+    assert certain == pytest.approx(-math.log(1e-6), rel=1e-3)
+
+
+# ---- 04: selection -------------------------------------------------------------------------------
 EXAMPLE = {"a": 0.1, "b": 0.8, "c": 0.8, "d": 0.0, "e": 0.3}
 
 
-@pytest.mark.parametrize("rule, ids", [
-    ({"retention": 0.4}, "bc"), ({"retention": 0.6}, "bce"), ({"retention": 1.0}, "bcea"), ({"retention": 0.0}, ""),
-    ({"threshold": 0.3}, "bce"), ({"threshold": 0.300001}, "bc"), ({"threshold": 0.8}, "bc"), ({"threshold": 0.9}, ""),
-    ({"threshold": 0.0}, "bcead")])
+@pytest.mark.parametrize(
+    "rule, ids",
+    [
+        ({"retention": 0.4}, "bc"),
+        ({"retention": 0.6}, "bce"),
+        ({"retention": 1.0}, "bcea"),  # margin 0 is never kept
+        ({"retention": 0.0}, ""),
+        ({"threshold": 0.3}, "bce"),
+        ({"threshold": 0.300001}, "bc"),
+        ({"threshold": 0.8}, "bc"),
+        ({"threshold": 0.9}, ""),
+        ({"threshold": 0.0}, "bcead"),
+    ],
+)
 def test_select_by_margin(rule, ids):
-    for items in (list(EXAMPLE.items()), list(EXAMPLE.items())[::-1]):  # ties by id, not by place
-        assert four.select_by_margin(dict(items), **rule) == list(ids)
+    backwards = dict(list(EXAMPLE.items())[::-1])
+    assert four.select_by_margin(EXAMPLE, **rule) == list(ids)
+    assert four.select_by_margin(backwards, **rule) == list(ids)  # ties by id, not by place
     assert four.select_by_margin({}, **rule) == []
 
 
 def test_select_by_margin_slow_twin():
     rng = random.Random(0)
     for _ in range(100):
-        margins = {f"p{i:02d}": rng.choice([0.0, 0.25, 0.5, rng.random()]) for i in range(rng.randint(1, 20))}
+        size = rng.randint(1, 20)
+        margins = {f"p{i:02d}": rng.choice([0.0, 0.25, 0.5, rng.random()]) for i in range(size)}
         share = rng.random()
         left, slow = sorted(margins), []
-        for _ in range(round(share * len(margins))):
-            best = max(left, key=lambda key: margins[key])  # the first of the largest
+        for _ in range(round(share * size)):
+            best = max(left, key=margins.get)  # the first of the largest
             left.remove(best)
-            slow += [best] if margins[best] else []
+            if margins[best] > 0:
+                slow.append(best)
         assert four.select_by_margin(margins, retention=share) == slow
-        assert set(four.select_by_margin(margins, threshold=share)) == {key for key in margins if margins[key] >= share}
+        above = {key for key in margins if margins[key] >= share}
+        assert set(four.select_by_margin(margins, threshold=share)) == above
 
 
-def test_select_by_margin_wants_one_rule():
-    for rule in ({}, {"threshold": 0.1, "retention": 0.4}):
-        with pytest.raises(ValueError, match="one of them"):
-            four.select_by_margin(EXAMPLE, **rule)
+@pytest.mark.parametrize("rules", [{}, {"threshold": 0.1, "retention": 0.4}])
+def test_select_by_margin_wants_one_rule(rules):
+    with pytest.raises(ValueError, match="one of them"):
+        four.select_by_margin(EXAMPLE, **rules)
 
 
 def test_select_random():
     ids = [f"p{i}" for i in range(10)]
-    assert four.select_random(ids, 4, 7) == four.select_random(ids[::-1], 4, 7) == four.select_random(set(ids), 4, 7)
-    assert four.select_random(ids, 4, 7) != four.select_random(ids, 4, 8)
-    assert sorted(four.select_random(ids, 99, 0)) == sorted(ids) and four.select_random([], 3, 0) == []
+    chosen = four.select_random(ids, 4, 7)
+    assert chosen == four.select_random(ids[::-1], 4, 7) == four.select_random(set(ids), 4, 7)
+    assert chosen != four.select_random(ids, 4, 8)
+    assert sorted(four.select_random(ids, 99, 0)) == sorted(ids)
+    assert four.select_random([], 3, 0) == []
+
+
+def test_select_random_gives_each_the_same_chance():
+    ids = [f"p{i}" for i in range(10)]
     drawn = [four.select_random(ids, 4, seed) for seed in range(1500)]
-    assert all(len(set(some)) == 4 and set(some) <= set(ids) for some in drawn)
-    for key in ids:  # each with probability .4
-        assert abs(sum(key in some for some in drawn) / 1500 - 0.4) < 4 * (0.24 / 1500) ** 0.5
+    for some in drawn:
+        assert len(set(some)) == 4
+    for key in ids:
+        share = sum(key in some for some in drawn) / 1500
+        assert abs(share - 0.4) < 4 * (0.24 / 1500) ** 0.5
 
 
 def sampled(pair, order, k, s, dropped=None, verdict="A"):
     """A critique with confidence s in the label; s = None: no verdict."""
-    r = None if s is None else math.log(s / (1 - s)) * (1 if order == "ab" else -1)
-    return {"id": f"{pair}-{order}-{k}", "pair_id": pair, "order": order, "label": "A" if order == "ab" else "B",
-            "dropped": dropped, "verdict": verdict, "log_odds": r}
+    label = "A" if order == "ab" else "B"
+    r = None
+    if s is not None:
+        r = math.log(s / (1 - s))  # log-odds of the label
+        if label == "B":
+            r = -r
+    row = {"id": f"{pair}-{order}-{k}", "pair_id": pair, "order": order, "label": label}
+    return row | {"dropped": dropped, "verdict": verdict, "log_odds": r}
 
 
 SAMPLES = [
-    sampled("p", "ab", 0, 0.9), sampled("p", "ab", 1, 0.7), sampled("p", "ab", 2, 0.1, "wrong verdict", "B"),
-    sampled("p", "ba", 0, 0.8), sampled("p", "ba", 1, 0.95, "cites the reference"),
-    sampled("q", "ab", 0, 0.9), sampled("q", "ab", 1, 0.1, "wrong verdict"),
-    sampled("q", "ba", 0, 0.4, "wrong verdict"),
-    sampled("r", "ab", 0, 0.6), sampled("r", "ab", 1, None, "malformed: no verdict line", None),
-    sampled("r", "ba", 0, 0.6)]
+    sampled("p", "ab", 0, 0.9),
+    sampled("p", "ab", 1, 0.7),
+    sampled("p", "ab", 2, 0.1, "wrong verdict", "B"),
+    sampled("p", "ba", 0, 0.8),
+    sampled("p", "ba", 1, 0.95, "cites the reference"),  # right, but it did not pass
+    sampled("q", "ab", 0, 0.9),
+    sampled("q", "ab", 1, 0.1, "wrong verdict"),
+    sampled("q", "ba", 0, 0.4, "wrong verdict"),  # an order that offers nothing
+    sampled("r", "ab", 0, 0.6),
+    sampled("r", "ab", 1, None, "malformed: no verdict line", None),
+    sampled("r", "ba", 0, 0.6),
+]
+
+
+def margins_and_passing():
+    return four.margins_of_pairs(["p", "q", "r", "s"], four.confident_rows(SAMPLES))
+
+
+def test_confident_rows():
+    questions = four.confident_rows(SAMPLES)
+    found = [row["confidence_in_label"] for row in questions["p", "ba"]]
+    assert found == pytest.approx([0.8, 0.95], rel=1e-5)
+    assert len(questions["r", "ab"]) == 1  # what has no verdict has no confidence
+    assert "confidence_in_label" not in SAMPLES[0]
 
 
 def test_margins_of_pairs():
-    margins, passing = four.margins_of_pairs(SAMPLES)
-    assert margins == {"p": pytest.approx((0.8 + 0.0) / 2), "q": 0.0, "r": 0.0}
-    assert {key: [row["id"][-1] for row in rows] for key, rows in passing.items()} == {
-        ("p", "ab"): ["0", "1"], ("p", "ba"): ["0"], ("q", "ab"): ["0"], ("r", "ab"): ["0"], ("r", "ba"): ["0"]}
+    margins, passing = margins_and_passing()
+    expected = {"p": (0.8 + 0.0) / 2, "q": 0.0, "r": 0.0, "s": 0.0}  # s: no answer at all
+    assert margins == pytest.approx(expected)
+    ids = []
+    for rows in passing.values():
+        ids += [row["id"] for row in rows]
+    assert ids == ["p-ab-0", "p-ab-1", "p-ba-0", "q-ab-0", "r-ab-0", "r-ba-0"]
+    for (pair_id, order), rows in passing.items():
+        for row in rows:
+            assert (row["pair_id"], row["order"]) == (pair_id, order)
 
 
-@pytest.mark.parametrize("rule, kept", [
-    ({"margin": None, "retention": 1.0}, ["p0", "p0"]), ({"margin": 0.0, "retention": 0.4}, ["p0", "p0", "r0", "r0"]),
-    ({"margin": 0.5, "retention": 0.4}, [])])
-def test_keep(rule, kept):
-    def keep(select, seed=0):
-        return four.keep(*four.margins_of_pairs(SAMPLES), SimpleNamespace(select=select, seed=seed, **rule), 1)
-    assert [row["pair_id"] + row["id"][-1] for row in keep("margin")] == kept
-    assert [row["order"] for row in keep("margin")] == ["ab", "ba"] * (len(kept) // 2)
-    for select in ("random", "best"):  # as many pairs, any with a passing critique in both orders
-        picked = [keep(select, seed) for seed in range(30)]
-        assert {len(rows) for rows in picked} == {len(kept)}
-        some = {"p-ab-0", "p-ba-0", "r-ab-0", "r-ba-0", *(["p-ab-1"] if select == "random" else [])}
-        assert {row["id"] for rows in picked for row in rows} == (some if kept else set())
+def keep(select, threshold, retention, seed=0):
+    margins, passing = margins_and_passing()
+    return four.keep(margins, passing, select, threshold, retention, seed, iteration=1)
+
+
+RULES = [
+    (None, 1.0, ["p-ab-0", "p-ba-0"]),  # of q, r and s the margin is 0
+    (0.0, 0.4, ["p-ab-0", "p-ba-0", "r-ab-0", "r-ba-0"]),
+    (0.5, 0.4, []),
+]
+
+
+@pytest.mark.parametrize("threshold, retention, ids", RULES)
+def test_keep_by_margin(threshold, retention, ids):
+    kept = keep("margin", threshold, retention)
+    assert [row["id"] for row in kept] == ids
+    for row in kept:
+        assert row["margin"] == pytest.approx(0.4 if row["pair_id"] == "p" else 0.0)
+        assert row["iteration"] == 1
+
+
+@pytest.mark.parametrize("threshold, retention, ids", RULES)
+@pytest.mark.parametrize("select", ["random", "best"])
+def test_controls_keep_as_many_pairs(select, threshold, retention, ids):
+    picked = [keep(select, threshold, retention, seed) for seed in range(30)]
+    assert {len(rows) for rows in picked} == {len(ids)}
+    found = {row["id"] for row in sum(picked, [])}
+    # any pair with a passing critique in both orders, whatever its margin
+    possible = {"p-ab-0", "p-ba-0", "r-ab-0", "r-ba-0"}
+    if select == "random":
+        possible.add("p-ab-1")
+    assert found == (possible if ids else set())
+
+
+def test_controls_draw_others_in_each_iteration():
+    margins = {str(i): 1.0 for i in range(20)}
+    passing = {}
+    for key in margins:
+        for order in ("ab", "ba"):
+            passing[key, order] = [{"id": f"{key}-{k}", "confidence_in_label": k} for k in range(5)]
+    first = four.keep(margins, passing, "random", None, 0.5, 0, iteration=1)
+    second = four.keep(margins, passing, "random", None, 0.5, 0, iteration=2)
+    pairs_of_first = {row["id"].split("-")[0] for row in first}
+    assert len(pairs_of_first) == 10
+    assert pairs_of_first != {row["id"].split("-")[0] for row in second}
+    # the two orders of a pair and the pairs draw their critiques independently
+    places = {row["id"].split("-")[1] for row in first}
+    assert len(places) > 2
+
+
+def test_retention_is_a_share_of_the_pool():
+    margins = {str(i): i / 10 for i in range(10)}
+    passing = {}
+    for key in margins:
+        for order in ("ab", "ba"):
+            passing[key, order] = []
+            if key in "6789":  # only four of the ten are eligible
+                passing[key, order] = [{"id": key, "confidence_in_label": 0.9}]
+    eligible = list("6789")
+    for rule in (four.pairs_by_margin, four.pairs_at_random):
+        assert len(rule(margins, eligible, None, 0.4, 0)) == 4
+    kept = four.keep(margins, passing, "margin", None, 0.3, 0, iteration=1)
+    assert [row["id"] for row in kept] == ["9", "9", "8", "8", "7", "7"]
+
+
+def test_mix_in_makes_up_the_share():
+    kept = [{"id": f"new-{i}"} for i in range(30)]
+    old = [{"id": f"old-{i}"} for i in range(100)]
+    for replay, n_old in ((0.25, 10), (0.5, 30), (0.0, 0), (0.9, 100)):  # .9 wants 270, has 100
+        rows = four.mix_in(kept, old, replay, seed=1)
+        assert rows[:30] == kept
+        assert len(rows) == 30 + n_old
+        assert {row["id"] for row in rows[30:]} <= {row["id"] for row in old}
+    assert four.mix_in(kept, old, 0.25, 1) != four.mix_in(kept, old, 0.25, 2)
 
 
 def test_cut_pools():
     pairs = [{"id": i, "image": f"{i // 2}.png"} for i in range(20)]
     pools = four.cut_pools(pairs, 5, 3)
-    assert [[pair["id"] for pair in pool] for pool in pools] == [
-        list(range(6)), list(range(6, 12)), list(range(12, 18))]
+    # no image is cut in two, so a pool of 5 takes a sixth pair
+    assert pools == [pairs[:6], pairs[6:12], pairs[12:18]]
     with pytest.raises(SystemExit, match="used up after iteration 4"):
-        four.cut_pools(pairs, 6, 5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 05: the measures
-# ---------------------------------------------------------------------------------------------------------------------
-def judged(key, ab, ba):
-    return [{"id": key, "order": "ab", "label": "A", "verdict": ab},
-            {"id": key, "order": "ba", "label": "B", "verdict": ba}]
-
-
-def test_accuracy_by_order():
-    rows = judged("1", "A", "B") + judged("2", "A", "A") + judged("3", "B", "A")
-    rows += judged("4", None, None) + judged("5", None, "B")
-    assert five.accuracy_by_order(rows) == pytest.approx({
-        "accuracy_ab": 2 / 5, "accuracy_ba": 2 / 5, "accuracy": 2 / 5, "both": 1 / 5, "agreement": 2 / 5,
-        "unparseable": 3 / 10,
-        "n_pairs": 5})
-    assert five.accuracy_by_order(rows[::-1]) == five.accuracy_by_order(rows)
-    always_a = [row for key in "123" for row in judged(key, "A", "A")]
-    assert {k: v for k, v in five.accuracy_by_order(always_a).items() if k != "n_pairs"} == {
-        "accuracy_ab": 1, "accuracy_ba": 0, "accuracy": 0.5, "both": 0, "agreement": 0, "unparseable": 0}
-
-
-def slow_ece(probability, correct, bins):
-    error = 0.0
-    for b in range(bins):
-        inside = [i for i, p in enumerate(probability) if b / bins < p <= (b + 1) / bins or (b == 0 and p == 0)]
-        if inside:
-            error += abs(sum(probability[i] - correct[i] for i in inside)) / len(probability)
-    return error
-
-
-def test_calibration_error():
-    #           (.6, .7]: mean .65, half right      (.9, 1]: mean .95, all right
-    error = five.expected_calibration_error([0.62, 0.68, 0.92, 0.98], [True, False, True, True])
-    assert error == pytest.approx(0.5 * 0.15 + 0.5 * 0.05)
-    assert five.expected_calibration_error([1.0, 1.0, 0.0], [True, True, False]) == 0.0
-    rng = random.Random(0)
-    for bins in (1, 2, 7, 10, 15):
-        probability = [rng.random() for _ in range(150)] + [k / bins for k in range(bins + 1)]
-        correct = [rng.random() < p for p in probability]
-        error = five.expected_calibration_error(probability, correct, bins)
-        assert error == pytest.approx(slow_ece(probability, correct, bins))
-
-
-@pytest.mark.parametrize("edge", range(1, 10))
-def test_calibration_bins_are_closed_on_the_right(edge):
-    p = edge / 10  # shares its bin with p - .05
-    error = five.expected_calibration_error([p, p - 0.05, p + 0.05], [True, False, True])
-    assert error == pytest.approx((abs(p - 1 + p - 0.05) + abs(p + 0.05 - 1)) / 3)
-
-
-def test_calibration_bins_of_a_twentieth():
-    probability, correct = [0.52, 0.55, 0.58], [False, True, True]
-    error = five.expected_calibration_error(probability, correct, 20)
-    assert error == pytest.approx(slow_ece(probability, correct, 20))
-
-
-def slow_bootstrap(values, clusters, n, seed):
-    rng, groups = random.Random(seed), {}
-    for value, cluster in zip(values, clusters):
-        groups.setdefault(cluster, []).append(value)
-    means = []
-    for _ in range(n):
-        drawn = [value for group in rng.choices(list(groups.values()), k=len(groups)) for value in group]
-        means.append(sum(drawn) / len(drawn))
-    return tuple(np.percentile(means, [2.5, 97.5]))
-
-
-def test_bootstrap_is_close_to_the_normal_interval():
-    values = randn(400).tolist()
-    low, high = five.cluster_bootstrap(values, range(400))
-    half = 1.96 * np.std(values) / 20
-    assert (low, high) == (pytest.approx(np.mean(values) - half, abs=0.1 * half),
-                           pytest.approx(np.mean(values) + half, abs=0.1 * half))
-    assert five.cluster_bootstrap(values, range(400)) == (low, high)
-    assert five.cluster_bootstrap(values, range(400), seed=1) != (low, high)
-
-
-def test_bootstrap_of_clusters():
-    rng = random.Random(0)
-    clusters = [f"{i}.png" for i in range(30) for _ in range(1 + i % 5)]  # unequal sizes
-    level = {cluster: rng.random() for cluster in clusters}
-    values = [float(rng.random() < level[cluster]) for cluster in clusters]
-    fast, slow = five.cluster_bootstrap(values, clusters), slow_bootstrap(values, clusters, 4000, 1)
-    assert fast == pytest.approx(slow, abs=0.012)
-    width = lambda interval: interval[1] - interval[0]
-    copied, groups = [v for v in (0.0, 1.0) * 20 for _ in range(5)], [i for i in range(40) for _ in range(5)]
-    clustered, independent = five.cluster_bootstrap(copied, groups), five.cluster_bootstrap(copied, range(200))
-    assert width(clustered) > 2 * width(independent)  # sqrt(5)
-    assert five.cluster_bootstrap([0.25] * 9, [0, 0, 1, 1, 1, 2, 3, 4, 4]) == (0.25, 0.25)
-    assert all(isinstance(x, float) for x in fast)
-
-
-def test_knockout():
-    rng, asked = random.Random(0), []
-    candidates = {key: [f"{rng.random():.6f}" for _ in range(8)] for key in "xyz"}
-
-    def prefer(games):  # the larger number wins: a transitive preference
-        asked.extend(games)
-        return [a > b for _, a, b in games]
-    winners = four.knockout(candidates, prefer)
-    assert winners == {key: [max(texts[:n]) for n in (1, 2, 4, 8)] for key, texts in candidates.items()}
-    assert len(asked) == len(set(asked)) == 3 * 7  # one tournament serves all sizes
-    small = four.knockout({key: texts[:4] for key, texts in candidates.items()}, prefer)
-    assert all(winners[key][:3] == small[key] for key in winners)  # N = 4 is the first half of N = 8
-    assert four.knockout({"x": ["only"]}, prefer) == {"x": ["only"]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The formulas can be copied
-# ---------------------------------------------------------------------------------------------------------------------
-LABELS = torch.tensor([[-100, 2, 3, 1], [-100, -100, 0, 4]])
-A_OR_B = torch.tensor([True, False, True])
-
-
-@pytest.mark.parametrize("module, name, arguments", [
-    (three, "nll_sum", (randn(2, 4, 5), LABELS)), (three, "ift_loss", (6.0, 3, 10.0, 4, 0.5)),
-    (three, "bradley_terry_loss", (randn(3), A_OR_B)), (four, "confidence_in_label", (randn(3), A_OR_B)),
-    (four, "margin", ([0.9, 0.2, 0.97], [True, False, False])), (four, "select_by_margin", (EXAMPLE, None, 0.4)),
-    (four, "select_random", (list("abcdef"), 3, 0)), (stage("common"), "verdict_log_odds", (randn(2, 9), 3, 5))])
-def test_formulas_run_when_pasted_into_an_empty_file(module, name, arguments):
-    imports = "import random\n" if name == "select_random" else "import torch\nimport torch.nn.functional as F\n"
-    namespace = {}
-    exec(imports + textwrap.dedent(inspect.getsource(getattr(module, name))), namespace)
-    pasted, original = namespace[name](*arguments), getattr(module, name)(*arguments)
-    assert str(pasted) == str(original)
+        four.cut_pools(pairs, 5, 5)
