@@ -158,6 +158,13 @@ class TrainingSteps(Dataset):
         self.max_response_tokens = max_response_tokens
 
     def __getitem__(self, step):
+        """The step's micro-batches; [SystemExit] where common.stop says why there are none."""
+        try:
+            return self.prepare(step)
+        except SystemExit as error:  # handed over: it would only end the process that prepares
+            return [error]
+
+    def prepare(self, step):
         encoded = []
         for kind, all_rows in self.rows_of_kind.items():
             rows = rows_of_step(all_rows, step, self.train_batch, self.seed)[RANK::WORLD]
@@ -246,7 +253,11 @@ def count_supervised(micro_batches):
 
 def prepared_ahead(data, steps):
     """The micro-batches of steps 0, 1, ..., read and encoded by a second process, two ahead."""
-    return DataLoader(data, batch_size=None, sampler=range(steps), collate_fn=list, num_workers=1)
+    settings = {"batch_size": None, "collate_fn": list, "num_workers": 1}
+    for micro_batches in DataLoader(data, sampler=range(steps), **settings):
+        if isinstance(micro_batches[0], SystemExit):
+            raise micro_batches[0]
+        yield micro_batches
 
 
 def show(bar, line, steps):

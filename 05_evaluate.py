@@ -1,62 +1,772 @@
-"""05  How well does it judge? Every pair in both orders, all checkpoints side by side, with intervals and controls."""
+"""05  How well does it judge? All checkpoints side by side, with intervals and controls.
 
-# Outline with a budget of 590 lines (at most 650 with the next issue's additions).
+    accuracy       mean over both orders of each pair; no verdict is wrong (one definition, in 03)
+    both           right in both orders             agreement   the same response wins in both
+    hallucination  accuracy on the pairs whose rejected response names an absent object
+    macro          mean over the categories' accuracies
+    ECE            sum over bins of P(verdict given): share of rows * |mean P - share right|,
+                   over the judgements with a verdict; the others are the column "unparseable"
+    interval       95 %, bootstrap over images: the pairs of one image are drawn together
+
+Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
+  1) every pair in both orders, since benchmarks put the better response first
+     (VL-RewardBench: in 1,245 of 1,250 rows);
+  2) the last judge also sees a blank picture and another row's picture: what it still gets right
+     it knows from the text alone;
+  3) Best-of-N picks by knockout on P(A) averaged over both orders; its quality is measured against
+     the truth (--truth), or by the benchmark's own review of the answers files (LLaVA-Bench);
+  4) --protocol official: 9 calls a pair, the most that VL-RewardBench's script counts, each in an
+     order drawn by lot, decided by the majority of all calls; but our prompt and top_p 1, not .2,
+     so that published figures (GPT-4o: .658, Qwen2-VL-7B: .283 in arXiv 2411.17451) are near ours
+     and no more.
+
+Reads   pairs (a file, folder or hub id); 01-04 of the run, as far as they are there
+Writes  05_evaluation[_BENCHMARK[_official]]/: report.md, metrics.json, reliability.png,
+        best_of_n.jsonl and its judgements, answers_*.jsonl (LLaVA-Bench), judgements.jsonl:
+        {"id": "toy-00000-0", "question": "toy-00000-0-ba", "condition": "after 03", "order": "ba",
+         "image": "heldout/00000.png", "category": "shape", "label": "B", "verdict": "B",
+         "probability_a": 0.031, "critique": "A: green cross: no\\n...\\nVerdict: B"}
+
+    python 05_evaluate.py --run runs/demo --pairs runs/demo/world/heldout.jsonl
+    python 05_evaluate.py --run runs/7b --benchmark vl-rewardbench --model Qwen/Qwen2-VL-7B-Instruct
+"""
+
+import json
+import math
+from collections import Counter
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+import common
+from common import RowWriter, both_orders, parse_checks, read_jsonl, row_seed, stop
+
+one = import_module("01_build_preferences")
+ift = import_module("03_train_ift")
+
+FOLDERS = {
+    ("pairs", "both-orders"): "05_evaluation",
+    ("vl-rewardbench", "both-orders"): "05_evaluation_vl-rewardbench",
+    ("vl-rewardbench", "official"): "05_evaluation_vl-rewardbench_official",
+    ("llava-wild", "both-orders"): "05_evaluation_llava-wild",
+}
+NOTE = "Accuracy is the mean over both orders; no verdict is wrong."
+OFFICIAL_NOTE = "Pairs without a majority of their calls are undecided and leave the accuracy."
+WILD_NOTE = "No score here: the official review (eval_gpt_review_bench.py) reads an answers file."
+OFFICIAL_CALLS = 9  # odd, so that only missing verdicts leave a pair undecided
 
 
-# ---- The measures (190) --------------------------------------------------------------------------
+# ---- The measures --------------------------------------------------------------------------------
 def cluster_bootstrap(values, clusters, n=10000, seed=0, groups=None):
-    """95 % percentile interval (low, high) of the mean of values, resampling whole clusters (images)."""
+    """95 % percentile interval (low, high) of the mean of values, from n resamples of the clusters.
+
+    Pairs of one image succeed and fail together: they are no independent draws, so whole images
+    are drawn with replacement. groups: of the mean over the groups' means. Needs: numpy as np
+    """
+    if groups is None:
+        groups = np.zeros(len(values))
+    clusters, index = np.unique(np.asarray(clusters), return_inverse=True)  # index (N,) in 0..C-1
+    groups, group = np.unique(np.asarray(groups), return_inverse=True)  # group (N,) in 0..G-1
+    sums = np.zeros((len(clusters), len(groups)))  # (C, G)
+    sizes = np.zeros((len(clusters), len(groups)))  # (C, G)
+    np.add.at(sums, (index, group), np.asarray(values, dtype=float))
+    np.add.at(sizes, (index, group), 1)
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, n, 100):  # 100 resamples at a time bound the memory
+        drawn = rng.integers(len(clusters), size=(min(100, n - start), len(clusters)))  # (100, C)
+        with np.errstate(invalid="ignore"):  # 0 / 0: a group that was not drawn has no mean
+            of_group = sums[drawn].sum(1) / sizes[drawn].sum(1)  # (100, G)
+        means += np.nanmean(of_group, 1).tolist()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def expected_calibration_error(probability, correct, bins=10):
-    """sum over bins of (share of rows in it) * |mean probability - share correct|."""
+    """sum over bins of (share of rows in it) * |mean probability - share correct|, in [0,1].
+
+    probability: P(the verdict given) per row; correct: bool per row. Bins of equal width on [0,1],
+    closed on the right, the first on both sides. Needs: numpy as np
+    """
+    probability = np.asarray(probability, dtype=float)  # (N,)
+    correct = np.asarray(correct, dtype=float)  # (N,)
+    inner_edges = np.arange(1, bins) / bins
+    index = np.digitize(probability, inner_edges, right=True)  # (N,) in 0..bins-1
+    gaps = np.zeros(bins)
+    np.add.at(gaps, index, probability - correct)  # of each bin: rows in it * difference of means
+    return float(np.abs(gaps).sum() / max(1, len(index)))
+
+
+def given_and_right(rows):
+    """(P(verdict given) (N,), is it right (N,)) of the rows that have a verdict."""
+    given, right = [], []
+    for row in rows:
+        if row["verdict"] is not None:
+            p = row["probability_a"]
+            given.append(p if row["verdict"] == "A" else 1 - p)
+            right.append(row["verdict"] == row["label"])
+    return np.array(given), np.array(right)
 
 
 def right_per_pair(rows):
     """{pair id: share of its orders judged right, in {0, .5, 1}}."""
+    right = {}
+    for row in rows:
+        right.setdefault(row["id"], []).append(row["verdict"] == row["label"])
+    return {key: sum(values) / len(values) for key, values in right.items()}
 
 
 def check_rates(rows, pairs, vocabulary):
-    """How the judge's checks stand to the truth in the pairs' evidence."""
+    """How the judge's checks stand to the evidence of the pairs; {} without any.
+
+    Of the checks of present objects the share that says yes, of absent ones the share that says
+    no, and their mean (balanced): a judge that trusts every text has 1, 0 and .5.
+    """
+    said = {"present": [], "absent": []}  # what is unsure has no right answer
+    for row in rows:
+        evidence = pairs[row["id"]].get("evidence") or ()
+        status = {finding["object"]: finding["status"] for finding in evidence}
+        for _, claim, supported in parse_checks(row["critique"]):
+            for name in one.find_mentions(claim, vocabulary):
+                if status.get(name) in said:
+                    said[status[name]].append(supported)
+    if not said["present"] or not said["absent"]:
+        return {}
+    yes = float(np.mean(said["present"]))
+    no = 1 - float(np.mean(said["absent"]))
+    return {
+        "present_said_yes": yes,
+        "absent_said_no": no,
+        "balanced": (yes + no) / 2,
+        "n_checks": len(said["present"]) + len(said["absent"]),
+    }
 
 
 def by_category(right, pairs):
-    """{"accuracy", "by_category", "macro"} and the intervals of both means."""
+    """Means of {pair id: share judged right} by category, their mean, and two intervals."""
+    images = [pairs[key]["image"] for key in right]
+    names = [pairs[key].get("category") or "all" for key in right]
+    values = list(right.values())
+    groups = {name: [] for name in sorted(set(names))}
+    for name, value in zip(names, values):
+        groups[name].append(value)
+    means = {name: float(np.mean(of_group)) for name, of_group in groups.items()}
+    return {
+        "interval": cluster_bootstrap(values, images),
+        "by_category": means,
+        "macro": float(np.mean(list(means.values()))),
+        "macro_interval": cluster_bootstrap(values, images, groups=names),
+    }
 
 
 def measure(rows, pairs, vocabulary):
-    """All measures of one condition; the only place where accuracy and calibration are reported from."""
+    """All measures of one condition; rows: its judgements, pairs: {id: pair}."""
+    right = right_per_pair(rows)
+    given, given_right = given_and_right(rows)
+    hallucinated = [right[key] for key in right if pairs[key].get("hallucinated")]
+    return {
+        **ift.accuracy_by_order(rows),
+        "bradley_terry_loss": ift.mean_bradley_terry(rows),
+        "ece": expected_calibration_error(given, given_right) if len(given) else None,
+        **by_category(right, pairs),
+        "checks": check_rates(rows, pairs, vocabulary),
+        "n_hallucination": len(hallucinated),
+        "hallucination": float(np.mean(hallucinated)) if hallucinated else None,
+    }
 
 
 def official_scores(rows, pairs):
-    """VL-RewardBench's own scoring: majority of K calls per pair, undecided pairs leave the accuracy."""
+    """VL-RewardBench's own scoring, over pairs: accuracy = agree / (agree + reject).
+
+    More than half of a pair's calls must agree with the label, or reject it; without such a
+    majority (a call without verdict is in neither) the pair is undecided and left out.
+    """
+    calls = {}  # {pair id: of each call True, False, or None without a verdict}
+    for row in rows:
+        agrees = row["verdict"] == row["label"]
+        calls.setdefault(row["id"], []).append(None if row["verdict"] is None else agrees)
+    right = {}
+    for key, answers in calls.items():
+        for outcome in (True, False):
+            if answers.count(outcome) > len(answers) / 2:
+                right[key] = float(outcome)
+    scores = {"undecided": len(calls) - len(right), "by_category": {}}
+    scores["unparseable"] = sum(row["verdict"] is None for row in rows) / len(rows)
+    if right:
+        scores["accuracy"] = float(np.mean(list(right.values())))
+        scores |= by_category(right, pairs)
+    categories = {pairs[key].get("category") for key in calls}
+    if len(scores["by_category"]) < len(categories):  # one has no decided pair
+        scores["macro"] = scores["macro_interval"] = None
+    return scores
+
+
+def paired_differences(judged, last, others, pairs):
+    """{"last - other": (mean, low, high)} of accuracy, paired by question; judged: {name: rows}."""
+    right = right_per_pair(judged[last])
+    images = [pair["image"] for pair in pairs.values()]
+    differences = {}
+    for name in others:
+        right_of_other = right_per_pair(judged[name])
+        gain = [right[key] - right_of_other[key] for key in pairs]
+        interval = cluster_bootstrap(gain, images)
+        differences[f"{last} - {name}"] = (float(np.mean(gain)), *interval)
+    return differences
 
 
 def heuristic_rows(pairs):
-    """The judge that prefers the shorter response."""
+    """The judge that prefers the shorter response (characters).
+
+    Equal lengths count half: it says A in both orders.
+    """
+    rows = []
+    for pair in pairs:
+        for question in both_orders(pair):
+            a_is_longer = len(question["response_a"]) > len(question["response_b"])
+            judgement = {"id": pair["id"], "order": question["order"], "label": question["label"]}
+            judgement["verdict"] = "B" if a_is_longer else "A"
+            rows.append({**judgement, "probability_a": 0.5, "critique": ""})
+    return rows
 
 
 def expert_against_truth(rows, truth):
-    """Share of stage 01's findings and of its pairs that the truth contradicts."""
+    """Shares of stage 01's findings, of its pairs and of its labels that the truth contradicts.
+
+    rows: preferences with evidence, truth: {image: set of objects}. {} where no finding can be
+    checked; "n_without_truth" counts the pairs of images that the truth does not hold.
+    """
+    findings_wrong, pairs_wrong, labels_wrong = [], [], []
+    for row in rows:
+        if row["image"] not in truth:
+            continue
+        objects = truth[row["image"]]
+        sure = [finding for finding in row["evidence"] if finding["status"] != "unsure"]
+        wrong = [(f["status"] == "present") != (f["object"] in objects) for f in sure]
+        findings_wrong += wrong
+        pairs_wrong.append(any(wrong))
+        # A label is right where the rejected response alone names what is not there.
+        inventors = {f["claimed_by"] for f in row["evidence"] if f["object"] not in objects}
+        labels_wrong.append(inventors != {"rejected"})
+    if not findings_wrong:
+        return {}
+    return {
+        "findings_contradicted": float(np.mean(findings_wrong)),
+        "pairs_contradicted": float(np.mean(pairs_wrong)),
+        "labels_wrong": float(np.mean(labels_wrong)),
+        "n_findings": len(findings_wrong),
+        "n_pairs": len(pairs_wrong),
+        "n_without_truth": len(rows) - len(pairs_wrong),
+    }
 
 
-# ---- Conditions: checkpoints, pictures withheld (90) ---------------------------------------------
+# ---- Questions and conditions --------------------------------------------------------------------
+def official_questions(pair, seed):
+    """VL-RewardBench's calls for one pair, each in an order drawn for that call."""
+    questions = []
+    for call in range(OFFICIAL_CALLS):
+        as_stored, swapped = both_orders(pair)
+        is_swapped = row_seed(seed, "order", pair["id"], call) % 2
+        question = swapped if is_swapped else as_stored
+        questions.append({**question, "id": f"{question['id']}-{call}"})
+    return questions
+
+
+def ask(pairs, official, seed):
+    """The questions of all pairs: each in both orders, or as the official protocol asks."""
+    questions = []
+    for pair in pairs:
+        of_pair = official_questions(pair, seed) if official else both_orders(pair)
+        questions += [{**question, "category": pair.get("category")} for question in of_pair]
+    return questions
+
+
 def withheld(questions, how, image_root, seed):
-    """The same questions with a blank picture, or with the picture of another row."""
+    """The same questions without their picture: how = "blank" (uniform grey of the same size), or
+    "other" (the picture of another row, one for all questions of an image).
+    """
+    names = sorted({question["image"] for question in questions})
+    if how == "other" and len(names) < 2:
+        stop("--withhold other needs pairs of at least two pictures: give --withhold blank")
+    pictures = {}
+    blank_of_size = {}  # shared: there may be thousands of pictures
+    for place, name in enumerate(names):
+        if how == "other":
+            others = names[:place] + names[place + 1 :]
+            other = others[row_seed(seed, "other", name) % len(others)]
+            pictures[name] = Path(image_root) / other
+        else:
+            with Image.open(Path(image_root) / name) as picture:
+                blank = Image.new("RGB", picture.size, (128, 128, 128))
+            pictures[name] = blank_of_size.setdefault(blank.size, blank)
+    return [{**question, "picture": pictures[question["image"]]} for question in questions]
 
 
 def find_conditions(run):
-    """{name: checkpoint folder or None for the base model}: all that 03 and 04 have trained, in order."""
+    """{name: checkpoint folder, or None for the base model}: all that 03 and 04 have trained."""
+    found = {"base": None}
+    if (run / "03_ift" / "meta.json").exists():
+        found["after 03"] = common.find_checkpoint(run / "03_ift")
+    for stage in sorted(run.glob("04_rejection*")):
+        rule = stage.name.removeprefix("04_rejection").removeprefix("_") or "margin"
+        names = [done.parent.name for done in stage.glob("iter*/done.json")]
+        for t in sorted(int(name.removeprefix("iter")) for name in names):
+            found[f"{rule}, iteration {t}"] = common.find_checkpoint(stage / f"iter{t}")
+    return found
 
 
-# ---- Best-of-N and LLaVA-Bench (120) -------------------------------------------------------------
+def last_judge(names):
+    """The one that is compared with the others: margin selection's last, else the last of all."""
+    by_margin = [name for name in names if name.startswith("margin")]
+    return by_margin[-1] if by_margin else list(names)[-1]
+
+
+def judge_with(load, checkpoint, asked, writer, judging):
+    """{condition: judgement rows} of {condition: questions}, by one model, freed on return."""
+    model, processor = load(checkpoint)
+    judged = {}
+    for name, questions in asked.items():
+        judged[name] = ift.judge(model, processor, questions, writer, name, **judging)
+    return judged
+
+
+# ---- Best-of-N -----------------------------------------------------------------------------------
 def knockout(candidates, prefer):
-    """Winners among the first 1, 2, 4, ... candidates of each row, in one knockout."""
+    """Winners among the first 1, 2, 4, ... candidates of each row, in one knockout: the tree over
+    2N candidates contains the tree over the first N.
+
+    candidates: {row: 2^k of them}, as many for each row; prefer(list of (row, a, b)) -> list of
+    bool, a wins.
+    """
+    alive = {key: list(offered) for key, offered in candidates.items()}
+    winners = {key: [offered[0]] for key, offered in alive.items()}
+    while any(len(offered) > 1 for offered in alive.values()):
+        games = []
+        for key, offered in alive.items():
+            games += [(key, offered[i], offered[i + 1]) for i in range(0, len(offered), 2)]
+        alive = {key: [] for key in alive}
+        for (key, a, b), a_wins in zip(games, prefer(games)):
+            alive[key].append(a if a_wins else b)
+        for key, offered in alive.items():
+            winners[key].append(offered[0])
+    return winners
 
 
-# ---- Report (110) --------------------------------------------------------------------------------
-# ---- Arguments and main (140) --------------------------------------------------------------------
-def parse_args(argv=None): ...
+def best_of_n(rows, candidates, judge):
+    """{row id: the picks among the first 1, 2, 4, ... candidates}, by mean P over both orders.
+
+    rows: {"id", "image", "prompt"}, candidates: {row id: texts}, judge(questions) -> judgements.
+    """
+    row_of = {row["id"]: row for row in rows}
+
+    def prefer(games):
+        questions = []
+        for key, a, b in games:
+            texts = {"chosen": candidates[key][a], "rejected": candidates[key][b]}
+            questions += both_orders({**row_of[key], **texts, "id": f"{key}/{a}-{b}"})
+        for_a = Counter()  # P(a is better), summed over both orders: a wins from 1 on
+        for row in judge(questions):
+            a_is_first = row["label"] == "A"
+            for_a[row["id"]] += row["probability_a"] if a_is_first else 1 - row["probability_a"]
+        return [for_a[f"{key}/{a}-{b}"] >= 1 for key, a, b in games]
+
+    # The knockout is among numbers, so that a game's name, "row/3-5", occurs once in it.
+    picks = knockout({key: range(len(texts)) for key, texts in candidates.items()}, prefer)
+    return {key: [candidates[key][k] for k in winners] for key, winners in picks.items()}
 
 
-def main(args): ...
+def write_candidates(rows, load, writer, n, image_root, sampling):
+    """{row id: n responses of the base model, the policy}, kept in the writer's file."""
+    model, processor = load(None)
+    for chunk, bar in common.in_chunks(rows, writer.is_done, common.CHUNK // n, "responses"):
+        requests = []
+        for row in chunk:
+            image = Path(image_root) / row["image"]
+            requests.append({"id": row["id"], "image": image, "text": row["prompt"]})
+        sampled = common.sample(model, processor, requests, n, bar=bar, **sampling)
+        for row, answers in zip(chunk, sampled):
+            texts = [answer["text"].strip() for answer in answers]
+            n_cut = sum(not answer["complete"] for answer in answers)
+            new = {"id": row["id"], "image": row["image"], "candidates": texts, "n_cut": n_cut}
+            writer.write(new)
+    return {row["id"]: row["candidates"] for row in writer.rows}
+
+
+def sample_and_pick(rows, judges, load, folder, n, judging, sampling):
+    """({row id: n responses}, {judge: picks of best_of_n}, counts); kept in best_of_n.jsonl."""
+    writer = RowWriter(folder / "best_of_n.jsonl")
+    candidates = write_candidates(rows, load, writer, n, judging["image_root"], sampling)
+    games = RowWriter(folder / "best_of_n_judgements.jsonl", key=("condition", "question"))
+    picks = {}
+    for name, checkpoint in judges.items():
+        model = judge = None  # two models at a time would be one too many for the GPU
+        model, processor = load(checkpoint)
+        judge = partial(ift.judge, model, processor, writer=games, condition=name)
+        picks[name] = best_of_n(rows, candidates, partial(judge, **judging))
+    # The rows once more, now with the picks; a resumed run takes its candidates from these, too.
+    written = []
+    for row in writer.rows:
+        written.append({**row, **{name: of_row[row["id"]] for name, of_row in picks.items()}})
+    common.write_jsonl(folder / "best_of_n.jsonl", written)
+    n_cut = sum(row["n_cut"] for row in written)
+    counts = {"responses sampled": n * len(rows), "responses cut at --max-new-tokens": n_cut}
+    return candidates, picks, counts
+
+
+def quality(text, objects, vocabulary):
+    """(1 if the text names no absent object, else 0; share of the picture's objects it names)."""
+    named = set(one.find_mentions(text, vocabulary))
+    return float(named <= objects), len(named & objects) / len(objects)
+
+
+def best_of_n_table(rows, candidates, picks, truth, vocabulary):
+    """{picker: {N: {"hallucinated": share of the picks, "recall": mean}}}, with a random pick (its
+    expectation: the mean over the candidates) and the best possible one alongside.
+    """
+    n = len(candidates[rows[0]["id"]])
+    sizes = [2**k for k in range(n.bit_length())]
+    table = {name: {} for name in ("random pick", "oracle pick", *picks)}
+    for k, size in enumerate(sizes):
+        scores = {name: [] for name in table}
+        for row in rows:
+            objects = truth[row["image"]]
+            offered = candidates[row["id"]][:size]
+            found = [quality(text, objects, vocabulary) for text in offered]
+            scores["random pick"].append(np.mean(found, 0))
+            scores["oracle pick"].append(max(found, key=sum))
+            for name in picks:
+                picked = picks[name][row["id"]][k]
+                scores[name].append(quality(picked, objects, vocabulary))
+        for name, of_rows in scores.items():
+            clean, recall = np.mean(of_rows, 0)
+            table[name][size] = {"hallucinated": float(1 - clean), "recall": float(recall)}
+    return table
+
+
+# ---- LLaVA-Bench in the wild: answers for its own review, which scores them ----------------------
+def read_questions(folder, image_root):
+    """Rows {id, question_id, image, prompt} of the released folder (questions.jsonl, images/)."""
+    rows = []
+    for row in read_jsonl(Path(folder) / "questions.jsonl", ("question_id", "image", "text")):
+        new = {"id": str(row["question_id"]), "question_id": row["question_id"]}
+        new |= {"image": f"images/{row['image']}", "prompt": row["text"]}
+        if not (Path(image_root) / new["image"]).is_file():
+            stop(f"{image_root}/{new['image']} is missing, and the review needs all answers")
+        rows.append(new)
+    return rows
+
+
+def answer_in_the_wild(rows, judges, load, folder, n, judging, sampling):
+    """answers_first.jsonl, one sample of the policy, and answers_judge.jsonl, the judge's pick of n
+    -> counts. The review reads them row by row. judges: one, {its name: checkpoint}.
+    """
+    candidates, picks, counts = sample_and_pick(rows, judges, load, folder, n, judging, sampling)
+    chosen = {"first": {key: texts[0] for key, texts in candidates.items()}}
+    for winners in picks.values():
+        chosen["judge"] = {key: of_row[-1] for key, of_row in winners.items()}
+    for name, texts in chosen.items():
+        answers = []
+        for row in rows:
+            answer = {"question_id": row["question_id"], "prompt": row["prompt"]}
+            answer |= {"text": texts[row["id"]], "answer_id": f"{name}-{row['id']}"}
+            answers.append({**answer, "model_id": f"{name} of {n}", "metadata": {}})
+        common.write_jsonl(folder / f"answers_{name}.jsonl", answers)
+    return counts | {"questions": len(rows)}
+
+
+# ---- Report --------------------------------------------------------------------------------------
+def draw_reliability(judged, path):
+    """Share right against P(verdict given) in the ECE's ten bins, one line per condition."""
+    figure = Figure((4.6, 4.4), layout="tight")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
+    for name, rows in judged.items():
+        given, right = given_and_right(rows)
+        if len(given) == 0:
+            continue
+        index = np.digitize(given, np.arange(1, 10) / 10, right=True)
+        bins = np.unique(index)
+        mean_given = [given[index == b].mean() for b in bins]
+        share_right = [right[index == b].mean() for b in bins]
+        error = expected_calibration_error(given, right)
+        axis.plot(mean_given, share_right, "o-", markersize=3, label=f"{name}, ECE {error:.3f}")
+    axis.set(xlabel="P(verdict given)", ylabel="share right", ylim=(0, 1.02))
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def cell(value):
+    """None is empty, a tuple an interval, a float has three decimals."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return f"{value[0]:.3f}-{value[1]:.3f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def markdown(title, columns, scores):
+    """Lines of a table of scores {row: {column: value}}; columns: {column: heading}, of which those
+    that no row has are left out.
+    """
+    used = set()
+    for of_row in scores.values():
+        used |= {column for column, value in of_row.items() if value is not None}
+    columns = {column: heading for column, heading in columns.items() if column in used}
+    lines = ["", f"| {' | '.join([title, *columns.values()])} |"]
+    lines.append("|" + " --- |" * (1 + len(columns)))
+    for name, of_row in scores.items():
+        cells = [cell(of_row.get(column)) for column in columns]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return lines
+
+
+COLUMNS = {
+    "accuracy": "accuracy",
+    "interval": "95 % interval",
+    "both": "both orders",
+    "hallucination": "hallucination",
+    "agreement": "agreement",
+    "unparseable": "unparseable",
+    "undecided": "undecided",
+    "ece": "ECE",
+    "bradley_terry_loss": "Bradley-Terry",
+}
+CHANCE = {"accuracy": 0.5, "both": 0.25, "hallucination": 0.5, "agreement": 0.5}
+CHANCE["bradley_terry_loss"] = math.log(2)
+RATES = ("present_said_yes", "absent_said_no", "balanced")
+
+
+def table_lines(results, note):
+    """All tables but Best-of-N's, from what metrics.json holds; note: a sentence on the first."""
+    table = results["table"]
+    lines = markdown("judge", COLUMNS, {"chance": CHANCE, **table}) + ["", note]
+    if results["differences"]:
+        rows = {}
+        for name, (mean, low, high) in results["differences"].items():
+            rows[name] = {"mean": f"{mean:+.3f}", "interval": f"{low:+.3f} to {high:+.3f}"}
+        headings = {"mean": "mean", "interval": "95 % interval, paired"}
+        lines += markdown("difference in accuracy", headings, rows)
+    rows = {}
+    categories = set()
+    for name, measures in table.items():
+        rows[name] = {**measures, **measures["by_category"]}
+        categories |= set(measures["by_category"])
+    if len(categories) > 1:
+        headings = {category: category for category in sorted(categories)}
+        headings |= {"macro": "macro", "macro_interval": "95 % interval"}
+        lines += markdown("judge", headings, rows)
+    rows = {name: measures["checks"] for name, measures in table.items() if measures.get("checks")}
+    if rows:
+        lines += markdown("checks of", {rate: rate.replace("_", " ") for rate in RATES}, rows)
+    if results["expert"]:
+        lines += ["", expert_line(results["expert"])]
+    return lines
+
+
+def expert_line(expert):
+    """What expert_against_truth found, in a sentence."""
+    return (
+        f"The expert contradicts the truth in {expert['findings_contradicted']:.1%} of "
+        f"{expert['n_findings']} findings; {expert['pairs_contradicted']:.1%} of "
+        f"{expert['n_pairs']} pairs hold such a finding, {expert['labels_wrong']:.1%} have a wrong "
+        f"label; {expert['n_without_truth']} pairs are of pictures without truth."
+    )
+
+
+def best_of_n_lines(best_of):
+    """Two tables from what best_of_n_table gives."""
+    lines = []
+    for measured in ("hallucinated", "recall"):
+        rows = {}
+        for name, by_n in best_of.items():
+            rows[name] = {n: scores[measured] for n, scores in by_n.items()}
+        headings = {n: f"N = {n}" for n in best_of["random pick"]}
+        lines += markdown(f"Best-of-N, {measured}", headings, rows)
+    return lines
+
+
+def before_and_after(judged, names):
+    """One question that the first named judge gets wrong and the second right, as lines with both
+    critiques. All judges' rows stand in the order of the questions.
+    """
+    for before, after in zip(judged[names[0]], judged[names[1]]):
+        if before["verdict"] != before["label"] and after["verdict"] == after["label"]:
+            where = f"{before['image']}, order {before['order']}"
+            lines = ["", f"{where}, the better response is {before['label']}"]
+            for name, row in zip(names, (before, after)):
+                lines += ["", f"{name}:", "```", row["critique"], "```"]
+            return lines
+    return []
+
+
+# ---- Arguments and main --------------------------------------------------------------------------
+def parse_args(argv=None):
+    parser, _ = common.stage_parser(__doc__)
+    add = parser.add_argument_group("what is judged").add_argument
+    benchmarks = ("pairs", "vl-rewardbench", "llava-wild")
+    add("--benchmark", choices=benchmarks, default="pairs", help="pairs: any, of any format of 01")
+    add(
+        "--pairs", help="its file, folder or hub id; of vl-rewardbench by default the published one"
+    )
+    protocols = ("both-orders", "official")
+    add("--protocol", choices=protocols, default="both-orders", help="official: VL-RewardBench's")
+    add("--image-root", help="folder that image paths start from; default: that of --pairs")
+    add("--truth", help="jsonl {image, objects: [{object}]}: checks the expert and Best-of-N")
+    add = parser.add_argument_group("how it is judged").add_argument
+    add("--votes", type=int, default=1, help="1 is greedy, more: the majority of sampled critiques")
+    ways = ("blank", "other")
+    shown = (
+        "the last judge also sees blank pictures, and other rows'; without a word after it: none"
+    )
+    add("--withhold", nargs="*", choices=ways, default=list(ways), help=shown)
+    add("--max-new-tokens", type=int, default=512, help="longest critique or response, tokens")
+    add = parser.add_argument_group("Best-of-N (with --truth or llava-wild)").add_argument
+    add("--best-of", type=int, default=0, help="N: responses to a picture; a power of 2")
+    add("--best-of-images", type=int, default=100, help="pictures")
+    add = parser.add_argument_group("only where there is no run to take them from").add_argument
+    add("--model", help="base model: hub id or folder")
+    add("--max-image-tokens", type=int, help="most tokens of a picture; default: the model's bound")
+    add("--style", choices=tuple(common.INSTRUCTIONS), help="of critique; default: critique")
+    args = parser.parse_args(argv)
+    if args.benchmark == "vl-rewardbench":
+        args.pairs = args.pairs or "MMInstruction/VL-RewardBench"
+    if args.pairs is None:
+        parser.error("--pairs is needed: what is to be judged")
+    if args.best_of not in (0, 1, 2, 4, 8, 16, 32, 64, 128):
+        parser.error("--best-of needs a power of 2, up to 128")
+    if args.best_of and not args.truth and args.benchmark != "llava-wild":
+        parser.error("--best-of needs --truth: its quality is measured, not guessed")
+    args.temperature = 0.0 if args.votes == 1 else 1.0
+    if args.protocol == "official":
+        args.temperature = 0.2
+        if args.benchmark != "vl-rewardbench" or args.votes > 1:
+            parser.error("--protocol official is vl-rewardbench's; it votes by itself: no --votes")
+    source = Path(args.pairs)
+    root = args.image_root or (source if source.is_dir() else source.parent)
+    args.image_root = str(Path(root).resolve())
+    return args
+
+
+def take_settings(args):
+    """Sets model, max_image_tokens and style to what the run was made with; flags only without."""
+    stages = {"01_preferences": ("model", "max_image_tokens"), "02_critiques": ("style",)}
+    for stage, names in stages.items():
+        if not (Path(args.run) / stage / "meta.json").exists():
+            continue
+        made_with = common.args_of(args.run, stage)
+        for name in names:
+            if getattr(args, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                stop(f"{args.run}/{stage} has fixed {flag} ({made_with[name]}): leave the flag out")
+            setattr(args, name, made_with[name])
+    if not args.model:
+        stop(f"--model is needed: {args.run} holds no complete stage 01 to take it from")
+    args.style = args.style or "critique"
+
+
+def read_truth(path):
+    """{image: set of its objects}."""
+    truth = {}
+    for row in read_jsonl(path, ("image", "objects")):
+        truth[row["image"]] = {thing["object"] for thing in row["objects"]}
+    return truth
+
+
+def finish(folder, args, counts, lines):
+    """Print the lines, write report.md, finish the stage."""
+    common.write_text(folder / "report.md", "\n".join([f"# `{args.pairs}`", *lines, ""]))
+    print("\n".join(lines))
+    inputs = [path for path in (args.pairs, args.truth) if path and Path(path).is_file()]
+    common.finish_stage(folder, args, counts, inputs, f"read {folder}/report.md")
+
+
+def main(args):
+    run = Path(args.run)
+    official = args.protocol == "official"
+    take_settings(args)
+    conditions = find_conditions(run)
+    args.conditions = list(conditions)  # a newly trained judge is a reason to evaluate anew
+    last = last_judge(conditions)
+    folder = common.start_stage(args, FOLDERS[args.benchmark, args.protocol])
+    if folder is None:
+        return
+    bounds = {"device": args.device, "max_image_tokens": args.max_image_tokens}
+    load = partial(common.load_judge, args.model, **bounds)
+    sampling = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+    sampling["seed"] = args.seed
+    judging = {"image_root": args.image_root, "style": args.style, **sampling}
+    if args.benchmark == "llava-wild":
+        rows = read_questions(args.pairs, args.image_root)
+        n = max(1, args.best_of)
+        judges = {last: conditions[last]} if n > 1 else {}
+        counts = answer_in_the_wild(rows, judges, load, folder, n, judging, sampling)
+        finish(folder, args, counts, ["", WILD_NOTE])
+        return
+
+    # 1. read, and refuse what could not be measured later ----------------------------------------
+    _, pairs, read = one.read_pairs(args.pairs, args.image_root, folder)
+    by_id = {pair["id"]: pair for pair in pairs}
+    preferences = []
+    vocabulary = one.COCO_VOCABULARY
+    if (run / "01_preferences" / "meta.json").exists():
+        preferences = read_jsonl(run / "01_preferences" / "preferences.jsonl")
+        vocabulary = json.loads((run / "01_preferences" / "vocabulary.json").read_text("utf-8"))
+    truth = read_truth(args.truth) if args.truth else {}
+    expert = expert_against_truth(preferences, truth)
+    # Best-of-N: a row of each picture; where the truth holds no objects, recall would be 0 / 0
+    pictures = {pair["image"]: pair for pair in pairs}
+    scored = [pair for image, pair in pictures.items() if truth.get(image)]
+    if args.truth and not scored and (args.best_of or not expert):
+        stop(f"--truth {args.truth} holds no objects of any picture of --pairs {args.pairs}")
+    questions = ask(pairs, official, args.seed)
+    shown = {name: {name: questions} for name in conditions}
+    for how in args.withhold:
+        changed = withheld(questions, how, args.image_root, args.seed)
+        shown[last][f"{last}, {how} image"] = changed
+    print(f"{len(pairs)} pairs, {len(questions)} questions; judges: {', '.join(conditions)}")
+
+    # 2. judge ------------------------------------------------------------------------------------
+    writer = RowWriter(folder / "judgements.jsonl", key=("condition", "question"))
+    votes = {"votes": args.votes, "temperature": args.temperature}
+    judged = {}
+    for name, checkpoint in conditions.items():
+        judged |= judge_with(load, checkpoint, shown[name], writer, judging | votes)
+    counts = {**read, "pairs": len(pairs), "judgements": len(writer.rows)}
+    counts["without a verdict"] = sum(row["verdict"] is None for row in writer.rows)
+
+    # 3. measure ----------------------------------------------------------------------------------
+    score = official_scores if official else partial(measure, vocabulary=vocabulary)
+    everyone = {"shorter response": heuristic_rows(pairs), **judged}
+    results = {"expert": expert, "best_of_n": {}}
+    results["table"] = {name: score(rows, by_id) for name, rows in everyone.items()}
+    others = [] if official else [name for name in conditions if name != last]
+    results["differences"] = paired_differences(judged, last, others, by_id)
+    if args.best_of:
+        counts["pictures without truth"] = len(pictures) - len(scored)
+        scored = scored[: args.best_of_images]
+        judges = {name: conditions[name] for name in ("base", last)}
+        found = sample_and_pick(scored, judges, load, folder, args.best_of, judging, sampling)
+        candidates, picks, of_responses = found
+        best_of = best_of_n_table(scored, candidates, picks, truth, vocabulary)
+        results["best_of_n"] = best_of
+        counts |= of_responses
+
+    # 4. report -----------------------------------------------------------------------------------
+    common.write_json(folder / "metrics.json", results)
+    note = f"n = {len(pairs)} pairs, {len(questions)} questions, {args.votes} vote(s) each. "
+    note += OFFICIAL_NOTE if official else NOTE
+    lines = table_lines(results, note)
+    if args.best_of:
+        lines += best_of_n_lines(results["best_of_n"])
+    lines += before_and_after(judged, ("base", last))
+    if common.RANK == 0:
+        drawn = {name: judged[name] for name in ("base", "after 03", last) if name in judged}
+        draw_reliability(drawn, folder / "reliability.png")
+    finish(folder, args, counts, [*lines, "", "![reliability](reliability.png)"])
+
+
+if __name__ == "__main__":
+    common.run(main, parse_args())

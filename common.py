@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -357,8 +358,9 @@ class Decoding:
 
     def keep(self, index):
         """Only the samples of this index go on."""
+        index = index.to(self.position.device)  # with --device auto, logits may lie elsewhere
         self.cache.reorder_cache(index)
-        self.position = self.position[index.to(self.position.device)]
+        self.position = self.position[index]
         if not self.is_shared:
             self.mask = self.mask[index]
 
@@ -561,6 +563,7 @@ def run(main, args):
     """main(args), as every script ends with: libraries are quiet, torchrun's processes join."""
     transformers.logging.set_verbosity_error()  # what matters about a model, load_judge checks
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks for it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # stage 03's DataLoader forks this process
     if WORLD > 1:
         if args.device == "auto":
@@ -678,7 +681,8 @@ class HelpFormatter(argparse.HelpFormatter):
     """Names the default where there is one."""
 
     def _get_help_string(self, action):
-        silent = not action.option_strings or action.default in (None, False, argparse.SUPPRESS)
+        default = action.default  # 0 is one, False is none
+        silent = default is None or default is False or default == argparse.SUPPRESS
         return action.help if silent else f"{action.help} (%(default)s)"
 
 

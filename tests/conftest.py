@@ -1,9 +1,12 @@
-"""What all tests share: imports of the numbered scripts, and a tiny model with random weights (tests/toy_world.py)."""
-import copy
+"""What all tests share: imports of the numbered scripts, a tiny model with random weights, and the
+shipped toy world. Nothing is trained here: where a training from random weights ends differs from
+processor to processor."""
+
 import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,20 +15,32 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+WORLD = ROOT / "tests" / "world"  # shipped: model/, expert.pt; never written to
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-STAGES = ("01_build_preferences", "02_generate_critiques", "03_train_ift", "04_rejection_sampling", "05_evaluate")
-stage = importlib.import_module  # stage("03_train_ift"): a name that starts with a digit has no import statement
+STAGES = (
+    "01_build_preferences",
+    "02_generate_critiques",
+    "03_train_ift",
+    "04_rejection_sampling",
+    "05_evaluate",
+)
+TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc-per-node 2 --".split()
+stage = importlib.import_module  # a name that starts with a digit has no import statement
+EPSILON = 1e-3  # largest difference in nats between two ways to compute a number in float32
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", 'slow: runs stages on a toy world; leave out with -m "not slow"')
-    torch.set_num_threads(1)  # the model is tiny; a second thread waits for its turn where the other core is busy
+    config.addinivalue_line("markers", 'slow: runs stages on a toy world; -m "not slow" leaves out')
+    # The models are tiny: a second thread waits for its turn where the other core is busy.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
+# ---- Models and pictures -------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """Folder with 0.png .. 3.png of three different sizes, so that image tokens and positions differ between rows."""
+    """Folder with 0.png .. 3.png of three sizes: image tokens and positions differ between rows."""
     from PIL import Image
+
     folder = tmp_path_factory.mktemp("pictures")
     for i, size in enumerate(((84, 84), (140, 56), (56, 112), (84, 84))):
         Image.new("RGB", size, (60 * i, 200 - 50 * i, 90)).save(folder / f"{i}.png")
@@ -34,65 +49,215 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """(model, processor) as a user loads them. Never change the model: train `copy.deepcopy(model)`."""
-    import common
-    import toy_world
+    """(model, processor) as a user loads them, random weights. Never change the model: copy it."""
+    from build_world import build_model, build_processor
+
+    from common import load_judge
+
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    processor = toy_world.build_processor()
-    model = toy_world.build_model(processor.tokenizer)
+    processor = build_processor()
+    model = build_model(processor.tokenizer)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "language_model.layers" in name and weight.dim() == 2:
-                weight.mul_(8)  # else the last token decides alone and every prompt gets the same answer
+                weight.mul_(8)  # else the last token decides alone: one answer to every prompt
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return common.load_judge(str(folder), device="cpu")
+    return load_judge(str(folder), device="cpu")
 
 
 @pytest.fixture(scope="session")
-def trained(tiny, pictures, tmp_path_factory):
-    """(model, processor, rows of metrics.jsonl): `tiny` after some steps of stage 03's train on critiques of different
-    lengths, enough to write verdicts often but not always the same."""
-    ift, folder = stage("03_train_ift"), tmp_path_factory.mktemp("trained")
-    model, processor = copy.deepcopy(tiny[0]), tiny[1]
-    torch.manual_seed(0)
-    metrics = train(ift.add_lora(model, 0), processor, pictures, folder, steps=30, lr=2e-3, lam=1 / 3)
-    return model, processor, metrics
+def trained():
+    """(model, processor): the shipped judge, which writes critiques and verdicts and stops."""
+    from common import load_judge
+
+    return load_judge(str(WORLD / "model"), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with pictures and held-out pairs, and copies of the shipped model/ and expert.pt."""
+    from scenes import write_pictures
+
+    folder = tmp_path_factory.mktemp("world") / "w"
+    shutil.copytree(WORLD, folder)
+    write_pictures(folder, 0, n_images=1700, n_heldout=300)
+    return folder
+
+
+# ---- Rows to train on, and training --------------------------------------------------------------
+CRITIQUES = (
+    "A: red circle: yes\nVerdict: A",
+    "B: blue star: no\nA: red ring: yes\nA: blue star: no\nVerdict: B",
+    "Verdict: A",
+    "B: red ring: yes\nVerdict: B",
+)
+RESPONSES = (
+    "red circle.",
+    "blue star, red ring, green heart.",
+    "green heart, red cross, blue ring.",
+    "red ring.",
+)
+
+
+def critique_rows():
+    """Four rows of critiques.jsonl; prompts, critiques and responses of different lengths."""
+    rows = []
+    for i, critique in enumerate(CRITIQUES):
+        row = {"id": f"{i}-ab-0", "pair_id": f"pair-{i}", "order": "ab", "image": f"{i}.png"}
+        row |= {"prompt": "List the objects in the image.", "style": "critique"}
+        row |= {"response_a": RESPONSES[i], "response_b": RESPONSES[i - 1]}
+        rows.append({**row, "label": critique[-1], "critique": critique})
+    return rows
 
 
 def judged_rows():
-    """Four training rows of D_critique; prompts and critiques of different lengths."""
-    from common import build_judge_prompt
-    critiques = ("A: red circle: yes\nVerdict: A", "B: blue star: no\nA: red ring: yes\nA: blue star: no\nVerdict: B",
-                 "Verdict: A", "B: red ring: yes\nVerdict: B")
-    responses = ("red circle.", "blue star, red ring.", "green heart, red cross, blue ring.", "red ring.")
-    return [{"id": f"critique-{i}", "image": f"{i}.png", "label": critique[-1], "response": critique,
-             "text": build_judge_prompt("List the objects in the image.", responses[i], responses[i - 1])}
-            for i, critique in enumerate(critiques)]
+    """D_critique of these."""
+    return stage("03_train_ift").training_rows(critique_rows())[0]
 
 
 def correct_rows():
-    """Four training rows of D_correct."""
-    responses = ("red circle.", "blue star, red ring, green heart.", "nothing.", "red cross.")
-    return [{"id": f"correct-{i}", "image": f"{i}.png", "text": "List the objects in the image.", "response": response}
-            for i, response in enumerate(responses)]
+    """D_correct of these."""
+    return stage("03_train_ift").training_rows(critique_rows())[1]
+
+
+def requests_of(rows, pictures):
+    """What common.sample takes."""
+    names = [(row["id"], pictures / row["image"], row["text"]) for row in rows]
+    return [{"id": key, "image": image, "text": text} for key, image, text in names]
+
+
+def encode(processor, pictures, rows, limit=None):
+    """(inputs, labels) of training rows."""
+    texts, responses = [row["text"] for row in rows], [row["response"] for row in rows]
+    images = [pictures / row["image"] for row in rows]
+    return stage("03_train_ift").encode_supervised(processor, texts, images, responses, limit)
+
+
+def steps_of(processor, pictures, **changed):
+    """Stage 03's TrainingSteps on the four rows; a step of four holds them all."""
+    settings = {"lam": 0.5, "train_batch": 4, "micro_batch": 4, "max_response_tokens": 64}
+    settings |= {"seed": 0, **changed}
+    three = stage("03_train_ift")
+    return three.TrainingSteps(critique_rows(), processor, pictures, **settings)
 
 
 def train(model, processor, pictures, folder, **changed):
-    """Stage 03's train on all rows above, in place; one batch holds them all -> rows of metrics.jsonl."""
-    settings = dict(steps=1, lr=1e-3, lam=0.5, bt_weight=0.0, batch_size=4, micro_batch=4, seed=0, image_root=pictures,
-                    max_response_tokens=64)
+    """Stage 03's train on the four rows, in place -> rows of metrics.jsonl."""
+    settings = {"steps": 1, "lr": 1e-3, "lam": 0.5, "bt_weight": 0.0}
+    settings |= {"checkpoint_activations": False}
+    of_train = {name: value for name, value in changed.items() if name in settings}
+    of_data = {name: value for name, value in changed.items() if name not in settings}
+    settings |= of_train
+    data = steps_of(processor, pictures, lam=settings["lam"], **of_data)
     folder.mkdir(exist_ok=True)
-    stage("03_train_ift").train(model, processor, judged_rows(), correct_rows(), folder, **{**settings, **changed})
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    stage("03_train_ift").train(model, data, folder, **settings)
+    return read_rows(folder / "metrics.jsonl")
+
+
+# ---- Sampling, held against plain forward passes -------------------------------------------------
+# Two ways to compute the same logits differ by rounding, which decides where two tokens are equally
+# good. So tokens are compared where the choice is clear, and log-odds within EPSILON.
+@pytest.fixture
+def raw(monkeypatch):
+    """common.sample whose answers are (token ids (R,), log-odds (R, 2)), not text and verdict."""
+    import common
+
+    def keep_tokens(tokenizer, tokens, log_odds, *rest):
+        return tokens, log_odds
+
+    monkeypatch.setattr(common, "finish_sample", keep_tokens)
+    return common.sample
+
+
+def length_of(tokens, stop_ids):
+    """Tokens (R,) up to the first stop token, which counts."""
+    ends = torch.isin(tokens, torch.tensor(stop_ids)).nonzero()
+    return int(ends[0]) + 1 if len(ends) else len(tokens)
+
+
+@torch.no_grad()
+def logits_alone(model, processor, request, tokens):
+    """Logits (n, R, V) for n texts (n, R) after a request: one plain pass over whole texts."""
+    from common import encode_prompts
+
+    n, R = tokens.shape
+    inputs = encode_prompts(processor, [request["text"]] * n, [request["image"]] * n)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    types = [inputs["mm_token_type_ids"], torch.zeros_like(tokens)]
+    inputs["mm_token_type_ids"] = torch.cat(types, 1)
+    return model(**inputs, logits_to_keep=R + 1, use_cache=False).logits[:, :-1]
+
+
+def check_samples(model, processor, request, samples, stop_ids, temperature, seed):
+    """What `raw` wrote is what the request alone, its uniform numbers and the softmax say: every
+    token and every log-odds up to the stop token. -> their lengths."""
+    from common import row_seed, verdict_token_ids
+
+    tokens = torch.stack([tokens for tokens, _ in samples])  # (n, R)
+    log_odds = torch.stack([log_odds for _, log_odds in samples])  # (n, R, 2)
+    lengths = [length_of(row, stop_ids) for row in tokens]
+    written = tokens.clone()
+    for row, length in zip(written, lengths):
+        row[length - 1 :] = 0  # the last token and what follows it decide nothing
+    logits = logits_alone(model, processor, request, written)  # (n, R, V)
+    if temperature == 0:
+        chosen = logits.gather(2, tokens.clamp(min=0)[:, :, None])[:, :, 0]
+        may_be = chosen > logits.amax(2) - EPSILON
+    else:
+        generator = torch.Generator().manual_seed(row_seed(seed, request["id"]))
+        uniforms = torch.rand(tokens.shape, generator=generator)[:, :, None].double()
+        cdf = (logits.double() / temperature).softmax(2).cumsum(2)
+        first = (cdf < uniforms - EPSILON).sum(2)  # the tokens that rounding may choose
+        last = (cdf < uniforms + EPSILON).sum(2)
+        may_be = (first <= tokens) & (tokens <= last)
+    for spelling, (id_a, id_b) in enumerate(zip(*verdict_token_ids(processor.tokenizer))):
+        expected = logits[:, :, id_a] - logits[:, :, id_b]
+        may_be &= (log_odds[:, :, spelling] - expected).abs() < EPSILON
+    for i, length in enumerate(lengths):
+        assert may_be[i, :length].all(), (request["id"], i, may_be[i, :length])
+    return lengths
+
+
+@torch.no_grad()
+def check_greedy(model, processor, requests, sample, max_new_tokens, stop_ids):
+    """sample's tokens are those of transformers' generate -> lists of tokens up to the end."""
+    from common import encode_prompts
+
+    texts, images = [row["text"] for row in requests], [row["image"] for row in requests]
+    inputs = encode_prompts(processor, texts, images)
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stop_ids}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    wanted = model.generate(**inputs, **settings)
+    texts = wanted.sequences[:, inputs["input_ids"].shape[1] :]
+    best = torch.stack(wanted.logits, 1).topk(2).values  # (B, R, 2)
+    is_clear = best[:, :, 0] - best[:, :, 1] > EPSILON
+    answers = sample(model, processor, requests, 1, 0.0, max_new_tokens)
+    written = []
+    for i, [(tokens, _)] in enumerate(answers):
+        length = length_of(texts[i], stop_ids)
+        same = (tokens[:length] == texts[i][:length]).tolist()
+        if not all(same):  # from a tie on, both are right
+            assert not is_clear[i, same.index(False)], (tokens, texts[i])
+        written.append(tokens[: length_of(tokens, stop_ids)].tolist())
+    return written
+
+
+# ---- Files and command lines ---------------------------------------------------------------------
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def run(command, **extra):
     """What a command line of the README printed; it must succeed."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **extra))  # two processes, too
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    # one thread each: two processes give what one gives, and the cores are shared
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+    command = [sys.executable, *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    ends = f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{shlex.join(command)}\n{ends}"
     return done.stdout
 
 
@@ -100,12 +265,3 @@ def run_here(command):
     """The same in this process, which saves the seconds of importing torch."""
     script = stage(command[0].removesuffix(".py"))
     script.main(script.parse_args(command[1:]))
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A whole world; WORLD=folder takes one that is there, for work on the tests."""
-    folder = Path(os.environ.get("WORLD") or tmp_path_factory.mktemp("world") / "w")
-    if not (folder / "meta.json").exists():
-        run(["tests/toy_world.py", "--out", str(folder), "--seed", "0", "--heldout", "300", "--images", "1700"])
-    return folder

@@ -1,11 +1,13 @@
-"""The whole method on a toy world, by the real command lines, on two CPU cores:
+"""The whole method on the toy world, by the real command lines, on two CPU cores in six minutes:
 
     python tests/demo.py                     # everything lies in runs/demo
 
-It prints each command before running it, and ends on the table of stage 05. The same five scripts, with the flags that name
-the model, the detector and the images, train a 7B judge.
+It prints each command before running it. The same five scripts, with the flags that name the
+model, the detector and the images, train a 7B judge.
 """
+
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -13,72 +15,151 @@ import sys
 import time
 from pathlib import Path
 
+from scenes import write_pictures
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import pick_device  # noqa: E402
 
+WORLD = ROOT / "tests" / "world"  # model/, expert.pt, world.json; never written to
+N_IMAGES = 2300
+N_HELDOUT = 400  # pairs
+
 # The toy's sizes: everything else is the scripts' own default.
-STAGE_01 = ["--candidates", "4", "--max-new-tokens", "32", "--validation", "100", "--train", "400"]
-STAGE_02 = ["--critiques", "2", "--max-new-tokens", "96"]
-STAGE_03 = ["--steps", "150", "--lr", "3e-3", "--micro-batch", "32", "--max-new-tokens", "96"]
-STAGE_04 = ["--iterations", "2", "--pool", "600", "--steps", "60", "--lr", "1.5e-3", "--micro-batch", "32", "--max-new-tokens", "96"]
-STAGE_05 = ["--max-new-tokens", "96", "--best-of", "8", "--best-of-images", "100"]
-BATCH = ["--batch-size", "256"]  # sequences decoded together: the model is small
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]  # the same rows, on both cores
+FLAGS = {
+    "01": "--candidates 4 --max-new-tokens 32 --validation 100 --train 400",
+    "02": "--critiques 2 --max-new-tokens 96",
+    "03": "--steps 150 --lr 3e-3 --micro-batch 32 --max-new-tokens 96",
+    "04": "--iterations 2 --pool 600 --steps 60 --lr 1.5e-3 --micro-batch 32 --max-new-tokens 96",
+    "05": "--max-new-tokens 96 --best-of 8 --best-of-images 100",
+}
+BATCH = "--batch-size 256"  # sequences decoded together: the model is small
+
+# torchrun: the same rows, on both cores
+TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc-per-node 2 --"
 
 
-def commands(world, run, seed, controls=("random",), world_args=(), expert=None, style="critique"):
-    """(name, command line) of each step, as a user would type them."""
-    world, run = str(world), ["--run", str(run), "--seed", str(seed)]
-    yield "world", ["tests/toy_world.py", "--out", world, "--seed", str(seed), *world_args]
-    yield "01", ["01_build_preferences.py", *run, "--images", f"{world}/images", "--image-root", world, "--model", f"{world}/model", "--expert",
-                 expert or f"{world}/expert.pt", "--prompts", f"{world}/prompts.txt", *STAGE_01, *BATCH]
-    yield "02", ["02_generate_critiques.py", *run, *STAGE_02, "--style", style, *BATCH]
-    yield "03", ["03_train_ift.py", *run, *STAGE_03, *BATCH]
-    yield "04", ["04_rejection_sampling.py", *run, *STAGE_04, *BATCH]
+def commands(world, pictures, run, seed, controls=("random",), expert=None, style="critique"):
+    """{name: command line} of each step, as a user would type them. world: a folder with model/ and
+    expert.pt; pictures: a folder as scenes.write_pictures makes it."""
+    flags = {stage: text.split() for stage, text in FLAGS.items()}
+    shared = ["--run", str(run), "--seed", str(seed), *BATCH.split()]
+    data = ["--images", f"{pictures}/images", "--image-root", str(pictures)]
+    data += ["--prompts", f"{pictures}/prompts.txt"]
+    judge = ["--model", f"{world}/model", "--expert", str(expert or f"{world}/expert.pt")]
+    heldout = ["--pairs", f"{pictures}/heldout.jsonl", "--truth", f"{pictures}/truth.jsonl"]
+    steps = {
+        "01": ["01_build_preferences.py", *shared, *data, *judge, *flags["01"]],
+        "02": ["02_generate_critiques.py", *shared, "--style", style, *flags["02"]],
+        "03": ["03_train_ift.py", *shared, *flags["03"]],
+        "04": ["04_rejection_sampling.py", *shared, *flags["04"]],
+    }
     for control in controls:
-        yield f"04 {control}", ["04_rejection_sampling.py", *run, "--select", control, *STAGE_04, *BATCH]
-    yield "05", ["05_evaluate.py", *run, "--pairs", f"{world}/heldout.jsonl", "--truth", f"{world}/truth.jsonl", *STAGE_05, *BATCH]
+        steps[f"04 {control}"] = [*steps["04"], "--select", control]
+    steps["05"] = ["05_evaluate.py", *shared, *heldout, *flags["05"]]
+    return steps
 
 
 def start(command, log=None):
-    """The command as a process; its output goes to the terminal, or to a file. One thread each, unless OMP_NUM_THREADS says
-    otherwise: matrices as small as these gain nothing from a second one, and two threads wait for each other."""
-    print(f"\n$ python {shlex.join(command)}" + (f" > {log}" if log else ""), flush=True)
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ},
-                            stdout=log and log.open("w"), stderr=log and subprocess.STDOUT)
+    """The command as a process; its output goes to the terminal, or to a file.
+
+    One thread each, unless OMP_NUM_THREADS says otherwise: matrices as small as these gain nothing
+    from a second one, and two threads wait for each other."""
+    arrow = f" > {log}" if log else ""
+    print(f"\n$ python {shlex.join(command)}{arrow}", flush=True)
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    if log is None:
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env)
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT
+        )
 
 
 def run_all(steps):
-    """Print and run the commands one after the other; stop at the first that fails -> {name: seconds}."""
+    """Runs (name, command line) one after the other -> {name: seconds}."""
     seconds = {}
     for name, command in steps:
-        started = time.time()
-        if start(command).wait():
-            raise SystemExit(f"error: step {name} failed; mend the cause and run the same command again, it resumes")
-        seconds[name] = round(time.time() - started, 1)
+        clock = time.time()
+        if start(command).wait() != 0:
+            sys.exit(f"error: step {name} failed; mend the cause and run the same command again")
+        seconds[name] = round(time.time() - clock, 1)
     return seconds
 
 
+def last_screen(run, pictures):
+    """The table, one question with a critique before and after, and where to look."""
+    folder = run / "05_evaluation"
+    table = json.loads((folder / "metrics.json").read_text())["table"]
+    print(f"\n{'judge':34s} accuracy  95 % interval  both orders")
+    for name, measures in table.items():
+        low, high = measures["interval"]
+        interval = f"{low:.3f}-{high:.3f}"
+        print(f"{name:34s} {measures['accuracy']:8.3f}  {interval:>13s}  {measures['both']:11.3f}")
+    print_critiques(folder, pictures, before="base", after=last_margin(table))
+    print(f"\npictures to look at: {run}/01_preferences/contact_sheet.png")
+    print(f"                     {run}/04_rejection/iter1/margins.png")
+    print(f"                     {folder}/reliability.png")
+    print(f"the whole report:    {folder}/report.md")
+
+
+def last_margin(conditions):
+    """The judge of the last iteration of stage 04."""
+    names = [name for name in conditions if name.startswith("margin") and "image" not in name]
+    return names[-1]
+
+
+def print_critiques(folder, pictures, before, after):
+    """The first question that the judge `before` got wrong and the judge `after` right."""
+    pairs = {pair["id"]: pair for pair in read_jsonl(pictures / "heldout.jsonl")}
+    judgements = read_jsonl(folder / "judgements.jsonl")
+    wrong = {}
+    for row in judgements:
+        if row["condition"] == before and row["verdict"] != row["label"]:
+            wrong[row["id"], row["order"]] = row
+    for row in judgements:
+        question = (row["id"], row["order"])
+        if row["condition"] != after or row["verdict"] != row["label"] or question not in wrong:
+            continue
+        pair = pairs[row["id"]]
+        response_a, response_b = pair["chosen"], pair["rejected"]
+        if row["order"] == "ba":
+            response_a, response_b = response_b, response_a
+        print(f"\n{pictures / row['image']}: {pair['prompt']}")
+        print(f"Response A: {response_a}\nResponse B: {response_b}\nbetter: {row['label']}")
+        print(f"\n{before}:\n{wrong[question]['critique']}\n\n{after}:\n{row['critique']}")
+        return
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--run", default="runs/demo")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="(default: runs/demo)")
     args = parser.parse_args()
-    run, clock = ROOT / args.run, time.time()
-    steps = dict(commands(Path(args.run) / "world", args.run, args.seed))
-    both_cores = TWO_PROCESSES if pick_device().type == "cpu" else []  # a GPU is for one process
-    seconds = run_all([("world", steps["world"])])  # trains the detector beside the model
-    seconds |= run_all((name, both_cores + steps[name]) for name in ("01", "02", "03"))
+    os.chdir(ROOT)
+    clock = time.time()
+    run = args.run
+    pictures = run / "world"
+    seed = json.loads((WORLD / "world.json").read_text())["seed"]
+    if not (pictures / "truth.jsonl").exists():
+        print(f"drawing {N_IMAGES} pictures and {N_HELDOUT} held-out pairs into {pictures}")
+        write_pictures(pictures, seed, N_IMAGES, N_HELDOUT)
+    steps = commands(WORLD.relative_to(ROOT), pictures, run, seed)
+    if pick_device().type == "cpu":  # a GPU is for one process
+        for name in ("01", "02", "03", "05"):
+            steps[name] = TWO_PROCESSES.split() + steps[name]
+    seconds = run_all((name, steps[name]) for name in ("01", "02", "03"))
     control = start(steps["04 random"], run / "04_random.log")  # beside 04 on the second core
     seconds |= run_all([("04", steps["04"])])
-    if control.wait():
-        raise SystemExit(f"error: the control failed, see {run}/04_random.log; the same command again resumes")
-    seconds |= run_all([("05", both_cores + steps["05"])])
-    print("\n" + (run / "05_evaluation" / "report.md").read_text())
-    print("seconds: " + ", ".join(f"{name} {s:.0f}" for name, s in seconds.items()) + f"; all {time.time() - clock:.0f}")
-    print(f"pictures: {args.run}/01_preferences/contact_sheet.png, {args.run}/04_rejection/iter*/margins.png, "
-          f"{args.run}/05_evaluation/reliability.png; the report: {args.run}/05_evaluation/report.md")
+    if control.wait() != 0:
+        sys.exit(f"error: the control failed, see {run}/04_random.log; mend and run again")
+    seconds |= run_all([("05", steps["05"])])
+    last_screen(run, pictures)
+    by_step = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
+    print(f"seconds: {by_step}; all {time.time() - clock:.0f}")
 
 
 if __name__ == "__main__":

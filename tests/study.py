@@ -15,18 +15,25 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests import demo  # noqa: E402
+import demo
+
+sys.path.insert(0, str(demo.ROOT))
+from scenes import write_pictures  # noqa: E402
 
 evaluate = importlib.import_module("05_evaluate")
-HELDOUT = ["--heldout", "1000"]
+N_HELDOUT = 1000
 CONTROLS = ("random", "best", "continue")
 
 
 def seed_steps(out, seed, ablations):
     """All command lines of one world."""
     world = out / f"world{seed}"
-    for step, command in demo.commands(world, out / f"seed{seed}", seed, CONTROLS, HELDOUT):
+    if not (world / "world.json").exists():
+        yield "world", ["tests/build_world.py", "--out", str(world), "--seed", str(seed)]
+    pictures = world / "pictures"
+    if not (pictures / "truth.jsonl").exists():
+        write_pictures(pictures, seed, demo.N_IMAGES, N_HELDOUT)
+    for step, command in demo.commands(world, pictures, out / f"seed{seed}", seed, CONTROLS).items():
         if step.startswith("04 "):
             share_first_samples(out / f"seed{seed}")
         yield step, command
@@ -34,7 +41,8 @@ def seed_steps(out, seed, ablations):
         own_answers = ["--vocabulary", str(out / f"seed{seed}" / "01_preferences" / "vocabulary.json"), "--present", "0.5",
                        "--absent", "0.5"]  # P(yes) is no detector's confidence: yes or no, nothing between
         for name, expert, style in (("none", "none", "critique"), ("descriptive", None, "descriptive")):
-            for step, command in demo.commands(world, out / f"seed{seed}-{name}", seed, (), HELDOUT, expert, style):
+            run = out / f"seed{seed}-{name}"
+            for step, command in demo.commands(world, pictures, run, seed, (), expert, style).items():
                 if step in ("01", "02", "03", "05"):
                     yield f"{step} {name}", command + (own_answers if step == "01" and expert == "none" else [])
 
@@ -56,7 +64,7 @@ def pooled(out, seeds, suffix=""):
     for seed in seeds:
         rows = evaluate.read_jsonl(out / f"seed{seed}{suffix}" / "05_evaluation" / "judgements.jsonl")
         image = {row["id"]: f"{seed}/{row['image']}" for row in rows}  # 05 leaves out a pair that occurs twice
-        pairs = [pair for pair in evaluate.read_jsonl(out / f"world{seed}" / "heldout.jsonl") if pair["id"] in image]
+        pairs = [pair for pair in evaluate.read_jsonl(out / f"world{seed}" / "pictures" / "heldout.jsonl") if pair["id"] in image]
         rows = [{**row, "condition": "shorter response"} for row in evaluate.heuristic_rows(pairs)] + rows
         for condition in dict.fromkeys(row["condition"] for row in rows):
             here = [row for row in rows if row["condition"] == condition]

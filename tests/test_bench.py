@@ -1,92 +1,115 @@
-"""The benchmark's own arithmetic against numbers counted by hand, and that its commands are ones that the stages take."""
-import json
-import threading
-from types import SimpleNamespace
+"""The benchmark's arithmetic, and that both sides of a comparison do the same work."""
+
+import copy
 
 import bench
 import pytest
-from conftest import STAGES, judged_rows, stage
-from PIL import Image
+import torch
+from conftest import ROOT
+from scenes import write_pictures
+
+import common
 
 
-def test_timed_counts_each_second_once_and_other_threads_not(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-
-    def spend(seconds):
-        clock[0] += seconds
-
-    owner = SimpleNamespace(inner=lambda kind: spend(3))
-
-    def outer():
-        spend(2)
-        owner.inner(kind="a")
-        owner.inner(kind="b")
-
-    owner.outer = outer
-
-    def work():
-        spend(1)
-        owner.outer()
-        other = threading.Thread(target=owner.inner, kwargs={"kind": "c"})
-        other.start()
-        other.join()  # waited for, so it is part of the rest
-
-    watches = (owner, "outer", "outer"), (owner, "inner", lambda call: call["kind"])
-    assert bench.timed(watches, work) == {"a": 3, "b": 3, "outer": 2, "rest": 4}
-    assert owner.outer is outer
+@pytest.fixture(scope="module")
+def judge():
+    """(model, processor) of the shipped world, which writes verdicts; on the CPU, so in float32."""
+    return bench.toy_judge(ROOT / "tests" / "world", device="cpu")
 
 
-def test_paired_leaves_out_the_warm_up_and_divides_pair_by_pair():
-    ours = iter([{"x": 9.0}, {"x": 1.0, "y": 1.0}, {"x": 1.0, "y": 0.0}, {"x": 3.0, "y": 1.0}])  # 2, 1, 4
-    theirs = iter([{"x": 9.0}, {"x": 3.0}, {"x": 5.0}, {"x": 4.0}])  # ratios 1.5, 5, 1
-    row, where = bench.paired("p", lambda: next(ours), lambda: next(theirs), 3, "rows/s", amount=8)
-    assert row == "| p | 4 rows/s | 2 rows/s | 1.00 | 1.50 | 5.00 |"
-    assert where == "p, median seconds: ours x 1.00, y 1.00; theirs x 4.00"
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder with four held-out pairs and their pictures."""
+    folder = tmp_path_factory.mktemp("drawn")
+    write_pictures(folder, seed=0, n_images=0, n_heldout=4)
+    return folder
 
 
-def test_growth_of_a_linear_and_a_quadratic_stage():
-    sizes = [100, 200, 400]
-    rows, line = bench.growth("s", sizes, [2 + n / 100 for n in sizes], [50, 51, 52])  # 2 s to start, 10 ms a row
-    assert rows.splitlines() == ["| scale, s, per 1,000 rows | 30.00 s | 15.00 s | | 0.50 | |",
-                                 "| scale, s, peak memory | 50 MiB | 52 MiB | | 1.04 | |"]
-    assert "last increase per row 1.00 of the first" in line and "6.8 KiB a row" in line  # 2 * 1024 / 300
-    # n^2: (160,000 - 40,000) / 200 = 600 a row against (40,000 - 10,000) / 100 = 300
-    assert "last increase per row 2.00 of the first" in bench.growth("s", sizes, [n * n for n in sizes], [1, 1, 1])[1]
+@pytest.fixture
+def data(judge, drawn):
+    """Steps of two critiques out of eight."""
+    critiques = bench.true_critiques(common.read_jsonl(drawn / "heldout.jsonl"))
+    sizes = {"train_batch": 2, "micro_batch": 1, "max_response_tokens": None}
+    return bench.ift.TrainingSteps(critiques, judge[1], drawn, lam=0.0, seed=0, **sizes)
 
 
-def test_scale_gives_every_row_a_picture_and_the_stages_arguments_that_they_know(tmp_path):
-    world, here = tmp_path / "world", tmp_path / "100"
-    world.mkdir()
-    Image.new("RGB", (8, 8)).save(world / "a.png")
-    evidence = [{"object": "red ring", "status": "present", "confidence": 1.0, "box": [1, 1, 2, 2]},
-                {"object": "blue star", "status": "absent", "confidence": 1.0, "box": None}]
-    pair = {"image": "a.png", "prompt": "List.", "chosen": "red ring.", "rejected": "blue star.", "evidence": evidence}
-    (world / "heldout.jsonl").write_text("".join(json.dumps({**pair, "id": f"p{k}"}) + "\n" for k in range(64)))
-    bench.make_rows(world, here, 100)
-    one, two, commands = stage(STAGES[0]), stage(STAGES[1]), bench.stage_commands(world, here, 100)
-    args = {command[0].removesuffix(".py"): stage(command[0].removesuffix(".py")).parse_args(command[1:])
-            for command in commands.values()}
-    assert set(args) == set(STAGES)
-    args[STAGES[0]].prompts = None
-    items, counts = one.load_items(args[STAGES[0]], here)
-    assert len({item["image"] for item in items}) == counts["rows read"] == 100
-    images, vocabulary = [item["image"] for item in items], one.read_vocabulary(here / "vocabulary.json")
-    found = one.read_detections(here / "detections.jsonl", images, vocabulary)
-    assert all([d["object"] for d in row["detections"]] == ["red ring"] for row in found.values())
-    assert len(two.read_pairs(here / "pairs.jsonl", here, here)[1]) == 50  # none is a duplicate
+# ---- Timing --------------------------------------------------------------------------------------
+def test_sides_run_in_turn_and_the_warm_up_is_left_out():
+    calls = []
+
+    def side(name, seconds):
+        def run():
+            calls.append(name)
+            return seconds.pop(0), len(calls)
+
+        return run
+
+    sides = {"ours": side("ours", [9, 1, 2]), "theirs": side("theirs", [9, 3, 8])}
+    seconds, results = bench.in_turn(sides, runs=2)
+    assert calls == ["ours", "theirs"] * 3
+    assert seconds == {"ours": [1, 2], "theirs": [3, 8]}
+    assert results == {"ours": 5, "theirs": 6}
 
 
-def test_train_ours_reports_what_train_did(tiny, pictures, monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "two steps", {"steps": 2, "batch_size": 4, "micro_batch": 2})
-    seconds, losses, rates = bench.train_ours(bench.with_adapter(tiny[0]), tiny[1], judged_rows(), "two steps", pictures)
-    assert {"vision", "forward", "backward", "rest"} <= set(seconds) and len(losses) == 2
-    assert rates == pytest.approx([1e-3, 1e-3, 1e-4])  # of steps 1 and 2, and of one to come: a tenth of the peak
-    ids = [row["id"] for row in bench.rows_of_steps(judged_rows(), "two steps")]
-    assert sorted(ids[:4]) == sorted(ids[4:]) == sorted(row["id"] for row in judged_rows())
+def test_ratios_are_taken_round_by_round():
+    seconds = {"ours": [1, 2, 4], "x": [3, 8, 4], "y": [1, 1, 1]}
+    assert bench.table_rows("what", seconds) == [
+        "| what | x | 2.00 | 4.00 | 1.00 | 3.00 | 4.00 |",
+        "| what | y | 2.00 | 1.00 | 0.25 | 0.50 | 1.00 |",
+    ]
+
+
+def test_timed_reads_the_clock_around_the_call(monkeypatch):
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench.timed(divmod, 7, 2) == (2.5, (3, 1))
+
+
+# ---- The same work -------------------------------------------------------------------------------
+@pytest.mark.parametrize("other", [bench.generate_and_score, bench.plain_loop])
+def test_sampling_sides_write_the_same_and_score_it_alike(judge, drawn, other):
+    requests = bench.toy_questions(drawn, 3)  # prompts of different lengths, so with padding
+    ours = common.sample(*judge, requests, 1, 0.0, 96)
+    theirs = other(*judge, requests, 1, 0.0, 96)
+    assert any(row["verdict"] for [row] in ours)
+    for [a], [b] in zip(ours, theirs, strict=True):
+        assert (a["text"], a["complete"], a["verdict"]) == (b["text"], b["complete"], b["verdict"])
+        assert a["log_odds"] == pytest.approx(b["log_odds"], abs=1e-3)
+
+
+@pytest.mark.parametrize("other", [bench.generate_and_score, bench.plain_loop])
+def test_each_request_gets_n_samples_that_differ(judge, drawn, other):
+    torch.manual_seed(0)
+    answers = other(*judge, bench.toy_questions(drawn, 1), 4, 1.0, 32)
+    assert [len(samples) for samples in answers] == [4, 4]
+    assert len({row["text"] for samples in answers for row in samples}) > 2
+
+
+def test_the_other_side_trains_on_the_rows_of_each_step(data):
+    rows = bench.rows_in_order(data, steps=5)
+    for step in range(5):
+        ids = [row["id"] for _, part, _, _ in data[step] for row in part]
+        assert sorted(ids) == sorted(row["id"] for row in rows[2 * step : 2 * step + 2])
+
+
+def test_training_leaves_the_model_and_starts_the_same_each_time(judge, data):
+    before = copy.deepcopy(judge[0].state_dict())
+    _, first = bench.train_ours(judge[0], data, 2, lr=1e-3)
+    _, second = bench.train_ours(judge[0], data, 2, lr=1e-3)
+    assert first == pytest.approx(second, abs=1e-5)
+    assert all(torch.equal(before[name], x) for name, x in judge[0].state_dict().items())
+
+
+def test_training_sides_have_the_same_losses(judge, data):
+    pytest.importorskip("trl", reason="pip install trl")
+    _, ours = bench.train_ours(judge[0], data, 3, lr=1e-3)
+    _, theirs = bench.train_theirs(judge[0], data, 3, lr=1e-3)
+    assert ours == pytest.approx(theirs, abs=2e-3)  # TRL rounds what it logs
+    assert ours[0] != pytest.approx(ours[2], abs=2e-3)
 
 
 def test_without_trl_train_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    [(row, note)] = bench.bench_train(tmp_path, 1, None)
-    assert "not measured" in row and "pip install trl" in note
+    lines, [note] = bench.bench_train(tmp_path, tmp_path, 1)
+    assert lines == []
+    assert "pip install trl" in note

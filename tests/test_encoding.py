@@ -1,22 +1,33 @@
-"""Encoding, label masks and one training step, on a tiny model with random weights."""
+"""Encoding, label masks, the loop's steps and what it saves, on a tiny model of random weights."""
+
 import copy
 import shutil
 
-import common
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import correct_rows, judged_rows, stage, train
+from conftest import (
+    RESPONSES,
+    correct_rows,
+    critique_rows,
+    encode,
+    judged_rows,
+    read_rows,
+    stage,
+    steps_of,
+    train,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-three, four = stage("03_train_ift"), stage("04_rejection_sampling")
-ROWS = judged_rows() + correct_rows()
+import common
+
+three = stage("03_train_ift")
 
 
-def encode(processor, pictures, rows=ROWS, limit=None):
-    return three.encode_supervised(processor, [row["text"] for row in rows], [pictures / row["image"] for row in rows],
-                                    [row["response"] for row in rows], limit)
+@pytest.fixture(scope="module")
+def rows():
+    return judged_rows() + correct_rows()
 
 
 def supervised(processor, labels):
@@ -24,169 +35,264 @@ def supervised(processor, labels):
     return [processor.tokenizer.decode(row[row != -100]) for row in labels]
 
 
-def test_label_mask_is_response_and_stop_token(tiny, pictures):
-    _, processor = tiny
-    stop = processor.tokenizer.eos_token
-    inputs, labels = encode(processor, pictures)
-    assert supervised(processor, labels) == [row["response"] + stop for row in ROWS]
+# ---- What is trained on --------------------------------------------------------------------------
+def test_what_the_two_kinds_of_rows_are():
+    judged, correct = three.training_rows(critique_rows() + critique_rows()[:1])
+    assert len(judged) == 5 and len(correct) == 4  # a chosen response once, whatever its critiques
+    first = critique_rows()[0]
+    text = common.build_judge_prompt(first["prompt"], first["response_a"], first["response_b"])
+    expected = {"id": "0-ab-0", "image": "0.png", "text": text, "label": "A"}
+    assert judged[0] == {**expected, "response": first["critique"]}
+    chosen = [RESPONSES[0], RESPONSES[0], RESPONSES[2], RESPONSES[2]]  # labels A, B, A, B
+    assert [row["response"] for row in correct] == chosen
+    assert {row["text"] for row in correct} == {first["prompt"]}
+
+
+def test_label_mask_is_response_and_stop_token(tiny, pictures, rows):
+    processor = tiny[1]
+    inputs, labels = encode(processor, pictures, rows)
+    expected = [row["response"] + processor.tokenizer.eos_token for row in rows]
+    assert supervised(processor, labels) == expected and len({len(x) for x in expected}) > 4
     assert torch.equal(inputs["input_ids"][labels != -100], labels[labels != -100])
-    assert inputs["attention_mask"][labels != -100].all() and len({len(x) for x in supervised(processor, labels)}) > 4
+    assert inputs["attention_mask"][labels != -100].all()
     # Supervised tokens follow each other, and nothing after them is seen.
     for row, mask in zip(labels, inputs["attention_mask"]):
         places = (row != -100).nonzero()[:, 0]
-        assert places.tolist() == list(range(places[0], places[0] + len(places))) and not mask[places[-1] + 1:].any()
+        assert places.tolist() == list(range(places[0], places[0] + len(places)))
+        assert not mask[places[-1] + 1 :].any()
 
 
-def test_padding_with_the_stop_token_does_not_mask_it(tiny, pictures):
+def test_padding_with_the_stop_token_does_not_mask_it(tiny, pictures, rows):
     processor = copy.deepcopy(tiny[1])
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    inputs, labels = encode(processor, pictures)
-    assert supervised(processor, labels) == [row["response"] + processor.tokenizer.eos_token for row in ROWS]
-    expected, expected_labels = encode(tiny[1], pictures)
-    assert torch.equal(labels, expected_labels) and torch.equal(inputs["attention_mask"], expected["attention_mask"])
+    inputs, labels = encode(processor, pictures, rows)
+    expected = [row["response"] + processor.tokenizer.eos_token for row in rows]
+    assert supervised(processor, labels) == expected
+    usual_inputs, usual_labels = encode(tiny[1], pictures, rows)
+    assert torch.equal(labels, usual_labels)
+    assert torch.equal(inputs["attention_mask"], usual_inputs["attention_mask"])
 
 
 @pytest.mark.parametrize("limit", [1, 4, 6])
-def test_truncated_response_has_no_stop_token(tiny, pictures, limit):
+def test_cut_response_has_no_stop_token(tiny, pictures, rows, limit):
     tokenizer = tiny[1].tokenizer
-    for text, row in zip(supervised(tiny[1], encode(tiny[1], pictures, limit=limit)[1]), ROWS):
+    labels = encode(tiny[1], pictures, rows, limit)[1]
+    for text, row in zip(supervised(tiny[1], labels), rows):
         ids = tokenizer(row["response"]).input_ids
-        assert text == (tokenizer.decode(ids[:limit]) if len(ids) >= limit else row["response"] + tokenizer.eos_token)
-        assert row["response"].startswith(text.removesuffix(tokenizer.eos_token))
+        whole = row["response"] + tokenizer.eos_token
+        assert text == (tokenizer.decode(ids[:limit]) if len(ids) >= limit else whole)
 
 
-def test_prompt_is_the_one_that_is_sampled_from(tiny, pictures):
+def test_prompt_is_the_one_that_is_sampled_from(tiny, pictures, rows):
     processor = tiny[1]
-    prompts = common.encode_prompts(processor, [row["text"] for row in ROWS], [pictures / row["image"] for row in ROWS])
-    inputs, labels = encode(processor, pictures)
+    texts, images = [row["text"] for row in rows], [pictures / row["image"] for row in rows]
+    prompts = common.encode_prompts(processor, texts, images)
+    inputs, labels = encode(processor, pictures, rows)
     P = prompts["input_ids"].shape[1]
-    assert set(inputs) == set(prompts) and (labels[:, :P] == -100).all() and (labels[:, P] != -100).all()
+    assert set(inputs) == set(prompts)
+    assert (labels[:, :P] == -100).all() and (labels[:, P] != -100).all()
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         assert torch.equal(inputs[name][:, :P], prompts[name]), name
     assert torch.equal(inputs["pixel_values"], prompts["pixel_values"])
-    for row, ids, mask in zip(ROWS, prompts["input_ids"], prompts["attention_mask"]):
+    for row, ids, mask in zip(rows, prompts["input_ids"], prompts["attention_mask"]):
         text = processor.tokenizer.decode(ids[mask == 1])
         assert row["text"] in text and text.endswith("<|im_start|>assistant\n")
 
 
 @torch.no_grad()
-def test_batch_gives_the_log_probs_of_single_rows(tiny, pictures):
+def test_batch_gives_the_log_probs_of_single_rows(tiny, pictures, rows):
     model, processor = tiny
-    inputs, labels = encode(processor, pictures)
-    assert len(set(inputs["attention_mask"].sum(1).tolist())) > 4  # rows of many lengths: the batch is padded
-    logits = model(**inputs).logits.log_softmax(-1)
+    inputs, labels = encode(processor, pictures, rows)
+    assert len(set(inputs["attention_mask"].sum(1).tolist())) > 4  # rows of many lengths: padded
     short, short_labels = three.forward(model, inputs, labels)
-    nll, short_nll = three.nll_sum(logits, labels)[0], three.nll_sum(short, short_labels)[0]
-    assert short.shape[1] < logits.shape[1] and torch.allclose(nll, short_nll, rtol=1e-5)
-    for i, row in enumerate(ROWS):
-        alone, alone_labels = encode(processor, pictures, [row])
-        at, alone_at = ((x != -100).nonzero()[:, 0] for x in (labels[i], alone_labels[0]))
-        single = model(**alone).logits.log_softmax(-1)[0, alone_at - 1, alone_labels[0, alone_at]]
-        assert torch.allclose(logits[i, at - 1, labels[i, at]], single, atol=1e-4)
-        short_at = (short_labels[i] != -100).nonzero()[:, 0]
-        assert torch.allclose(short.log_softmax(-1)[i, short_at - 1, short_labels[i, short_at]], single, atol=1e-4)
+    assert short.shape[1] == short_labels.shape[1] < labels.shape[1]
+    assert short_labels[:, 0].eq(-100).all()  # the last prompt token, which predicts the first
+    nll = three.nll_sum(model(**inputs).logits, labels)[0]
+    assert three.nll_sum(short, short_labels)[0].item() == pytest.approx(nll.item(), rel=1e-4)
+    for i, row in enumerate(rows):
+        single = three.nll_sum(*three.forward(model, *encode(processor, pictures, [row])))[0]
+        in_batch = three.nll_sum(short[i : i + 1], short_labels[i : i + 1])[0]
+        assert in_batch.item() == pytest.approx(single.item(), rel=1e-3)
 
 
 @torch.no_grad()
-def test_log_odds_of_the_verdict(tiny, pictures):
+def test_bradley_terry_is_read_at_the_verdicts_letter(tiny, pictures):
+    """Also where a sentence follows it: against the text up to the letter, and what comes next."""
     model, processor = tiny
-    logits, labels = three.forward(model, *encode(processor, pictures, judged_rows()))
-    r = three.log_odds_of_verdict(logits, labels, processor.tokenizer,
-                                  common.verdict_token_ids(processor.tokenizer))
-    id_a, id_b = (processor.tokenizer.convert_tokens_to_ids(f" {letter}") for letter in "AB")
-    for i, row in enumerate(judged_rows()):  # the text up to its verdict, and what comes next
-        inputs, _ = encode(processor, pictures, [{**row, "response": row["response"][:-2]}])
-        inputs = {name: x[:, :-1] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else x
-                  for name, x in inputs.items()}
-        log_p = model(**inputs).logits[0, -1].log_softmax(-1)
-        assert r[i].item() == pytest.approx((log_p[id_a] - log_p[id_b]).item(), abs=1e-4)
+    tokenizer = processor.tokenizer
+    id_a, id_b = tokenizer.convert_tokens_to_ids([" A", " B"])
+    for row in judged_rows():
+        for label in "AB":
+            before = row["response"].removesuffix(row["label"]).rstrip()  # "... Verdict:"
+            inputs, _ = encode(processor, pictures, [{**row, "response": before}])
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                inputs[name] = inputs[name][:, :-1]  # no stop token
+            log_p = model(**inputs).logits[0, -1].log_softmax(-1)
+            expected = (log_p[id_a] - log_p[id_b]) * (1 if label == "A" else -1)
+            for rest in ("", "\nB in the image"):
+                judged = {**row, "response": row["response"] + rest, "label": label}
+                logits, labels = three.forward(model, *encode(processor, pictures, [judged]))
+                loss = three.bradley_terry_sum(logits, labels, [judged], tokenizer)
+                assert loss.item() == pytest.approx(-F.logsigmoid(expected).item(), abs=1e-3)
 
 
-@torch.no_grad()
-def test_log_odds_of_the_verdict_with_a_sentence_after_it(tiny, pictures):
-    model, processor = tiny
-    row = {**judged_rows()[0], "response": "A: red circle: yes\nVerdict: A"}
-    ids = common.verdict_token_ids(processor.tokenizer)
-    r = []
-    for text in (row["response"], row["response"] + "\nB in the image"):
-        inputs, labels = encode(processor, pictures, [{**row, "response": text}])
-        r.append(three.log_odds_of_verdict(*three.forward(model, inputs, labels), processor.tokenizer, ids).item())
-    assert common.parse_verdict(row["response"] + "\nB in the image") == "A" and r[0] == pytest.approx(r[1], abs=1e-4)
+# ---- The steps: which rows, in which order -------------------------------------------------------
+def ids_of(step, kind="critique"):
+    return [row["id"] for of_kind, rows, _, _ in step for row in rows if of_kind == kind]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+def test_a_step_is_the_same_whatever_was_asked_before(tiny, pictures):
+    processor = tiny[1]
+    one = steps_of(processor, pictures, train_batch=3, micro_batch=2)
+    in_order = [one[k] for k in range(4)]
+    other = steps_of(processor, pictures, train_batch=3, micro_batch=2)
+    for k in (3, 1):  # as a training that goes on at step 3 would
+        assert ids_of(other[k]) == ids_of(in_order[k])
+        for (_, _, inputs, labels), (_, _, same_inputs, same_labels) in zip(other[k], in_order[k]):
+            assert torch.equal(labels, same_labels)
+            assert torch.equal(inputs["input_ids"], same_inputs["input_ids"])
+    kinds = [kind for kind, _, _, _ in in_order[0]]
+    assert kinds == ["critique", "critique", "correct", "correct"]
+    assert [len(rows) for _, rows, _, _ in in_order[0]] == [2, 1, 2, 1]
+
+
+def test_epochs_are_shuffled_without_repeats(tiny, pictures):
+    data = steps_of(tiny[1], pictures, train_batch=3, lam=0.0)
+    ids = [row["id"] for row in judged_rows()]
+    place = [[], []]
+    for seed in (0, 1):
+        for k in range(8):
+            rows = three.rows_of_step(judged_rows(), k, 3, seed)
+            place[seed] += [row["id"] for row in rows]
+    for seed in (0, 1):
+        epochs = [place[seed][i : i + 4] for i in range(0, 24, 4)]
+        assert all(sorted(epoch) == ids for epoch in epochs)  # each row once
+        assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert place[0] != place[1]
+    assert sorted(ids_of(data[0])) == sorted(place[0][:3]) and data[0][0][0] == "critique"
+    assert all(kind == "critique" for kind, _, _, _ in data[0])  # lam = 0: nothing else
+
+
+def test_steps_without_end_use_all_rows_of_both_kinds():
+    rows = [{"id": i} for i in range(5)]
+    seen = [row["id"] for k in range(3) for row in three.rows_of_step(rows, k, 12, 0)]
+    assert len(seen) == 36  # a step may be longer than an epoch
+    assert all(sorted(seen[i : i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 35, 5))
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [three.learning_rate(step, 100, 2.0) for step in range(100)]
+    assert rates[0] == pytest.approx(0.4) and rates[4] == rates[5] == max(rates) == 2.0
+    assert all(a > b for a, b in zip(rates[5:], rates[6:]))
+    assert rates[-1] == pytest.approx(0.2, rel=0.1) and three.learning_rate(0, 1, 2.0) == 2.0
+
+
+def test_logged_learning_rate_is_the_one_of_that_step(tiny, pictures, tmp_path, monkeypatch):
+    used, step = [], torch.optim.AdamW.step
+
+    def recorded_step(self, *args):
+        used.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
+    model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+    lines = train(model, tiny[1], pictures, tmp_path, steps=4, lr=1e-4)
+    assert [line["lr"] for line in lines] == used and len(set(used)) == 3
+    assert used == pytest.approx([three.learning_rate(k, 4, 1e-4) for k in range(4)])
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_missing_image_ends_training_with_one_line(tiny, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "some")
+    (tmp_path / "some" / "2.png").unlink()
+    model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+    with pytest.raises(SystemExit, match=r"^error: image \S+2\.png: "):
+        train(model, tiny[1], tmp_path / "some", tmp_path / "log", steps=2)
+
+
+# ---- The step's loss and gradient ----------------------------------------------------------------
+def changes(model, other):
+    """All weights' differences, in one vector."""
+    pairs = zip(model.parameters(), other.parameters())
+    return torch.cat([(a - b).flatten() for a, b in pairs]).detach()
+
+
 @pytest.mark.parametrize("lam, bt_weight", [(0.5, 0.0), (0.0, 0.7)])
-def test_step_has_the_same_gradient_for_all_micro_batches(tiny, pictures, tmp_path, monkeypatch, lam, bt_weight):
+def test_gradient_is_the_same_for_all_micro_batches(
+    tiny, pictures, tmp_path, monkeypatch, lam, bt_weight
+):
     # With plain gradient descent and without clipping, weights change by -lr * gradient.
-    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, lr, weight_decay: torch.optim.SGD(weights, lr))
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, _: clip(weights, 1e9))
+
+    def descend(weights, lr, weight_decay):
+        return torch.optim.SGD(weights, lr)
+
+    def only_measure(weights, max_norm):
+        assert max_norm == 1.0
+        return clip(weights, 1e9)
+
+    monkeypatch.setattr(torch.optim, "AdamW", descend)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", only_measure)
     model, processor = tiny
 
-    def gradient(weights):
-        return torch.cat([(a - b).flatten() for (_, a), b in zip(model.named_parameters(), weights)])
-    steps, lines = [], []
+    # the definition, row by row
+    slow = three.add_lora(copy.deepcopy(model), 0)
+    mean_nll, bt = {}, 0.0
+    for kind, kind_rows in (("critique", judged_rows()), ("correct", correct_rows())):
+        nll, n = 0.0, 0
+        for row in kind_rows:
+            inputs, labels = encode(processor, pictures, [row])
+            logits = slow(**inputs).logits
+            at = (labels[0] != -100).nonzero()[:, 0]
+            nll = nll + F.cross_entropy(logits[0, at - 1], labels[0, at], reduction="sum")
+            n += len(at)
+            if kind == "critique":
+                logits, labels = logits[:, at[0] - 1 :], labels[:, at[0] - 1 :]
+                bt = bt + three.bradley_terry_sum(logits, labels, [row], processor.tokenizer) / 4
+        mean_nll[kind] = nll / n
+    ift = mean_nll["critique"] + lam * mean_nll["correct"]
+    (ift + bt_weight * bt).backward()
+    grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in slow.parameters()]
+    expected = torch.cat([grad.flatten() for grad in grads])
+
     for micro_batch in (1, 3, 4):
         changed = three.add_lora(copy.deepcopy(model), 0)
-        lines += train(changed, processor, pictures, tmp_path / str(micro_batch), lr=1.0, lam=lam, bt_weight=bt_weight,
-                       micro_batch=micro_batch)
-        steps.append(gradient(changed.parameters()))
-    # the definition, row by row
-    slow, loss = three.add_lora(copy.deepcopy(model), 0), {}
-    for name, rows in (("critique", judged_rows()), ("correct", correct_rows())):
-        total, n = 0.0, 0
-        for row in rows:
-            inputs, labels = encode(processor, pictures, [row])
-            at = (labels[0] != -100).nonzero()[:, 0]
-            total = total + F.cross_entropy(slow(**inputs).logits[0, at - 1], labels[0, at], reduction="sum")
-            n += len(at)
-        loss[name] = total / n
-    bt = sum(three.bradley_terry_loss(three.log_odds_of_verdict(
-        *three.forward(slow, *encode(processor, pictures, [row])), processor.tokenizer, common.verdict_token_ids(processor.tokenizer)),
-        torch.tensor([row["label"] == "A"])).sum() for row in judged_rows()) / 4
-    ift = loss["critique"] + lam * loss["correct"]
-    (ift + bt_weight * bt).backward()
-    expected = torch.cat([torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten()
-                          for w in slow.parameters()])
-    for step, line in zip(steps, lines):
-        assert torch.allclose(step, expected, atol=1e-4 * expected.abs().max())
-        assert line["loss"] == pytest.approx(ift.item(), rel=1e-4)
-        assert line["critique"] == pytest.approx(loss["critique"].item(), rel=1e-4)
-        assert line["bradley_terry"] == (pytest.approx(bt.item(), rel=1e-4) if bt_weight else None)
+        settings = {"lr": 1.0, "lam": lam, "bt_weight": bt_weight, "micro_batch": micro_batch}
+        folder = tmp_path / str(micro_batch)
+        (line,) = train(changed, processor, pictures, folder, **settings)
+        difference = changes(model, changed) - expected
+        assert difference.norm() < 1e-3 * expected.norm()
+        assert line["loss"] == pytest.approx(ift.item(), rel=1e-3)
+        assert line["critique"] == pytest.approx(mean_nll["critique"].item(), rel=1e-3)
+        correct = pytest.approx(mean_nll["correct"].item(), rel=1e-3)
+        assert line["correct"] == (correct if lam else None)
+        assert line["bradley_terry"] == (pytest.approx(bt.item(), rel=1e-3) if bt_weight else None)
         assert line["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
+        assert not changed.training  # ready to be sampled from
 
 
-def test_one_step_lowers_the_loss(tiny, pictures, tmp_path):
-    before, after = train(three.add_lora(copy.deepcopy(tiny[0]), 4), tiny[1], pictures, tmp_path, steps=2)
-    assert after["loss"] < before["loss"] - 0.01 and after["correct"] < before["correct"]  # each step sees all rows
+def test_a_small_step_lowers_the_loss(tiny, pictures, tmp_path):
+    model = three.add_lora(copy.deepcopy(tiny[0]), 0)
+    before, after = train(model, tiny[1], pictures, tmp_path, steps=2, lr=1e-4)
+    assert after["loss"] < before["loss"] and after["critique"] < before["critique"]
 
 
-def test_training_writes_what_it_is_shown(trained):
-    _, _, lines = trained
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"] and [line["step"] for line in lines] == list(range(1, 31))
+def test_gradient_that_is_no_number_stops_with_the_rows(tiny, pictures, tmp_path, monkeypatch):
+    def overflow(logits, labels):
+        return (logits * torch.inf).sum(), None
+
+    monkeypatch.setattr(three, "nll_sum", overflow)
+    model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+    with pytest.raises(SystemExit, match="step 1: gradient norm nan on rows .*2-ab-0.*lower --lr"):
+        train(model, tiny[1], pictures, tmp_path)
 
 
-def test_lora_touches_the_language_model_only(tiny):
-    base = tiny[0]
-    linear = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    expected = {f"model.language_model.layers.{i}.{part}_proj" for i in range(3) for part in (
-        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
-    assert expected < linear and any("visual" in name for name in linear)
-    model = three.add_lora(copy.deepcopy(base), 4)
-    adapted = {name.removeprefix("base_model.model.").split(".lora_")[0]
-               for name, w in model.named_parameters() if w.requires_grad}
-    assert adapted == expected
-    full = three.add_lora(copy.deepcopy(base), 0)
-    assert {name for name, w in full.named_parameters() if w.requires_grad} == {
-        name for name, _ in full.named_parameters() if "visual" not in name}
-
-
+# ---- What is trained, and what is saved ----------------------------------------------------------
 @pytest.fixture(scope="module")
 def adapter(tiny, pictures, tmp_path_factory):
     """(PEFT model after one step, folder with its adapter/)."""
     folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
     model = three.add_lora(copy.deepcopy(tiny[0]), 4)
     train(model, tiny[1], pictures, folder, lr=1e-2)
     three.save_checkpoint(model, tiny[1], folder)
@@ -194,42 +300,110 @@ def adapter(tiny, pictures, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_saved_adapter_loads_with_plain_peft(tiny, pictures, adapter):
-    inputs, _ = encode(tiny[1], pictures)
-    expected = adapter[0](**inputs).logits
+def test_saved_adapter_loads_with_plain_peft(tiny, pictures, rows, adapter):
+    inputs, _ = encode(tiny[1], pictures, rows)
+    trained, folder = adapter
+    expected = trained(**inputs).logits
     assert not torch.allclose(tiny[0](**inputs).logits, expected, atol=1e-2)
-    assert four.find_checkpoint(adapter[1].parent) == adapter[1]
-    for load in (lambda base: PeftModel.from_pretrained(base, str(adapter[1])).eval(),
-                 lambda base: common.load_adapter(base, adapter[1]),
-                 lambda base: common.load_judge(base.config._name_or_path, adapter[1], "cpu")[0]):
-        assert torch.equal(load(copy.deepcopy(tiny[0]))(**inputs).logits, expected)
+    assert common.find_checkpoint(folder.parent) == folder
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter", "metrics.jsonl"]
+    fresh, again = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[0])
+    plain = PeftModel.from_pretrained(fresh, str(folder)).eval()
+    loaded = common.load_judge(tiny[0].config._name_or_path, folder, "cpu")[0]
+    for model in (plain, common.load_adapter(again, folder), loaded):
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-4)
 
 
 def test_adapter_that_does_not_fit_is_refused(tiny, adapter, tmp_path):
     shutil.copytree(adapter[1], tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({name.replace("layers.0.self_attn.q_proj", "blocks.0.query"): w
-               for name, w in load_file(file).items()}, file)
+    renamed = {}
+    for name, weight in load_file(file).items():
+        renamed[name.replace("layers.0.self_attn.q_proj", "blocks.0.query")] = weight
+    save_file(renamed, file)
     with pytest.raises(SystemExit) as error:
         common.load_adapter(copy.deepcopy(tiny[0]), tmp_path / "adapter")
-    message = str(error.value)
-    assert str(tmp_path) in message and "only in the adapter" in message and "blocks.0.query.lora_A" in message
-    assert "layers.0.self_attn.q_proj.lora_A" in message.split("only in the model")[1]
+    there, here = str(error.value).split(", not ")
+    assert str(tmp_path) in there and "blocks.0.query.lora_A" in there
+    assert "layers.0.self_attn.q_proj.lora_A" in here and "\n" not in str(error.value)
 
 
 @torch.no_grad()
-def test_full_fine_tuning_is_saved_as_an_ordinary_model(tiny, trained, pictures, tmp_path):
-    three.save_checkpoint(trained[0], trained[1], tmp_path)
-    model, _ = common.load_judge(tiny[0].config._name_or_path, four.find_checkpoint(tmp_path), "cpu")
-    inputs, _ = encode(tiny[1], pictures)
-    assert torch.equal(model(**inputs).logits, trained[0](**inputs).logits)
+def test_full_fine_tuning_is_saved_as_an_ordinary_model(tiny, pictures, rows, tmp_path):
+    model = three.add_lora(copy.deepcopy(tiny[0]), 0)
+    with torch.enable_grad():
+        train(model, tiny[1], pictures, tmp_path, lr=1e-3)
+    three.save_checkpoint(model, tiny[1], tmp_path)
+    assert common.find_checkpoint(tmp_path) == tmp_path / "model"
+    inputs, _ = encode(tiny[1], pictures, rows)
+    assert not torch.allclose(tiny[0](**inputs).logits, model(**inputs).logits, atol=1e-3)
+    base = tiny[0].config._name_or_path
+    for path, checkpoint in ((base, tmp_path / "model"), (str(tmp_path / "model"), None)):
+        loaded, processor = common.load_judge(path, checkpoint, "cpu")
+        assert torch.allclose(loaded(**inputs).logits, model(**inputs).logits, atol=1e-4)
+        assert processor.tokenizer.get_vocab() == tiny[1].tokenizer.get_vocab()
+
+
+def test_saving_replaces_what_was_there(tiny, tmp_path):
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+        three.save_checkpoint(model, tiny[1], tmp_path)
+        (tmp_path / "adapter" / f"left by {seed}").touch()
+    assert not (tmp_path / "adapter" / "left by 0").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    weights = dict(model.named_parameters())
+    for name, weight in saved.items():
+        assert torch.equal(weights[name.replace(".weight", ".default.weight")], weight)
 
 
 @pytest.mark.parametrize("checkpoint", ["", "adapter_of_nothing"])
 def test_missing_checkpoint_is_named(tiny, tmp_path, checkpoint):
     with pytest.raises(SystemExit, match=str(tmp_path)):
-        four.find_checkpoint(tmp_path / checkpoint)
+        common.find_checkpoint(tmp_path / checkpoint)
     with pytest.raises(SystemExit, match=str(tmp_path)):
         common.load_judge(tiny[0].config._name_or_path, tmp_path / checkpoint, "cpu")
     with pytest.raises(SystemExit, match="--model .*no_such_model"):
         common.load_judge(str(tmp_path / "no_such_model"), None, "cpu")
+
+
+# ---- Too long responses --------------------------------------------------------------------------
+def test_too_long_critiques_are_dropped_and_counted_and_answers_cut(tiny, capsys):
+    limit = 10  # tokens: two of the four critiques have fewer, two correct responses have not
+    args = three.parse_args(["--max-response-tokens", str(limit), "--steps", "2"])
+    data, counts = three.training_steps(critique_rows(), tiny[1], "images", 0, args)
+    lengths = [len(tiny[1].tokenizer(row["critique"]).input_ids) for row in critique_rows()]
+    n_kept = sum(length < limit for length in lengths)
+    assert 0 < n_kept < 4 and len(data.rows_of_kind["critique"]) == n_kept
+    responses = [row["response"] for row in data.rows_of_kind["correct"]]
+    n_cut = sum(len(tiny[1].tokenizer(text).input_ids) >= limit for text in responses)
+    assert list(counts.values()) == [4 - n_kept, n_kept, n_kept, n_cut]
+    assert (
+        f"2 steps of 32 critiques: {64 / n_kept:.1f} epochs of {n_kept}" in capsys.readouterr().out
+    )
+    args = three.parse_args(["--max-response-tokens", "1"])
+    with pytest.raises(SystemExit, match="--max-response-tokens 1: raise it"):
+        three.training_steps(critique_rows(), tiny[1], "images", 0, args)
+
+
+def test_console_names_only_what_was_computed(tiny, pictures, tmp_path, capsys, monkeypatch):
+    written = []
+
+    class Bar:
+        def update(self, n=1):
+            written.append(n)
+
+        def write(self, text):
+            written.append(text)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setattr(common, "progress_bar", lambda *args: Bar())
+    model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+    train(model, tiny[1], pictures, tmp_path, lam=0.0)
+    step, said, closed = written
+    assert (step, closed) == (1, "closed") and "critique " in said
+    assert "correct" not in said and "bradley_terry" not in said
+    assert read_rows(tmp_path / "metrics.jsonl")[0]["correct"] is None

@@ -1,282 +1,451 @@
-"""Stage 01's reading of published pairs: files in the published schemas, what each row becomes, what is skipped or refused."""
+"""Stage 01's readers: the published schemas, what each row becomes, what is skipped or refused."""
+
+import importlib
 import io
 import json
 import random
-from argparse import Namespace
+import types
 from collections import Counter
 
 import datasets
+import huggingface_hub
 import pytest
-from conftest import stage
 from PIL import Image
 
-one = stage("01_build_preferences")
+one = importlib.import_module("01_build_preferences")
 
 
+# ---- Files as they are published -----------------------------------------------------------------
 def picture(seed, size=(96, 72), kind="PNG"):
-    """Bytes of a picture of 6 x 6 random patches: as different from another seed's as two photographs."""
+    """Bytes of a picture of 6 x 6 random patches."""
     rng = random.Random(seed)
     image = Image.new("RGB", (6, 6))
-    image.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(36)])
+    for x in range(6):
+        for y in range(6):
+            image.putpixel((x, y), tuple(rng.randrange(256) for _ in range(3)))
     out = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC).save(out, kind)
     return out.getvalue()
 
 
 def struct(seed, **changed):
+    """A picture as a hub's parquet holds it."""
     return {"bytes": picture(seed, **changed), "path": None}
 
 
+@pytest.fixture
+def photos(tmp_path):
+    """Folder with 0.png and 1.png."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(2):
+        (folder / f"{i}.png").write_bytes(picture(i))
+    return folder
+
+
 def write(path, rows, image_column=None):
-    """Rows as parquet (with an Image column as the hub stores it), json array or jsonl, by the file's name."""
+    """Rows as parquet (with an Image column, as the hub's), JSON array or JSON lines, by name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         table = datasets.Dataset.from_list(rows)
-        if image_column:
-            table = table.cast_column(image_column, datasets.Image() if image_column == "image" else
-                                      datasets.Sequence(datasets.Image()))
+        if image_column == "image":
+            table = table.cast_column("image", datasets.Image())
+        if image_column == "images":
+            table = table.cast_column("images", datasets.List(datasets.Image()))
         table.to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
-        path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def turns(*texts, image=True):
-    return [{"from": ("human", "gpt")[k % 2], "value": ("<image>\n" if image and k == 0 else "") + text} for k, text in enumerate(texts)]
+def llava_turns(question, *texts):
+    """A conversation in which texts answer the question, ask again, answer again."""
+    turns = [{"from": "human", "value": "<image>\n" + question}]
+    for k, text in enumerate(texts):
+        turns.append({"from": ("gpt", "human")[k % 2], "value": text})
+    return turns
 
 
 def povid_row(i, **changed):
     name = f"COCO_train2014_{i:012d}"
-    return {"id": name, "image": f"./data/coco/{name}.jpg", "conversations": turns("Describe this image.", f"A dog {i}."),
-            "rejected_conversations": turns("Describe this image.", f"A dog {i} and a frisbee."), **changed}
+    row = {
+        "id": name,
+        "image": f"./data/coco/{name}.jpg",
+        "conversations": llava_turns("Describe this image.", f"A dog {i}."),
+        "rejected_conversations": llava_turns("Describe this image.", f"A dog {i} and a frisbee."),
+    }
+    return {**row, **changed}
 
 
-def critic_row(i, said, **changed):
-    asked = ("<image>\nPlease serve as a fair judge. Question: [What is there?]\nThe first response: [A [red] cup.]\n"
-             "The second response: [Two [blue] cups.]\nASSISTANT:\n")
-    return {"id": f"vlfeedback_{i}", "source": "vlfeedback", "image": struct(i), **changed,
-            "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]}
+def rlaif_v_row(i):
+    return {
+        "ds_name": "RLAIF-V",
+        "image": struct(i, kind="JPEG"),
+        "question": "Describe the picture.",
+        "chosen": f"good {i}",
+        "rejected": f"bad {i}",
+        "origin_dataset": "LCS-558K",
+        "origin_split": "{}",
+        "idx": str(i),
+        "image_path": f"{i}.jpg",
+    }
+
+
+def bench_row(name, ranking, seed=0):
+    return {
+        "id": name,
+        "query": "<image>\nWhat is it?",
+        "response": [f"Two mugs {seed}.", f"A cat {seed}."],
+        "image": struct(seed),
+        "human_ranking": ranking,
+        "models": ["a", "b"],
+        "judge": "",
+        "rationale": "",
+        "query_source": "COCO",
+        "ground_truth": "",
+    }
+
+
+def own_row(i, **changed):
+    row = {
+        "id": f"r{i}",
+        "image": "0.png",
+        "prompt": "Q?",
+        "chosen": f"good {i}",
+        "rejected": "bad",
+        "evidence": [{"box": None}],
+        "source": "sampled",
+    }
+    return {**row, **changed}
 
 
 def message(role, text, image=False):
-    return [{"role": role, "content": [{"type": "image", "text": None}] * image + [{"type": "text", "text": text}]}]
+    """One message; in a file of such, Arrow gives the picture's block a "text" too."""
+    blocks = [{"type": "text", "text": text}]
+    if image:
+        blocks.insert(0, {"type": "image", "text": None})
+    return [{"role": role, "content": blocks}]
 
 
-FILES = {  # format: (file name, image column, rows, what the rows become)
-    "RLAIF-V": ("RLAIF-V-Dataset_000.parquet", "image", [
-        {"ds_name": "RLAIF-V", "image": struct(i), "question": "Describe the picture.", "chosen": f"good {i}", "rejected": f"bad {i}",
-         "origin_dataset": "LCS-558K", "origin_split": "{}", "idx": str(i), "image_path": f"{i}.jpg"} for i in range(2)],
-        [("Describe the picture.", f"good {i}", f"bad {i}") for i in range(2)]),
-    "RLHF-V": ("RLHF-V-Dataset.parquet", "image", [
-        {"image": struct(1, kind="JPEG"), "text": json.dumps({"question": "What?", "chosen": "A bus.", "rejected": "A train."})},
-        {"image": struct(2), "text": json.dumps(["<image>\nWho?", "A man.", "A woman."])}],
-        [("What?", "A bus.", "A train."), ("Who?", "A man.", "A woman.")]),
-    "LLaVA-Critic pairwise": ("pairwise/train-00000-of-00005.parquet", "image", [
-        critic_row(1, "It is close. The better response: [second]."), critic_row(2, "**The better response: [1].**"),
-        critic_row(3, "Both are equally good."), critic_row(4, "I cannot say."),
-        critic_row(5, "At first the better response: [A], but no. The better response: [B]")],
-        [("What is there?", "Two [blue] cups.", "A [red] cup."), ("What is there?", "A [red] cup.", "Two [blue] cups."),
-         ("What is there?", "Two [blue] cups.", "A [red] cup.")]),
-    "VL-RewardBench": ("test-00000-of-00001.parquet", "image", [
-        {"id": name, "query": f"<image>\nWhat {k}?", "response": ["Two mugs.", "A cat."], "image": struct(k), "human_ranking": rank,
-         "models": ["a", "b"], "judge": "", "rationale": "", "query_source": "COCO", "ground_truth": ""}
-        for k, (name, rank) in enumerate([("RLAIF-V-99", [0, 1]), ("RLAIF-V-99", [1, 0]), ("hallucination_pair-7", [0, 1]),
-                                          ("mathverse_12", [1, 0]), ("mmmu_pro_3", [0, 1]), ("wildvision-battle-4", [0, 1]),
-                                          ("LRVInstruction-1", [0, 1]), ("RLHF-V-5", [0, 1])])],
-        [(f"What {k}?", *(("Two mugs.", "A cat."), ("A cat.", "Two mugs."))[k in (1, 3)]) for k in range(8)]),
-    "TRL preferences": ("trl.parquet", "image", [
-        {"image": struct(1), "prompt": message("user", "Q?", image=True), "chosen": message("assistant", "good"),
-         "rejected": message("assistant", "bad"), "origin_split": "x"}], [("Q?", "good", "bad")]),
-    "TRL preferences (images)": ("trl/train-0.parquet", "images", [
-        {"images": [struct(1)], "prompt": "<image>\nQ?", "chosen": "good", "rejected": "bad"},
-        {"images": [struct(1), struct(2)], "prompt": "Q?", "chosen": "good", "rejected": "bad"},
-        {"images": [], "prompt": "Q?", "chosen": "good", "rejected": "bad"}], [("Q?", "good", "bad")]),
-}
-SKIPPED = {"LLaVA-Critic pairwise": {"skipped: tie": 1, "skipped: unparseable judgement": 1},
-           "TRL preferences (images)": {"skipped: more than one image": 1, "skipped: missing image": 1}}
+def texts(pairs):
+    return [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_published_parquet(name, tmp_path, capsys):
-    file, column, rows, expected = FILES[name]
-    source = write(tmp_path / "data" / file, rows, column)
-    format_name, pairs, counts = one.read_pairs(source, tmp_path, tmp_path / "run")
-    assert format_name == name and f"read as {name}, {len(pairs)} of {len(rows)} rows" in capsys.readouterr().out
-    assert [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs] == expected
-    assert counts == Counter({"rows read": len(rows), **SKIPPED.get(name, {})})
-    ids = [pair["id"] for pair in pairs]
-    assert len(set(ids)) == len(ids) and ids == [pair["id"] for pair in one.read_pairs(source, tmp_path, tmp_path / "run")[1]]
-    assert one.read_pairs(source, tmp_path, tmp_path / "run", limit=1)[2]["rows read"] == 1
-    blobs = {struct["bytes"] for row in rows for struct in ([row["image"]] if "image" in row else row["images"])}
-    for pair in pairs:
-        assert (tmp_path / pair["image"]).read_bytes() in blobs and pair["image"].startswith("run/images/")
-        assert pair["image"].endswith(".jpg" if name == "RLHF-V" and pair is pairs[0] else ".png")
-    folder = one.read_pairs((tmp_path / "data"), tmp_path / "elsewhere", tmp_path / "run")  # a folder; images not under the root
-    assert folder[0] == name and all((tmp_path / "elsewhere" / p["image"]).is_file() and p["image"][0] == "/" for p in folder[1])
+# ---- What each format's rows become --------------------------------------------------------------
+def check_pictures(pairs, root, rows):
+    """Each pair's picture is a file under the root with the bytes that the row had."""
+    for pair, row in zip(pairs, rows, strict=True):
+        struct = row["image"] if "image" in row else row["images"][0]
+        assert pair["image"].startswith("run/images/")
+        assert (root / pair["image"]).read_bytes() == struct["bytes"]
 
 
-def test_categories_of_vl_rewardbench(tmp_path):
-    source = write(tmp_path / "x.parquet", FILES["VL-RewardBench"][2], "image")
-    rows = one.read_pairs(source, tmp_path, tmp_path)[1]
-    assert [row["category"] for row in rows] == ["hallucination"] * 3 + ["reasoning"] * 2 + ["general"] * 2 + ["hallucination"]
-    assert [row["id"] for row in rows][:3] == ["RLAIF-V-99", "RLAIF-V-99-1", "hallucination_pair-7"]
+def test_rlaif_v(tmp_path, capsys):
+    """Two shards in a folder; ids and pictures are the same again when it is read once more."""
+    rows = [rlaif_v_row(i) for i in range(4)]
+    write(tmp_path / "data/RLAIF-V-Dataset_000.parquet", rows[:2], "image")
+    write(tmp_path / "data/RLAIF-V-Dataset_001.parquet", rows[2:], "image")
+    name, pairs, counts = one.read_pairs(tmp_path / "data", tmp_path, tmp_path / "run")
+    assert name == "RLAIF-V" and counts == Counter({"rows read": 4})
+    assert "read as RLAIF-V, 4 of 4 rows" in capsys.readouterr().out
+    assert texts(pairs) == [("Describe the picture.", f"good {i}", f"bad {i}") for i in range(4)]
+    check_pictures(pairs, tmp_path, rows)
+    assert all(pair["image"].endswith(".jpg") for pair in pairs)
+    assert len({pair["id"] for pair in pairs}) == 4
+    assert one.read_pairs(tmp_path / "data", tmp_path, tmp_path / "run")[1] == pairs
+    limited = one.read_pairs(tmp_path / "data", tmp_path, tmp_path / "run", limit=3)
+    assert limited[1] == pairs[:3] and limited[2]["rows read"] == 3
+
+
+def test_pictures_outside_the_root(tmp_path):
+    source = write(tmp_path / "x.parquet", [rlaif_v_row(1)], "image")
+    pair = one.read_pairs(source, tmp_path / "elsewhere", tmp_path / "run")[1][0]
+    assert pair["image"] == str(next((tmp_path / "run/images").iterdir()))
+
+
+def test_vl_rewardbench(tmp_path):
+    names = {
+        "RLAIF-V-99": "hallucination",
+        "hallucination_pair-7": "hallucination",
+        "RLHF-V-5": "hallucination",
+        "mathverse_12": "reasoning",
+        "mmmu_pro_3": "reasoning",
+        "wildvision-battle-4": "general",
+        "LRVInstruction-1": "general",
+    }
+    rows = [bench_row(name, [0, 1], seed=k) for k, name in enumerate(names)]
+    rows.append(bench_row("RLAIF-V-99", [1, 0], seed=7))
+    rows.append(bench_row("RLAIF-V-98", [0, 0], seed=8))  # without a better one
+    source = write(tmp_path / "test-00000-of-00001.parquet", rows, "image")
+    name, pairs, counts = one.read_pairs(source, tmp_path, tmp_path / "run")
+    assert name == "VL-RewardBench"
+    assert counts == Counter({"rows read": 9, "skipped: not a row of VL-RewardBench": 1})
+    assert [pair["category"] for pair in pairs] == [*names.values(), "hallucination"]
+    assert [pair["id"] for pair in pairs] == [*names, "RLAIF-V-99-7"]  # ids are made unique
+    assert texts(pairs)[0] == ("What is it?", "Two mugs 0.", "A cat 0.")
+    assert texts(pairs)[7] == ("What is it?", "A cat 7.", "Two mugs 7.")
+    check_pictures(pairs, tmp_path, rows[:8])
 
 
 def test_povid(tmp_path, capsys):
-    later = ("And the colour?", "It is brown.")
-    rows = [povid_row(1), povid_row(2), povid_row(3), povid_row(3, image="3"), povid_row(4), povid_row(6),
-            povid_row(5, conversations=turns("Describe.", "A dog.", *later),
-                      rejected_conversations=turns("Describe.", "A cat.", later[0], "It is red.")),
-            povid_row(5, rejected_conversations=turns("Something else?", "No.")),
-            povid_row(5, rejected_conversations=[]), {k: v for k, v in povid_row(5).items() if k != "image"}]
+    twice = ("A dog.", "And the colour?")
+    rows = [
+        povid_row(1),
+        povid_row(2),
+        povid_row(3),
+        povid_row(3, image="3"),  # the COCO id alone; else the same row
+        povid_row(3, image="3.jpg"),  # a name that no COCO file has
+        povid_row(4),
+        povid_row(6),
+        povid_row(
+            5,
+            conversations=llava_turns("Describe.", *twice, "It is brown."),
+            rejected_conversations=llava_turns("Describe.", *twice, "It is red."),
+        ),
+        povid_row(5, rejected_conversations=llava_turns("Something else?", "No.")),
+        povid_row(5, rejected_conversations=[]),
+        povid_row(5, image=None),
+    ]
+    del rows[-1]["image"]
     source = write(tmp_path / "POVID_preference_data_for_VLLMs_version_1.json", rows)
-    for name in ("COCO_train2014_000000000001.jpg", "train2014/COCO_train2014_000000000002.jpg", "train2017/000000000003.jpg",
-                 "000000000004.jpg", "data/coco/COCO_train2014_000000000005.jpg"):
-        (tmp_path / "coco" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "coco" / name).write_bytes(picture(1, kind="JPEG"))
+    images = [
+        "COCO_train2014_000000000001.jpg",
+        "train2014/COCO_train2014_000000000002.jpg",
+        "train2017/000000000003.jpg",
+        "000000000004.jpg",
+        "data/coco/COCO_train2014_000000000005.jpg",
+    ]
+    for image in images:
+        (tmp_path / "coco" / image).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "coco" / image).write_bytes(picture(1, kind="JPEG"))
     name, pairs, counts = one.read_pairs(source, tmp_path / "coco", tmp_path / "run")
     assert name == "POVID" and not (tmp_path / "run").exists()
-    assert [pair["image"] for pair in pairs] == ["COCO_train2014_000000000001.jpg", "train2014/COCO_train2014_000000000002.jpg",
-                                                 "train2017/000000000003.jpg", "000000000004.jpg",
-                                                 "data/coco/COCO_train2014_000000000005.jpg"]
-    assert pairs[0] == {"id": "COCO_train2014_000000000001", "image": "COCO_train2014_000000000001.jpg",
-                        "prompt": "Describe this image.", "chosen": "A dog 1.", "rejected": "A dog 1 and a frisbee."}
-    assert pairs[4]["prompt"] == "user: Describe.\nassistant: A dog.\nuser: And the colour?"
-    assert (pairs[4]["chosen"], pairs[4]["rejected"]) == ("It is brown.", "It is red.")
-    assert counts == Counter({"rows read": 10, "skipped: duplicate row": 1, "skipped: missing image": 2, "skipped: no rejected": 1,
-                              "skipped: chosen and rejected answer different questions": 1})
+    assert [pair["image"] for pair in pairs] == images
+    assert pairs[0] == {
+        "id": "COCO_train2014_000000000001",
+        "image": "COCO_train2014_000000000001.jpg",
+        "prompt": "Describe this image.",
+        "chosen": "A dog 1.",
+        "rejected": "A dog 1 and a frisbee.",
+    }
+    dialogue = "user: Describe.\nassistant: A dog.\nuser: And the colour?"
+    assert texts(pairs)[4] == (dialogue, "It is brown.", "It is red.")
+    assert counts == Counter(
+        {
+            "rows read": 11,
+            "skipped: duplicate row": 1,
+            "skipped: missing image": 3,
+            "skipped: no response": 1,
+            "skipped: chosen and rejected answer different questions": 1,
+        }
+    )
     said = capsys.readouterr().out
-    assert f"skipped {source} row 6, field image: missing image" in said and said.count("missing image") == 1
-    assert f"{source} row 9, field rejected_conversations: no rejected" in said
+    assert f"skipped {source} row 5, field image: missing image" in said
+    assert said.count("missing image") == 1  # the first of each reason
+    assert f"{source} row 10, field rejected_conversations: no response" in said
 
 
-def test_multimodal_rewardbench(tmp_path):
-    (tmp_path / "images/nocaps").mkdir(parents=True)
-    (tmp_path / "images/nocaps/1.jpg").write_bytes(picture(1, kind="JPEG"))
-    rows = [{"ID": f"nocaps_{i}", "Text": "Describe.", "Image": "images/nocaps/1.jpg", "Output1": f"one {i}", "Output2": "two",
-             "Better": better, "Category": "open_generation/correctness_task"} for i, better in enumerate(("Output2", "Output1", "?"))]
-    name, pairs, counts = one.read_pairs(write(tmp_path / "all_data.json", rows), tmp_path, tmp_path / "run")
-    assert name == "Multimodal RewardBench" and counts["skipped: not a row of Multimodal RewardBench"] == 1
-    assert [(p["id"], p["chosen"], p["rejected"]) for p in pairs] == [("nocaps_0", "two", "one 0"), ("nocaps_1", "one 1", "two")]
-    assert {p["category"] for p in pairs} == {"open_generation/correctness_task"} and pairs[0]["image"] == "images/nocaps/1.jpg"
+def test_trl_images(tmp_path):
+    row = {"images": [struct(1)], "prompt": "<image>\nQ?", "chosen": "good", "rejected": "bad"}
+    rows = [row, {**row, "images": [struct(1), struct(2)]}, {**row, "images": []}]
+    source = write(tmp_path / "trl/train-0.parquet", rows, "images")
+    name, pairs, counts = one.read_pairs(source, tmp_path, tmp_path / "run")
+    assert name == "TRL preferences" and texts(pairs) == [("Q?", "good", "bad")]
+    check_pictures(pairs, tmp_path, rows[:1])
+    assert counts["skipped: more than one image"] == counts["skipped: missing image"] == 1
 
 
-@pytest.mark.parametrize("prompt, chosen, rejected, text", [
-    ("Q?", "good", "bad", "Q?"),
-    (message("user", "Q?", image=True), message("assistant", "good"), message("assistant", "bad"), "Q?"),
-    (None, message("user", "Q?") + message("assistant", "good"), message("user", "Q?") + message("assistant", "bad"), "Q?"),
-    ("Q?", message("user", "Q?") + message("assistant", "good"), message("user", "Q?") + message("assistant", "bad"), "Q?"),
-    ([{"role": "user", "content": "Q?"}], [{"role": "assistant", "content": "good"}], [{"role": "assistant", "content": "bad"}], "Q?"),
-    (message("system", "Be brief.") + message("user", "Q?"), message("assistant", "good"), message("assistant", "bad"),
-     "system: Be brief.\nuser: Q?"),
-    ([{"role": "user", "content": [{"type": "text", "text": "One."}, {"type": "image"}, {"type": "text", "text": "Two."}]}],
-     "good", "bad", "One.\nTwo.")])
+GOOD, BAD = message("assistant", "good"), message("assistant", "bad")
+ASKED = message("user", "Q?")
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected, text",
+    [
+        ("Q?", "good", "bad", "Q?"),
+        (message("user", "Q?", image=True), GOOD, BAD, "Q?"),
+        (None, ASKED + GOOD, ASKED + BAD, "Q?"),
+        ("Q?", ASKED + GOOD, ASKED + BAD, "Q?"),
+        (ASKED, [{"role": "assistant", "content": "good"}], BAD, "Q?"),
+        (message("system", "Be brief.") + ASKED, GOOD, BAD, "system: Be brief.\nuser: Q?"),
+        ("Q?", GOOD + message("user", "Thanks."), BAD, "Q?"),  # what follows is left out
+        (message("user", "One.\nTwo."), "good", "bad", "One.\nTwo."),
+    ],
+)
 def test_trl_messages(prompt, chosen, rejected, text):
-    assert one.two.from_messages({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == {
-        "prompt": text, "chosen": "good", "rejected": "bad"}
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert texts([one.from_messages(row)]) == [(text, "good", "bad")]
 
 
-def own(i, **changed):
-    return {"id": f"r{i}", "image": "0.png", "prompt": "Q?", "chosen": f"good {i}", "rejected": "bad", "evidence": [{"box": None}],
-            "source": "sampled", **changed}
+@pytest.mark.parametrize("file", ["x.parquet", "x.json", "x.jsonl"])
+def test_trl_files(file, tmp_path, photos):
+    """Messages in each kind of file; a row without an id gets one from its picture's name."""
+    prompt = message("user", "Q?", image=True)
+    row = {"id": None, "image": "0.png", "prompt": prompt, "chosen": GOOD, "rejected": BAD}
+    rows = [row, {**row, "chosen": message("assistant", "better"), "id": "x"}]
+    source = write(tmp_path / file, rows)
+    name, pairs, _ = one.read_pairs(source, photos, tmp_path / "run")
+    assert name == "TRL preferences"
+    assert texts(pairs) == [("Q?", "good", "bad"), ("Q?", "better", "bad")]
+    assert [pair["id"] for pair in pairs] == ["0-0", "x"]
 
 
-def test_own_preferences_come_back(tmp_path, pictures):
-    rows = [own(0), own(1, image="1.png", evidence=[{"box": [1, 2, 3, 4]}])]
-    name, pairs, _ = one.read_pairs(write(tmp_path / "preferences.jsonl", rows), pictures, tmp_path)
-    assert name == "preferences.jsonl" and pairs == rows  # with their evidence, which stage 05 measures by
-    plain = [{k: v for k, v in own(i).items() if k not in ("id", "evidence")} for i in range(2)]
-    assert [p["id"] for p in one.read_pairs(write(tmp_path / "plain.json", plain), pictures, tmp_path)[1]] == ["0-0", "0-1"]
+def test_own_preferences_come_back(tmp_path, photos):
+    """With their evidence; a column that is null in the first rows is no trouble."""
+    rows = [own_row(0), own_row(1, image="1.png", evidence=[{"box": [1, 2.5, 3, 4]}])]
+    source = write(tmp_path / "preferences.jsonl", rows)
+    assert one.read_pairs(source, photos, tmp_path)[:2] == ("preferences.jsonl", rows)
 
 
-def test_what_is_skipped(tmp_path, pictures, capsys):
-    (tmp_path / "images").mkdir()
+def test_json_lines_of_other_programs(tmp_path, photos):
+    """A byte order mark, empty lines, a date for a response, a folder that is not there."""
+    rows = [own_row(0, chosen="2014-05-01", image="elsewhere/0.png"), own_row(1, chosen="Grüße")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    source = tmp_path / "x.jsonl"
+    source.write_text("\n\n".join(lines) + "\n\n", encoding="utf-8-sig")
+    pairs = one.read_pairs(source, photos, tmp_path)[1]
+    assert [pair["chosen"] for pair in pairs] == ["2014-05-01", "Grüße"]
+    assert pairs[0]["image"] == "0.png"
+
+
+# ---- What is skipped and refused -----------------------------------------------------------------
+def test_what_is_skipped(tmp_path, photos, capsys):
     whole = picture(3, (400, 300), kind="JPEG")
-    for name, data in (("half.jpg", whole[:len(whole) // 2]), ("text.png", b"no picture"), ("whole.jpg", whole)):
-        (tmp_path / "images" / name).write_bytes(data)
-    rows = [own(0, image="whole.jpg"), own(1, image="half.jpg"), own(2, image="text.png"), own(3, image="gone.png"), own(4, image=None),
-            own(5, chosen=None, image="whole.jpg"), own(6, rejected="  ", image="whole.jpg"), own(7, chosen="bad ", image="whole.jpg"),
-            own(0, image="whole.jpg", id="again"), own(8, image="whole.jpg", id="r0"), own(9, image="whole.jpg", chosen=[{}])]
-    _, pairs, counts = one.read_pairs(write(tmp_path / "x.jsonl", rows), tmp_path / "images", tmp_path)
+    (photos / "whole.jpg").write_bytes(whole)
+    (photos / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "text.png").write_bytes(b"no picture")
+    rows = [
+        own_row(0, image="whole.jpg"),
+        own_row(1, image="half.jpg"),
+        own_row(2, image="text.png"),
+        own_row(3, image="gone.png"),
+        own_row(4, image=None),
+        own_row(5, chosen=None),
+        own_row(6, rejected="  "),
+        own_row(7, chosen="bad "),
+        own_row(0, image="whole.jpg", id="again"),
+        own_row(8, id="r0"),
+        own_row(9, chosen=[{}]),
+    ]
+    source = write(tmp_path / "x.jsonl", rows)
+    _, pairs, counts = one.read_pairs(source, photos, tmp_path)
     assert [pair["id"] for pair in pairs] == ["r0", "r0-9"]
-    assert counts == Counter({"rows read": 11, "skipped: picture that does not decode": 2, "skipped: missing image": 2,
-                              "skipped: no chosen": 1, "skipped: no rejected": 1, "skipped: identical responses": 1,
-                              "skipped: duplicate row": 1, "skipped: not a row of preferences.jsonl": 1})
+    assert counts == Counter(
+        {
+            "rows read": 11,
+            "skipped: picture that does not decode": 2,
+            "skipped: missing image": 2,
+            "skipped: no response": 2,
+            "skipped: identical responses": 1,
+            "skipped: duplicate row": 1,
+            "skipped: not a row of preferences.jsonl": 1,
+        }
+    )
     said = capsys.readouterr().out
-    for words in ("row 2, field image: picture that does not decode", "row 6, field chosen: no chosen", "row 9, field prompt: duplicate row",
-                  "row 8, field rejected: identical responses"):
-        assert f"skipped {tmp_path}/x.jsonl {words}" in said
+    for words in (
+        "row 2, field image: picture that does not decode",
+        "row 6, field chosen: no response",
+        "row 8, field rejected: identical responses",
+        "row 9, field prompt: duplicate row",
+    ):
+        assert f"skipped {source} {words}" in said
     with pytest.raises(SystemExit, match="no usable row.*missing image': 1"):
-        one.read_pairs(write(tmp_path / "y.jsonl", rows[3:4]), tmp_path, tmp_path)
+        one.read_pairs(write(tmp_path / "y.jsonl", rows[3:4]), photos, tmp_path)
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("x.jsonl", '{"id": 1, "instruction": "a", "output": "b"}\n', ["x.jsonl row 1", "id, instruction, output", "known format", "RLAIF-V"]),
-    ("x.jsonl", '{"image": "0.png", "prompt": "", "chosen": "a", "rejected": "b"}\n{"ima\n', ["x.jsonl after row 1", "JSONDecodeError"]),
-    ("x.json", "[1, 2]", ["x.json", "row 1 is no JSON object"]), ("x.json", "[]", ["no usable row"]), ("x.jsonl", "", ["no usable row"]),
-    ("x.parquet", "PAR1", ["x.parquet after row 0"]), ("x.txt", "a", ["x.txt after row 0"]), ("x.json", None, ["x.json", "FileNotFound"])])
-def test_what_is_refused(tmp_path, pictures, name, content, words):
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("x.jsonl", '{"id": 1, "text": "a"}\n', ["x.jsonl row 1", "id, text", "RLAIF-V"]),
+        ("x.jsonl", '{"image": "0.png", "chosen": "a", "rejected": "b"}\n{"ima\n', ["after row 1"]),
+        ("x.json", "[1, 2]", ["x.json", "row 1 is no JSON object"]),
+        ("x.json", "[]", ["no usable row"]),
+        ("x.jsonl", "", ["no usable row"]),
+        ("x.parquet", "PAR1", ["x.parquet after row 0"]),
+        ("x.txt", "a", ["x.txt after row 0"]),
+        ("x.json", None, ["x.json", "FileNotFound"]),
+    ],
+)
+def test_what_is_refused(name, content, words, tmp_path, photos):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as error:
-        one.read_pairs(tmp_path / name, pictures, tmp_path)
+        one.read_pairs(tmp_path / name, photos, tmp_path)
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_hub(monkeypatch, tmp_path, pictures):
-    """owner/name[:config] goes to load_dataset; the split is train, or the only one there is; images are not decoded."""
-    asked = []
-
-    def load_dataset(*names, streaming):
-        asked.append(names)
-        rows = datasets.Dataset.from_list([{"question": "Q?", "chosen": "a", "rejected": "b", "image": struct(1)}])
-        return datasets.IterableDatasetDict({"test": rows.cast_column("image", datasets.Image()).to_iterable_dataset()})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    name, pairs, _ = one.read_pairs("owner/name:pairwise", tmp_path, tmp_path / "run")
-    assert asked == [("owner/name", "pairwise")] and name == "RLAIF-V"
-    assert (tmp_path / pairs[0]["image"]).read_bytes() == picture(1)
-    (tmp_path / "a.jsonl").write_text(json.dumps(own(0)) + "\n")
-    write(tmp_path / "b.jsonl", [povid_row(1)])
+def test_files_of_a_folder_are_of_one_format(tmp_path, photos):
+    write(tmp_path / "data/a.jsonl", [own_row(0)])
+    write(tmp_path / "data/b.jsonl", [povid_row(1)])
     with pytest.raises(SystemExit, match="b.jsonl row 1.*not those of preferences.jsonl"):
-        one.read_pairs(tmp_path, pictures, tmp_path / "run")
+        one.read_pairs(tmp_path / "data", photos, tmp_path / "run")
 
 
-def test_difference_hash(tmp_path):
-    """Worked by hand: a row of 9 grey levels, each its own pixel; the bit is set where the right neighbour is brighter."""
-    levels = [10, 20, 15, 15, 90, 80, 70, 200, 0]
-    image = Image.new("L", (9, 8))
-    image.putdata(levels * 8)
-    image.save(tmp_path / "x.png")
-    row = 0b01001001  # 10<20, 15<90 and 70<200: bits 0, 3 and 6
-    assert one.difference_hash(tmp_path / "x.png") == sum(row << 8 * y for y in range(8))
-    for seed in range(6):
-        codes = []
-        for k, (size, kind) in enumerate((((300, 200), "PNG"), ((300, 200), "JPEG"), ((150, 100), "JPEG"))):
-            (tmp_path / f"{k}").write_bytes(picture(seed, size, kind))
-            codes.append(one.difference_hash(tmp_path / f"{k}"))
-        assert all((code ^ codes[0]).bit_count() <= 2 for code in codes)
-        (tmp_path / "other").write_bytes(picture(seed + 100))
-        assert (one.difference_hash(tmp_path / "other") ^ codes[0]).bit_count() > 10
+# ---- The hub, memory, overlap --------------------------------------------------------------------
+def test_hub(monkeypatch, tmp_path):
+    """owner/name[:config] is looked up by `datasets`; the split is train, or the first there is,
+    and of its files only as many are downloaded as are read."""
+    asked, downloaded = [], []
+    for k in range(2):
+        write(tmp_path / f"{k}.parquet", [rlaif_v_row(2 * k), rlaif_v_row(2 * k + 1)], "image")
+
+    def load_dataset_builder(*names):
+        asked.append(names)
+        urls = [f"hf://datasets/owner/name@abc/data/{k}.parquet" for k in range(2)]
+        config = types.SimpleNamespace(data_files={"test": urls, "validation": ["no"]})
+        return types.SimpleNamespace(config=config)
+
+    def resolve_path(self, url):
+        path = url.removeprefix("hf://datasets/owner/name@abc/")
+        return types.SimpleNamespace(repo_id="owner/name", path_in_repo=path, revision="abc")
+
+    def hf_hub_download(repo_id, path, repo_type, revision):
+        assert (repo_id, repo_type, revision) == ("owner/name", "dataset", "abc")
+        downloaded.append(path)
+        return str(tmp_path / path.removeprefix("data/"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "resolve_path", resolve_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    name, pairs, _ = one.read_pairs("owner/name:pairwise", tmp_path, tmp_path / "run", limit=2)
+    assert asked == [("owner/name", "pairwise")] and name == "RLAIF-V" and len(pairs) == 2
+    assert downloaded == ["data/0.parquet"]
+    pairs = one.read_pairs("owner/name", tmp_path, tmp_path / "run")[1]
+    assert [pair["chosen"] for pair in pairs] == [f"good {i}" for i in range(4)]
 
 
-def test_exclude(tmp_path, capsys):
-    """Dropped: the same picture as JPEG of another size, and a response with other case and punctuation; short ones are not."""
-    bench = [{**FILES["VL-RewardBench"][2][0], "response": ["There is a dog, on the left.", "Yes."], "image": struct(1)}]
-    write(tmp_path / "bench.parquet", bench, "image")
-    (tmp_path / "images").mkdir()
-    for i in (1, 2, 3, 4):
-        (tmp_path / f"images/{i}.jpg").write_bytes(picture(i, (200, 150), "JPEG"))
-    rows = [own(1, image="1.jpg"), own(2, image="2.jpg", rejected="there is a dog on the LEFT"), own(3, image="3.jpg", chosen="Yes!"),
-            own(4, image="4.jpg")]
-    write(tmp_path / "train.jsonl", rows)
-    args = dict(run="x", image_root=str(tmp_path / "images"), limit=None, exclude=[str(tmp_path / "bench.parquet")], prompts=None, seed=0)
-    items, counts = one.load_items(Namespace(pairs=str(tmp_path / "train.jsonl"), images=None, **args), tmp_path / "run")
-    assert [item["id"] for item in items] == ["r3", "r4"]
-    assert counts[f"excluded: image in {tmp_path}/bench.parquet"] == counts[f"excluded: text in {tmp_path}/bench.parquet"] == 1
-    items, counts = one.load_items(Namespace(pairs=None, images=str(tmp_path / "images"), **args), tmp_path / "run")
-    assert [item["image"] for item in items] == ["2.jpg", "3.jpg", "4.jpg"] and [*items[0]] == ["id", "image", "prompt"]
-    assert counts[f"excluded: text in {tmp_path}/bench.parquet"] == 0 and "rows read" in counts
-    with pytest.raises(SystemExit, match="no row is left"):
-        write(tmp_path / "train.jsonl", rows[:1])
-        one.load_items(Namespace(pairs=str(tmp_path / "train.jsonl"), images=None, **args), tmp_path / "run")
+def test_rows_stream(tmp_path, monkeypatch):
+    """Sixteen pictures are in memory at a time, however many the file has."""
+    seen = []
+
+    class Counted(one.ParquetFile):
+        def iter_batches(self, *arguments):
+            for batch in super().iter_batches(*arguments):
+                seen.append(batch.num_rows)
+                yield batch
+
+    monkeypatch.setattr(one, "ParquetFile", Counted)
+    source = write(tmp_path / "x.parquet", [rlaif_v_row(i) for i in range(40)], "image")
+    rows = one.read_rows(source)
+    for _ in range(17):
+        next(rows)
+    assert seen == [16, 16]
+
+
+def test_exclude(tmp_path, photos):
+    """A response with other case and punctuation is one; a short one recurs by chance."""
+    bench = bench_row("RLAIF-V-1", [0, 1])
+    bench["response"] = ["There is a dog, on the left.", "Yes."]
+    source = write(tmp_path / "bench.parquet", [bench], "image")
+    items = [
+        own_row(1),
+        own_row(2, rejected="there is a dog on the LEFT"),
+        own_row(3, chosen="Yes!"),
+        {"id": "x", "image": "0.png", "prompt": "Q?"},  # a picture without responses
+    ]
+    counts = Counter()
+    kept = one.without_overlap(items, source, photos, counts)
+    assert [item["id"] for item in kept] == ["r1", "r3", "x"]
+    assert counts == Counter({f"excluded: text in {source}": 1})
