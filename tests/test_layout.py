@@ -165,11 +165,12 @@ def test_requirements_list_what_is_imported_and_nothing_else():
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
         modules |= imported(ast.parse(path.read_text(encoding="utf-8")))
         local.add(path.stem)
-    packages = {PACKAGE.get(m, m) for m in modules - local - sys.stdlib_module_names}
+    others = modules - local - sys.stdlib_module_names
+    packages = {PACKAGE.get(module, module).replace("_", "-") for module in others}
     listed = set()
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            listed.add(re.match(r"[\w-]+", line).group())
+            listed.add(re.match(r"[\w-]+", line).group().replace("_", "-"))
     assert listed == packages - OPTIONAL
 
 
