@@ -922,7 +922,8 @@ def measure_expert(expert, rng):
         found = best >= threshold
         n_right = float((found & truth).sum())
         precision = round(n_right / max(float(found.sum()), 1.0), 3)
-        table[str(threshold)] = {"precision": precision, "recall": round(n_right / truth.sum(), 3)}
+        recall = round(n_right / float(truth.sum()), 3)
+        table[str(threshold)] = {"precision": precision, "recall": recall}
     return table
 
 
