@@ -418,9 +418,7 @@ class Trainer:
                     # a claim stands in its response and, guided, once more in the reference
                     places = prompt[k :: len(critique)] + word
                     source.append(F.one_hot(places, ids.shape[1]).sum(0))
-            if len(prompt) > len(
-                critique
-            ):  # guided: the prompt's first "Verdict" is the reference's
+            if len(prompt) > len(critique):  # guided: the first "Verdict" is the reference's
                 lines = (ids[i] == self.verdict).nonzero()[:, 0]
                 row.append(i)
                 query.append(int(lines[-1]) + 1)
