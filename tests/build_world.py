@@ -159,11 +159,7 @@ def build_model(tokenizer):
         "eos_token_id": token("<|im_end|>"),
         "pad_token_id": token("<|endoftext|>"),
         "tie_word_embeddings": True,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [4, 6, 6],
-        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
     }
     vision_config = {
         "depth": 2,
