@@ -72,10 +72,9 @@ def print_line(name, values, seeds, image_of, sign=""):
     for seed in seeds:
         of_seed = [value for key, value in values.items() if key[0] == seed]
         per_seed.append(f"{np.mean(of_seed):{sign}.3f}")
+    interval = f"{low:{sign}.3f} to {high:{sign}.3f}"
     mean = np.mean(list(values.values()))
-    print(
-        f"| {name} | {mean:{sign}.3f} | {low:{sign}.3f} to {high:{sign}.3f} | {' '.join(per_seed)} |"
-    )
+    print(f"| {name} | {mean:{sign}.3f} | {interval} | {' '.join(per_seed)} |")
 
 
 def main():
