@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import importlib
 import json
 import random
@@ -59,6 +60,7 @@ def bound_names(statement):
     return names
 
 
+@functools.cache
 def definitions(name):
     """{name: top-level statement} of what a file itself defines."""
     modules = aliases(TREE[name])
@@ -72,6 +74,7 @@ def definitions(name):
     return found
 
 
+@functools.cache
 def taken(name):
     """{(file, name)} that a file takes from the others."""
     modules = aliases(TREE[name])
