@@ -197,7 +197,8 @@ def load_adapter(model, folder, trainable=False):
     """PeftModel; refuses an adapter whose keys do not fit, where PEFT itself only warns."""
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights  # slow to import
 
-    model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    with warnings.catch_warnings(action="ignore"):  # what it warns of ends the script below
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     found = set(load_peft_weights(str(folder), device="cpu"))
     expected = set(get_peft_model_state_dict(model))
     if found != expected:

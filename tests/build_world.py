@@ -159,11 +159,7 @@ def build_model(tokenizer):
         "eos_token_id": token("<|im_end|>"),
         "pad_token_id": token("<|endoftext|>"),
         "tie_word_embeddings": True,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [4, 6, 6],
-        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
     }
     vision_config = {
         "depth": 2,
@@ -418,9 +414,7 @@ class Trainer:
                     # a claim stands in its response and, guided, once more in the reference
                     places = prompt[k :: len(critique)] + word
                     source.append(F.one_hot(places, ids.shape[1]).sum(0))
-            if len(prompt) > len(
-                critique
-            ):  # guided: the prompt's first "Verdict" is the reference's
+            if len(prompt) > len(critique):  # guided: the first "Verdict" is the reference's
                 lines = (ids[i] == self.verdict).nonzero()[:, 0]
                 row.append(i)
                 query.append(int(lines[-1]) + 1)
@@ -922,7 +916,8 @@ def measure_expert(expert, rng):
         found = best >= threshold
         n_right = float((found & truth).sum())
         precision = round(n_right / max(float(found.sum()), 1.0), 3)
-        table[str(threshold)] = {"precision": precision, "recall": round(n_right / truth.sum(), 3)}
+        recall = round(n_right / float(truth.sum()), 3)
+        table[str(threshold)] = {"precision": precision, "recall": recall}
     return table
 
 

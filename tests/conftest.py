@@ -24,7 +24,7 @@ STAGES = (
     "04_rejection_sampling",
     "05_evaluate",
 )
-TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc-per-node 2 --".split()
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 stage = importlib.import_module  # a name that starts with a digit has no import statement
 EPSILON = 1e-3  # largest difference in nats between two ways to compute a number in float32
 

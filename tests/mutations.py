@@ -438,6 +438,53 @@ MUTATIONS = [
         "new": "while False:",
         "test": "tests/test_formulas.py::test_cut_pools",
     },
+    # ---- the layout ------------------------------------------------------------------------------
+    {
+        "file": "02_generate_critiques.py",
+        "old": 'one = importlib.import_module("01_build_preferences")',
+        "new": 'one = importlib.import_module("01_build_preferences")\n'
+        'four = importlib.import_module("04_rejection_sampling")',
+        "test": "tests/test_layout.py::test_a_script_imports_common_and_lower_numbers_alone",
+    },
+    {
+        "file": "04_rejection_sampling.py",
+        "old": '{}, common.find_checkpoint(run / "03_ift")',
+        "new": '{}, ift.common.find_checkpoint(run / "03_ift")',
+        "test": "tests/test_layout.py::test_every_name_comes_from_the_file_that_defines_it",
+    },
+    {
+        "file": "03_train_ift.py",
+        "old": "def total(numbers):",
+        "new": "def only_for_later_stages():\n    pass\n\n\ndef total(numbers):",
+        "test": "tests/test_layout.py"
+        "::test_nothing_in_a_stage_serves_only_a_later_one[03_train_ift]",
+    },
+    {
+        "file": "03_train_ift.py",
+        "old": "nll = F.cross_entropy(logits, labels, ignore_index=-100,",
+        "new": "nll = F.cross_entropy(logits, labels, ignore_index=RANK - 100,",
+        "test": "tests/test_layout.py::test_pieces_that_need_nothing"
+        "[03_train_ift-nll_sum-arguments1]",
+    },
+    {
+        "file": "02_generate_critiques.py",
+        "old": "    contradicts_expert, bare_phrase.\n",
+        "new": "    bare_phrase.\n",
+        "test": "tests/test_layout.py::test_reason_to_drop_with_what_it_needs",
+    },
+    {
+        "file": "04_rejection_sampling.py",
+        "old": '"margin": 0.994867, "iteration": 1}',
+        "new": '"margin": .994867, "iteration": 1}',
+        "test": "tests/test_layout.py"
+        "::test_the_header_shows_a_row_of_what_is_written_and_how_to_start[04_rejection_sampling]",
+    },
+    {
+        "file": "04_rejection_sampling.py",
+        "old": "pools = cut_pools(pool, args.pool, args.iterations)",
+        "new": "pools = cut_pools(pool, 5000, args.iterations)",
+        "test": "tests/test_layout.py::test_every_flag_is_read[04_rejection_sampling]",
+    },
 ]
 
 

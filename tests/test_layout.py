@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import importlib
 import json
 import random
@@ -59,6 +60,7 @@ def bound_names(statement):
     return names
 
 
+@functools.cache
 def definitions(name):
     """{name: top-level statement} of what a file itself defines."""
     modules = aliases(TREE[name])
@@ -72,6 +74,7 @@ def definitions(name):
     return found
 
 
+@functools.cache
 def taken(name):
     """{(file, name)} that a file takes from the others."""
     modules = aliases(TREE[name])
@@ -165,11 +168,12 @@ def test_requirements_list_what_is_imported_and_nothing_else():
     for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
         modules |= imported(ast.parse(path.read_text(encoding="utf-8")))
         local.add(path.stem)
-    packages = {PACKAGE.get(m, m) for m in modules - local - sys.stdlib_module_names}
+    others = modules - local - sys.stdlib_module_names
+    packages = {PACKAGE.get(module, module).replace("_", "-") for module in others}
     listed = set()
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            listed.add(re.match(r"[\w-]+", line).group())
+            listed.add(re.match(r"[\w-]+", line).group().replace("_", "-"))
     assert listed == packages - OPTIONAL
 
 

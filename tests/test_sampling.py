@@ -255,6 +255,13 @@ def test_both_stop_tokens_end_a_sample(tiny, pictures, batches, monkeypatch):
         monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
         common.sample(model, processor, requests(pictures)[:1], 1, 1.0, 4)
         assert batches[-1].stop_ids.tolist() == [*expected, processor.tokenizer.eos_token_id]
+    ends, verdict_ids = torch.tensor([7, 3]), common.verdict_token_ids(processor.tokenizer)
+    for end in (7, 3):
+        tokens = torch.tensor([20, 21, end, 22])
+        answer = common.finish_sample(
+            processor.tokenizer, tokens, torch.zeros(4, 2), ends, verdict_ids
+        )
+        assert answer["text"] == processor.tokenizer.decode([20, 21]) and answer["complete"]
 
 
 def test_out_of_memory_halves_the_batch(tiny, pictures, batches, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import zipfile
 from unittest.mock import Mock
 
 import build_world
+import demo
 import numpy as np
 import pytest
 import scenes
@@ -252,3 +253,16 @@ def test_a_build_that_still_lacks_something_in_the_end_is_refused(monkeypatch):
         build_world.steer(trainer, rows, None, np.arange(n_scenes), corrections=2)
     assert "\n" not in str(refusal.value)
     assert steps == [30, 30] and rows.wrong_absent == 0.8  # .6, .72, at most .8
+
+
+# ---- The demo -----------------------------------------------------------------------------------
+def test_the_demo_gives_later_stages_no_flag_that_an_earlier_one_fixed():
+    steps = demo.commands("world", "pictures of mine", "run", 3, controls=("random", "best"))
+    assert list(steps) == ["01", "02", "03", "04", "04 random", "04 best", "05"]
+    for name, command in steps.items():
+        fixed = {"--model", "--image-root", "--max-image-tokens"} if name != "01" else set()
+        if name != "02":
+            fixed.add("--style")
+        assert not fixed & set(command)
+    assert "pictures of mine/images" in steps["01"]  # a folder's spaces split nothing
+    assert steps["04 best"][-2:] == ["--select", "best"]
