@@ -13,8 +13,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      (VL-RewardBench: in 1,245 of 1,250 rows);
   2) the last judge also sees a blank picture and another row's picture: what it still gets right
      it knows from the text alone;
-  3) Best-of-N picks by knockout on P(A) averaged over both orders; its quality is measured against
-     the truth (--truth), or by the benchmark's own review of the answers files (LLaVA-Bench);
+  3) Best-of-N (LLaVA-Bench) picks by knockout on P(A) averaged over both orders; the benchmark's
+     own review scores the answers files;
   4) --protocol official: 9 calls a pair, the most that VL-RewardBench's script counts, each in an
      order drawn by lot, decided by the majority of all calls; but our prompt and top_p 1, not .2,
      so that published figures (GPT-4o: .658, Qwen2-VL-7B: .283 in arXiv 2411.17451) are near ours
@@ -333,7 +333,7 @@ def judge_with(load, checkpoint, asked, writer, judging):
     return judged
 
 
-# ---- Best-of-N -----------------------------------------------------------------------------------
+# ---- LLaVA-Bench in the wild: answers for its own review, which scores them, and Best-of-N -------
 def knockout(candidates, prefer):
     """Winners among the first 1, 2, 4, ... candidates of each row, in one knockout: the tree over
     2N candidates contains the tree over the first N.
@@ -395,58 +395,6 @@ def write_candidates(rows, load, writer, n, image_root, sampling):
     return {row["id"]: row["candidates"] for row in writer.rows}
 
 
-def sample_and_pick(rows, judges, load, folder, n, judging, sampling):
-    """({row id: n responses}, {judge: picks of best_of_n}, counts); kept in best_of_n.jsonl."""
-    writer = RowWriter(folder / "best_of_n.jsonl")
-    candidates = write_candidates(rows, load, writer, n, judging["image_root"], sampling)
-    games = RowWriter(folder / "best_of_n_judgements.jsonl", key=("condition", "question"))
-    picks = {}
-    for name, checkpoint in judges.items():
-        model = judge = None  # two models at a time would be one too many for the GPU
-        model, processor = load(checkpoint)
-        judge = partial(ift.judge, model, processor, writer=games, condition=name)
-        picks[name] = best_of_n(rows, candidates, partial(judge, **judging))
-    # The rows once more, now with the picks; a resumed run takes its candidates from these, too.
-    written = []
-    for row in writer.rows:
-        written.append({**row, **{name: of_row[row["id"]] for name, of_row in picks.items()}})
-    common.write_jsonl(folder / "best_of_n.jsonl", written)
-    n_cut = sum(row["n_cut"] for row in written)
-    counts = {"responses sampled": n * len(rows), "responses cut at --max-new-tokens": n_cut}
-    return candidates, picks, counts
-
-
-def quality(text, objects, vocabulary):
-    """(1 if the text names no absent object, else 0; share of the picture's objects it names)."""
-    named = set(one.find_mentions(text, vocabulary))
-    return float(named <= objects), len(named & objects) / len(objects)
-
-
-def best_of_n_table(rows, candidates, picks, truth, vocabulary):
-    """{picker: {N: {"hallucinated": share of the picks, "recall": mean}}}, with a random pick (its
-    expectation: the mean over the candidates) and the best possible one alongside.
-    """
-    n = len(candidates[rows[0]["id"]])
-    sizes = [2**k for k in range(n.bit_length())]
-    table = {name: {} for name in ("random pick", "oracle pick", *picks)}
-    for k, size in enumerate(sizes):
-        scores = {name: [] for name in table}
-        for row in rows:
-            objects = truth[row["image"]]
-            offered = candidates[row["id"]][:size]
-            found = [quality(text, objects, vocabulary) for text in offered]
-            scores["random pick"].append(np.mean(found, 0))
-            scores["oracle pick"].append(max(found, key=sum))
-            for name in picks:
-                picked = picks[name][row["id"]][k]
-                scores[name].append(quality(picked, objects, vocabulary))
-        for name, of_rows in scores.items():
-            clean, recall = np.mean(of_rows, 0)
-            table[name][size] = {"hallucinated": float(1 - clean), "recall": float(recall)}
-    return table
-
-
-# ---- LLaVA-Bench in the wild: answers for its own review, which scores them ----------------------
 def read_questions(folder, image_root):
     """Rows {id, question_id, image, prompt} of the released folder (questions.jsonl, images/)."""
     rows = []
@@ -459,22 +407,29 @@ def read_questions(folder, image_root):
     return rows
 
 
-def answer_in_the_wild(rows, judges, load, folder, n, judging, sampling):
-    """answers_first.jsonl, one sample of the policy, and answers_judge.jsonl, the judge's pick of n
-    -> counts. The review reads them row by row. judges: one, {its name: checkpoint}.
+def answer_in_the_wild(rows, name, checkpoint, load, folder, n, judging, sampling):
+    """answers_first.jsonl, one response of the policy, and answers_judge.jsonl, the pick of the
+    judge `name` among n -> counts. Responses and games are kept, the review reads row by row.
     """
-    candidates, picks, counts = sample_and_pick(rows, judges, load, folder, n, judging, sampling)
+    writer = RowWriter(folder / "best_of_n.jsonl")
+    candidates = write_candidates(rows, load, writer, n, judging["image_root"], sampling)
     chosen = {"first": {key: texts[0] for key, texts in candidates.items()}}
-    for winners in picks.values():
+    if n > 1:
+        model, processor = load(checkpoint)
+        games = RowWriter(folder / "best_of_n_judgements.jsonl", key=("condition", "question"))
+        judge = partial(ift.judge, model, processor, writer=games, condition=name, **judging)
+        winners = best_of_n(rows, candidates, judge)
         chosen["judge"] = {key: of_row[-1] for key, of_row in winners.items()}
-    for name, texts in chosen.items():
+    for picker, texts in chosen.items():
         answers = []
         for row in rows:
             answer = {"question_id": row["question_id"], "prompt": row["prompt"]}
-            answer |= {"text": texts[row["id"]], "answer_id": f"{name}-{row['id']}"}
-            answers.append({**answer, "model_id": f"{name} of {n}", "metadata": {}})
-        common.write_jsonl(folder / f"answers_{name}.jsonl", answers)
-    return counts | {"questions": len(rows)}
+            answer |= {"text": texts[row["id"]], "answer_id": f"{picker}-{row['id']}"}
+            answers.append({**answer, "model_id": f"{picker} of {n}", "metadata": {}})
+        common.write_jsonl(folder / f"answers_{picker}.jsonl", answers)
+    n_cut = sum(row["n_cut"] for row in writer.rows)
+    counts = {"questions": len(rows), "responses sampled": n * len(rows)}
+    return {**counts, "responses cut at --max-new-tokens": n_cut}
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -540,7 +495,7 @@ RATES = ("present_said_yes", "absent_said_no", "balanced")
 
 
 def table_lines(results, note):
-    """All tables but Best-of-N's, from what metrics.json holds; note: a sentence on the first."""
+    """All tables, from what metrics.json holds; note: a sentence on the first."""
     table = results["table"]
     lines = markdown("judge", COLUMNS, {"chance": CHANCE, **table}) + ["", note]
     if results["differences"]:
@@ -576,18 +531,6 @@ def expert_line(expert):
     )
 
 
-def best_of_n_lines(best_of):
-    """Two tables from what best_of_n_table gives."""
-    lines = []
-    for measured in ("hallucinated", "recall"):
-        rows = {}
-        for name, by_n in best_of.items():
-            rows[name] = {n: scores[measured] for n, scores in by_n.items()}
-        headings = {n: f"N = {n}" for n in best_of["random pick"]}
-        lines += markdown(f"Best-of-N, {measured}", headings, rows)
-    return lines
-
-
 def before_and_after(judged, names):
     """One question that the first named judge gets wrong and the second right, as lines with both
     critiques. All judges' rows stand in the order of the questions.
@@ -614,7 +557,7 @@ def parse_args(argv=None):
     protocols = ("both-orders", "official")
     add("--protocol", choices=protocols, default="both-orders", help="official: VL-RewardBench's")
     add("--image-root", help="folder that image paths start from; default: that of --pairs")
-    add("--truth", help="jsonl {image, objects: [{object}]}: checks the expert and Best-of-N")
+    add("--truth", help="jsonl {image, objects: [{object}]}: measures the expert")
     add = parser.add_argument_group("how it is judged").add_argument
     add("--votes", type=int, default=1, help="1 is greedy, more: the majority of sampled critiques")
     ways = ("blank", "other")
@@ -623,9 +566,7 @@ def parse_args(argv=None):
     )
     add("--withhold", nargs="*", choices=ways, default=list(ways), help=shown)
     add("--max-new-tokens", type=int, default=512, help="longest critique or response, tokens")
-    add = parser.add_argument_group("Best-of-N (with --truth or llava-wild)").add_argument
-    add("--best-of", type=int, default=0, help="N: responses to a picture; a power of 2")
-    add("--best-of-images", type=int, default=100, help="pictures")
+    add("--best-of", type=int, default=1, help="llava-wild: N responses a question, a power of 2")
     add = parser.add_argument_group("only where there is no run to take them from").add_argument
     add("--model", help="base model: hub id or folder")
     add("--max-image-tokens", type=int, help="most tokens of a picture; default: the model's bound")
@@ -635,10 +576,10 @@ def parse_args(argv=None):
         args.pairs = args.pairs or "MMInstruction/VL-RewardBench"
     if args.pairs is None:
         parser.error("--pairs is needed: what is to be judged")
-    if args.best_of not in (0, 1, 2, 4, 8, 16, 32, 64, 128):
+    if args.best_of not in (1, 2, 4, 8, 16, 32, 64, 128):
         parser.error("--best-of needs a power of 2, up to 128")
-    if args.best_of and not args.truth and args.benchmark != "llava-wild":
-        parser.error("--best-of needs --truth: its quality is measured, not guessed")
+    if args.best_of > 1 and args.benchmark != "llava-wild":
+        parser.error("--best-of goes with --benchmark llava-wild, whose review scores the picks")
     args.temperature = 0.0 if args.votes == 1 else 1.0
     if args.protocol == "official":
         args.temperature = 0.2
@@ -700,9 +641,8 @@ def main(args):
     judging = {"image_root": args.image_root, "style": args.style, **sampling}
     if args.benchmark == "llava-wild":
         rows = read_questions(args.pairs, args.image_root)
-        n = max(1, args.best_of)
-        judges = {last: conditions[last]} if n > 1 else {}
-        counts = answer_in_the_wild(rows, judges, load, folder, n, judging, sampling)
+        judge = (last, conditions[last])
+        counts = answer_in_the_wild(rows, *judge, load, folder, args.best_of, judging, sampling)
         finish(folder, args, counts, ["", WILD_NOTE])
         return
 
@@ -716,11 +656,8 @@ def main(args):
         vocabulary = json.loads((run / "01_preferences" / "vocabulary.json").read_text("utf-8"))
     truth = read_truth(args.truth) if args.truth else {}
     expert = expert_against_truth(preferences, truth)
-    # Best-of-N: a row of each picture; where the truth holds no objects, recall would be 0 / 0
-    pictures = {pair["image"]: pair for pair in pairs}
-    scored = [pair for image, pair in pictures.items() if truth.get(image)]
-    if args.truth and not scored and (args.best_of or not expert):
-        stop(f"--truth {args.truth} holds no objects of any picture of --pairs {args.pairs}")
+    if args.truth and not expert:
+        stop(f"--truth {args.truth} holds no picture of the findings in {run}/01_preferences")
     questions = ask(pairs, official, args.seed)
     shown = {name: {name: questions} for name in conditions}
     for how in args.withhold:
@@ -740,27 +677,16 @@ def main(args):
     # 3. measure ----------------------------------------------------------------------------------
     score = official_scores if official else partial(measure, vocabulary=vocabulary)
     everyone = {"shorter response": heuristic_rows(pairs), **judged}
-    results = {"expert": expert, "best_of_n": {}}
-    results["table"] = {name: score(rows, by_id) for name, rows in everyone.items()}
+    table = {name: score(rows, by_id) for name, rows in everyone.items()}
     others = [] if official else [name for name in conditions if name != last]
-    results["differences"] = paired_differences(judged, last, others, by_id)
-    if args.best_of:
-        counts["pictures without truth"] = len(pictures) - len(scored)
-        scored = scored[: args.best_of_images]
-        judges = {name: conditions[name] for name in ("base", last)}
-        found = sample_and_pick(scored, judges, load, folder, args.best_of, judging, sampling)
-        candidates, picks, of_responses = found
-        best_of = best_of_n_table(scored, candidates, picks, truth, vocabulary)
-        results["best_of_n"] = best_of
-        counts |= of_responses
+    differences = paired_differences(judged, last, others, by_id)
+    results = {"table": table, "differences": differences, "expert": expert}
 
     # 4. report -----------------------------------------------------------------------------------
     common.write_json(folder / "metrics.json", results)
     note = f"n = {len(pairs)} pairs, {len(questions)} questions, {args.votes} vote(s) each. "
     note += OFFICIAL_NOTE if official else NOTE
     lines = table_lines(results, note)
-    if args.best_of:
-        lines += best_of_n_lines(results["best_of_n"])
     lines += before_and_after(judged, ("base", last))
     if common.RANK == 0:
         drawn = {name: judged[name] for name in ("base", "after 03", last) if name in judged}

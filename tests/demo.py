@@ -31,7 +31,7 @@ FLAGS = {
     "02": "--critiques 2 --max-new-tokens 96",
     "03": "--steps 150 --lr 3e-3 --micro-batch 32 --max-new-tokens 96",
     "04": "--iterations 2 --pool 600 --steps 60 --lr 1.5e-3 --micro-batch 32 --max-new-tokens 96",
-    "05": "--max-new-tokens 96 --best-of 8 --best-of-images 100",
+    "05": "--max-new-tokens 96",
 }
 BATCH = "--batch-size 256"  # sequences decoded together: the model is small
 

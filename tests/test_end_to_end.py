@@ -18,7 +18,6 @@ STAGES = ("01", "02", "03", "04", "04 random", "05")
 SMALLER = {
     "04": ["--pool", "300", "--steps", "40"],
     "04 random": ["--pool", "300", "--steps", "40"],
-    "05": ["--best-of-images", "30"],
 }
 
 
@@ -95,15 +94,6 @@ def test_the_expert_is_held_against_the_truth(finished):
     assert 0 <= metrics_of(folder)["expert"]["findings_contradicted"] <= 0.15
 
 
-def test_best_of_n_picks_fewer_hallucinations(finished):
-    folder, _ = finished
-    table = metrics_of(folder)["best_of_n"]
-    hallucinated = {name: by_size["8"]["hallucinated"] for name, by_size in table.items()}
-    judged = hallucinated["margin, iteration 2"]
-    assert hallucinated["oracle pick"] <= judged + 0.05
-    assert judged <= hallucinated["random pick"] + 0.05
-
-
 def test_reports_name_what_was_done(finished):
     folder, said = finished
     report = (folder / "05_evaluation" / "report.md").read_text()
@@ -169,7 +159,7 @@ INTERRUPTIONS = {
     "02": ("02_critiques", ["critiques.jsonl"], ["samples.jsonl"]),
     "03": ("03_ift", ["adapter"], ["validation.jsonl"]),
     "04": ("04_rejection", ["iter2/done.json", "iter2/adapter"], ["iter2/samples.jsonl"]),
-    "05": ("05_evaluation", ["metrics.json", "best_of_n.jsonl"], ["judgements.jsonl"]),
+    "05": ("05_evaluation", ["metrics.json"], ["judgements.jsonl"]),
 }
 
 
@@ -207,7 +197,7 @@ def test_ablations_run(world, finished, tmp_path, expert, style):
         "01": [*few.split(), "--vocabulary", str(vocabulary)],
         "02": [],
         "03": ["--steps", "10"],
-        "05": ["--best-of", "0", "--withhold"],
+        "05": ["--withhold"],
     }
     steps = commands(world, tmp_path / "r", expert=expert, style=style)
     for name, flags in extra.items():
