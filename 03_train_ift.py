@@ -443,6 +443,16 @@ def validate(model, processor, pairs, folder, name, **judging):
 
 
 # ---- Arguments and main --------------------------------------------------------------------------
+def validation_pairs(run):
+    """Stage 01's pairs that are set aside to watch training by (03, 04)."""
+    source = Path(run) / "01_preferences" / "preferences.jsonl"
+    pairs = read_jsonl(source, ("id", "image", "prompt", "chosen", "rejected", "split"))
+    validation = [pair for pair in pairs if pair["split"] == "validation"]
+    if not validation:
+        common.stop(f"{source} has no pair in split 'validation': raise --validation in stage 01")
+    return validation
+
+
 def add_training_arguments(parser, steps, lr):
     """The arguments that 03 and 04 share."""
     add = parser.add_argument_group("training").add_argument
@@ -528,8 +538,7 @@ def main(args):
     source = Path(args.run) / "02_critiques" / "critiques.jsonl"
     fields = ("id", "pair_id", "image", "prompt", "response_a", "response_b", "label", "critique")
     critiques = read_jsonl(source, (*fields, "style"))
-    pairs = read_jsonl(Path(args.run) / "01_preferences" / "preferences.jsonl", ("id", "split"))
-    validation = [pair for pair in pairs if pair["split"] == "validation"]
+    validation = validation_pairs(args.run)
     model, processor = common.load_judge(
         first["model"], device=args.device, max_image_tokens=first["max_image_tokens"]
     )

@@ -278,7 +278,7 @@ def main(args):
     source = run / "01_preferences" / "preferences.jsonl"
     vocabulary = json.loads(source.with_name("vocabulary.json").read_text(encoding="utf-8"))
     pairs = read_jsonl(source, ("id", "image", "chosen", "rejected", "split", "evidence"))
-    validation = [pair for pair in pairs if pair["split"] == "validation"]
+    validation = ift.validation_pairs(run)
     pool = [pair for pair in pairs if pair["split"] == "pool"]
     pools = cut_pools(pool, args.pool, args.iterations)
     old = read_jsonl(run / "02_critiques" / "critiques.jsonl", ("id", "pair_id", "critique"))
