@@ -74,7 +74,7 @@ def verdict_of_checks(checks):
 
 def bare_phrase(claim):
     """'There is a dog' -> 'dog': the claim without what only says that something is there."""
-    return re.sub(r"^(?:there (?:is|are) )?(?:an?|the|some) ", "", claim.lower())
+    return re.sub(r"^(?:there (?:is|are) )?(?:(?:an?|the|some|one|two|three) )?", "", claim.lower())
 
 
 def contradicts_expert(checks, said, status, vocabulary):
@@ -111,7 +111,7 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
     """
     verdict = parse_verdict(critique)
     if not complete or verdict is None:
-        return "malformed: no verdict line"
+        return "malformed: unfinished, or no verdict line"
     checks = parse_checks(critique) if style == "critique" else []
     status = {found["object"]: found["status"] for found in evidence}
     if style == "critique" and status and not checks:
@@ -120,8 +120,10 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
         return "wrong verdict"
     if checks:
         by_checks = verdict_of_checks(checks)
-        undecided = by_checks is None and not status  # without findings, checks may be half of it
-        if by_checks != verdict and not undecided:
+        # Where the checks come out even, the verdict may rest on something else; but not where
+        # there are findings, since then one of the responses names an absent object.
+        may_be_even = by_checks is None and not status
+        if by_checks != verdict and not may_be_even:
             return "verdict does not follow from its checks"
     responses = {"A": question["response_a"], "B": question["response_b"]}
     if LEAK.search(critique) and not LEAK.search("\n".join(responses.values())):
@@ -139,8 +141,8 @@ def write_critiques(
     """n critiques per pair and order, with the reference in the prompt (guided) or without (04).
 
     sampling: temperature, max_new_tokens, seed, batch_size of common.sample. Kept in path as they
-    come -> its rows {question, critique, style, verdict, log_odds: r in nats or None, dropped: the
-    reason against it or None}.
+    come -> its rows: a question of both_orders, its id with -k, and {critique, style, verdict,
+    log_odds: r in nats or None, dropped: the reason against it or None}.
     """
     status_of, evidence_of, questions = {}, {}, []
     for pair in pairs:

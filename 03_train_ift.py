@@ -95,7 +95,7 @@ def rows_of_step(rows, step, size, seed):
     chosen = []
     for place in range(step * size, (step + 1) * size):
         epoch, k = divmod(place, len(rows))
-        if k == 0 or not chosen:
+        if k == 0 or not chosen:  # an epoch begins, or the step begins within one
             shuffled = list(rows)
             random.Random(row_seed(seed, "epoch", epoch)).shuffle(shuffled)
         chosen.append(shuffled[k])
@@ -231,7 +231,7 @@ def add_lora(model, rank):
 
 
 def total(numbers):
-    """Each number's sum over all processes."""
+    """Each number's sum over all processes: one batch for each, which gives its own numbers."""
     of_process = common.share_out(range(WORLD), lambda _: [list(numbers)])
     return [sum(column) for column in zip(*of_process)]
 
@@ -281,7 +281,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
     if checkpoint_activations:  # a layer keeps its input alone and computes the rest again
         layers = common.unwrap(model).model.language_model
         layers.activation_checkpointing_enable()
-        layers.disable_input_require_grads()  # a hook left by enabling that nothing needs
+        layers.disable_input_require_grads()  # enabling also hooks the embeddings: no need here
     log = RowWriter(folder / "metrics.jsonl", key=("step", "validation"))
     bar = common.progress_bar(steps, "train", "step")
     started, n_total = time.time(), 0
@@ -297,6 +297,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
             logits, labels = forward(parallel, inputs, labels)  # (B,R+1,V), (B,R+1)
             nll, _ = nll_sum(logits, labels)  # ()
             sums[kind] += nll.item()
+            # This micro-batch's part of ift_loss: the parts of a step add up to it.
             if kind == "correct":
                 loss = lam * nll / n_correct
             else:
@@ -349,8 +350,8 @@ def save_checkpoint(model, processor, folder):
 def decide(samples):
     """(verdict, probability_a in [0,1]) of K answers to a question: their majority, mean P(A).
 
-    An answer without a verdict counts .5 in the mean and nothing in the majority; None: no answer
-    has one. Where the votes are even, the mean decides.
+    An answer without a verdict counts .5 in the mean and nothing in the majority. The verdict is
+    None where no answer has one; where the votes are even, the mean decides.
     """
     log_odds = torch.tensor([answer["log_odds"] or 0.0 for answer in samples])  # (K,)
     probability_a = log_odds.sigmoid().mean().item()
@@ -545,7 +546,8 @@ def main(args):
     torch.manual_seed(args.seed)  # of the adapter's first weights
     model = add_lora(model, args.lora_rank)
     data, counts = training_steps(critiques, processor, first["image_root"], args.seed, args)
-    (folder / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts anew
+    for name in ("metrics.jsonl", "validation.jsonl"):  # an interrupted training starts anew
+        (folder / name).unlink(missing_ok=True)
 
     # 2. train -------------------------------------------------------------------------------------
     judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}

@@ -2,7 +2,7 @@
 
     S(c)   = P(label | c) = sigmoid(+-r(c))                 confidence in the label after critique c
     margin = S(c+) - S(c-)       c+: largest S among the critiques that pass stage 02's filters
-                                 c-: smallest S of all
+                                 c-: smallest S of all that have a verdict
     pair:    mean of its two orders; kept if both orders have a passing critique and the margin is
              among the top --retention of the pool (or >= --margin). Then L_IFT on the kept c+, from
              the adapter of iteration t-1.
@@ -142,7 +142,11 @@ def margins_of_pairs(pair_ids, questions):
 
 
 def pairs_by_margin(margins, eligible, threshold, retention, seed):
-    """The pairs with the largest margins; a share is one of the whole pool, eligible or not."""
+    """The pairs with the largest margins.
+
+    A share counts the whole pool: pairs that are not eligible have margin 0 and are never kept. A
+    threshold of 0 would let them in, so it is asked of the eligible alone.
+    """
     if threshold is None:
         return select_by_margin(margins, retention=retention)
     return select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
@@ -175,12 +179,12 @@ def keep(margins, passing, select, threshold, retention, seed, iteration):
     """The kept questions, two per pair, each with the one critique to train on."""
     choose_pairs, choose_critique = RULES[select]
     eligible = [key for key in margins if passing[key, "ab"] and passing[key, "ba"]]
-    pair_seed = row_seed(seed, "select", iteration)
+    pairs_seed = row_seed(seed, "select", iteration)
     kept = []
-    for pair_id in choose_pairs(margins, eligible, threshold, retention, pair_seed):
+    for pair_id in choose_pairs(margins, eligible, threshold, retention, pairs_seed):
         for order in ("ab", "ba"):
-            row_key = row_seed(seed, "critique", iteration, pair_id, order)
-            row = choose_critique(passing[pair_id, order], row_key)
+            critique_seed = row_seed(seed, "critique", iteration, pair_id, order)
+            row = choose_critique(passing[pair_id, order], critique_seed)
             kept.append({**row, "margin": margins[pair_id], "iteration": iteration})
     return kept
 
@@ -300,7 +304,8 @@ def main(args):
     for t in range(len(results) + 1, args.iterations + 1):
         here = folder / f"iter{t}"
         here.mkdir(exist_ok=True)
-        (here / "metrics.jsonl").unlink(missing_ok=True)  # an interrupted training starts anew
+        for name in ("metrics.jsonl", "validation.jsonl"):  # an interrupted training starts anew
+            (here / name).unlink(missing_ok=True)
         critiques, counts = old, {}
         if args.select != "continue":
             kept, counts = select_critiques(

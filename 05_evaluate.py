@@ -373,7 +373,7 @@ def best_of_n(rows, candidates, judge):
             for_a[row["id"]] += row["probability_a"] if a_is_first else 1 - row["probability_a"]
         return [for_a[f"{key}/{a}-{b}"] >= 1 for key, a, b in games]
 
-    # The knockout is among numbers, so that a game's name, "row/3-5", occurs once in it.
+    # Played with places, not texts: they name a game ("row/3-5"), and equal texts would collide.
     picks = knockout({key: range(len(texts)) for key, texts in candidates.items()}, prefer)
     return {key: [candidates[key][k] for k in winners] for key, winners in picks.items()}
 
@@ -562,7 +562,7 @@ def parse_args(argv=None):
     add("--votes", type=int, default=1, help="1 is greedy, more: the majority of sampled critiques")
     ways = ("blank", "other")
     shown = (
-        "the last judge also sees blank pictures, and other rows'; without a word after it: none"
+        "the last judge also sees blank pictures, other rows', or both; a bare --withhold: neither"
     )
     add("--withhold", nargs="*", choices=ways, default=list(ways), help=shown)
     add("--max-new-tokens", type=int, default=512, help="longest critique or response, tokens")
@@ -639,10 +639,12 @@ def main(args):
     sampling = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
     sampling["seed"] = args.seed
     judging = {"image_root": args.image_root, "style": args.style, **sampling}
+    votes = {"votes": args.votes, "temperature": args.temperature}
     if args.benchmark == "llava-wild":
         rows = read_questions(args.pairs, args.image_root)
         judge = (last, conditions[last])
-        counts = answer_in_the_wild(rows, *judge, load, folder, args.best_of, judging, sampling)
+        voting = judging | votes
+        counts = answer_in_the_wild(rows, *judge, load, folder, args.best_of, voting, sampling)
         finish(folder, args, counts, ["", WILD_NOTE])
         return
 
@@ -667,7 +669,6 @@ def main(args):
 
     # 2. judge ------------------------------------------------------------------------------------
     writer = RowWriter(folder / "judgements.jsonl", key=("condition", "question"))
-    votes = {"votes": args.votes, "temperature": args.temperature}
     judged = {}
     for name, checkpoint in conditions.items():
         judged |= judge_with(load, checkpoint, shown[name], writer, judging | votes)

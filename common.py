@@ -3,8 +3,8 @@ model loading, encoding, batched sampling with the verdict's log-odds, several p
 run directories. The method's ideas stand in the stages.
 
 Letters in all files: B sequences, T tokens, V vocabulary entries, P prompt tokens (image included),
-R response tokens. In sampling: n samples of a prompt, S = B * n of all, H key-value heads, G query
-heads to each of them, D head size.
+R response tokens. In sampling: n samples of a prompt, S samples that are still being written (at
+first B * n), H key-value heads, G query heads to each of them, D head size.
 """
 
 import argparse
@@ -76,13 +76,15 @@ _VERDICT_LINE = re.compile(  # "Verdict: ...", "**Final verdict**: ...", "3. Ver
     rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}:(.*)$", re.IGNORECASE | re.MULTILINE
 )
 _VERDICT = re.compile(rf"^{_MARK}(?:response +)?([ab]){_MARK}$", re.IGNORECASE)  # what follows it
-_CLAUSE_END = re.compile(r";|(?:(?<=: yes)|(?<=: no))[.,]? +")  # several checks on one line
-_ANSWER = re.compile(r":(?:[^\w\n:]|_)*(yes|no)\b", re.IGNORECASE)  # what ends a check
-_CLAIM = (
-    re.compile(  # what stands before it: "A: claim", "2. Response B: claim", or the claim alone
-        r"^[\W_]*(?:\d+[\W_]+)?(?:(?:response +)?([AB])\b[^\w:]*:)?(.+)$", re.IGNORECASE
-    )
+# A check is "[A:] claim: yes|no". A line is cut after each yes or no, but not after one that begins
+# a claim ("A: no people: yes"); then each clause is read from its start to its first yes or no.
+_CLAUSE_END = re.compile(
+    r";|(?:(?<=: yes)(?<![AB]: yes)|(?<=: no)(?<![AB]: no))[.,]? +", re.IGNORECASE
 )
+_CLAIM_START = re.compile(  # "A:", "2. Response B:", "-", or nothing
+    r"[\W_]*(?:\d+[\W_]+)?(?:(?:response +)?([AB])\b[^\w:]*:)?", re.IGNORECASE
+)
+_ANSWER = re.compile(r":(?:[^\w\n:]|_)*(yes|no)\b", re.IGNORECASE)
 
 
 def find_verdict(text):
@@ -114,14 +116,13 @@ def parse_checks(text):
     for line in text.splitlines():
         side = ""  # a clause without a letter speaks of the response that its line named last
         for clause in _CLAUSE_END.split(line):
+            start = _CLAIM_START.match(clause)
+            side = (start.group(1) or side).upper()
+            clause = clause[start.end() :]
             answer = _ANSWER.search(clause)
-            claim = _CLAIM.match(clause[: answer.start()]) if answer else None
-            if claim is None:
-                continue
-            side = (claim.group(1) or side).upper()
-            if side:
-                words = claim.group(2).strip(" *_\"'`")
-                checks.append((side, words, answer.group(1).lower() == "yes"))
+            claim = clause[: answer.start()].strip(" *_\"'`") if answer else ""
+            if side and claim:
+                checks.append((side, claim, answer.group(1).lower() == "yes"))
     return checks
 
 
@@ -130,7 +131,7 @@ def verdict_log_odds(logits, id_a, id_b):
 
     id_a, id_b: token ids of the letters, ints or (B,) tensors. The softmax's normaliser cancels.
     """
-    logits = logits.float()  # (B, V); a difference of bf16 logits has steps of 1/16 nat
+    logits = logits.float()  # (B, V); so that a bf16 difference is not rounded once more
     rows = torch.arange(len(logits), device=logits.device)  # (B,)
     return logits[rows, id_a] - logits[rows, id_b]  # (B,)
 
@@ -167,13 +168,15 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
     weights = model_path if checkpoint is None or is_adapter else str(checkpoint)
     target = pick_device(device)
-    # bf16 on the GPUs that have it, float32 elsewhere
+    # bf16 on the GPUs that have it; what was trained in full goes on in float32 (see 03)
     has_bf16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    is_full = trainable and checkpoint is not None and not is_adapter
+    dtype = torch.bfloat16 if has_bf16 and not is_full else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(model_path)
         model = AutoModelForImageTextToText.from_pretrained(
             weights,
-            dtype=torch.bfloat16 if has_bf16 else torch.float32,
+            dtype=dtype,
             attn_implementation="sdpa",
             device_map="auto" if device == "auto" else target,
         )
@@ -182,7 +185,9 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     if max_image_tokens:
         vision = processor.image_processor  # a token covers merge_size x merge_size patches
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
-        smallest = min(vision.size["shortest_edge"], pixels // 4)  # enlarging may double both sides
+        # The processor enlarges smaller pictures to shortest_edge pixels and rounds both sides up,
+        # at worst to twice their length: a quarter keeps the result within the bound.
+        smallest = min(vision.size["shortest_edge"], pixels // 4)
         vision.size = {"shortest_edge": smallest, "longest_edge": pixels}
     gib = sum(weight.nbytes for weight in model.parameters()) / 2**30
     where = "all GPUs" if device == "auto" else target
@@ -211,7 +216,8 @@ def load_adapter(model, folder, trainable=False):
 def load_image(image, aspect=200):
     """RGB picture from a path or a PIL image.
 
-    Where the long side is more than `aspect` times the short one, black bars fill it up.
+    Where the long side is more than `aspect` times the short one, black bars fill it up:
+    transformers' processors refuse more than 200.
     """
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
@@ -230,7 +236,8 @@ def encode_prompts(processor, texts, images):
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         chats.append(chat)
-    # A strip one image token high takes as many tokens as it is long, whatever the bound on pixels.
+    # A strip one image token high takes as many tokens as it is long, whatever the bound on pixels:
+    # so the bound on tokens is one on the ratio of the sides, too.
     vision = processor.image_processor
     most_tokens = vision.size["longest_edge"] / (vision.patch_size * vision.merge_size) ** 2
     return processor(
@@ -255,11 +262,11 @@ def encode_prompts(processor, texts, images):
 #
 # A new token attends to both parts. The softmax over all keys is the two parts' own softmaxes,
 # weighted by their normalisers (sums of exponentials): z_prompt and z_own over z_prompt + z_own.
-def attend(query, keys, values, bias=0.0):
+def softmax_part(query, keys, values, bias=0.0):
     """softmax(query keys^T + bias) values (..., D) and its log normaliser (..., 1), in float32."""
     scores = query @ keys.float().mT + bias  # (..., queries, keys)
     log_p = scores.log_softmax(-1)  # (..., queries, keys)
-    log_z = (scores - log_p)[..., -1:]  # the same at every key; the last is never hidden
+    log_z = (scores - log_p)[..., -1:]  # the same at every key; the last one is never padding
     return log_p.exp() @ values.float(), log_z
 
 
@@ -301,10 +308,10 @@ class SharedPrompt:
         # All samples of a prompt ask its keys in one product; those that have left ask with zeros.
         asked = q.new_zeros(B * self.n, *q.shape[1:]).index_copy_(0, self.slots, q)
         asked = asked.view(B, self.n, H, -1, D).transpose(1, 2).flatten(2, 3)  # (B, H, n*G, D)
-        out, log_z = attend(asked, self.prompt_keys, self.prompt_values, self.bias)
+        out, log_z = softmax_part(asked, self.prompt_keys, self.prompt_values, self.bias)
         prompt, log_z_prompt = self.by_sample(out), self.by_sample(log_z)  # (S, H, G, D or 1)
         own_keys = self.own_keys[:, :, : self.length]  # (S, H, own tokens, D)
-        own, log_z_own = attend(q, own_keys, self.own_values[:, :, : self.length])
+        own, log_z_own = softmax_part(q, own_keys, self.own_values[:, :, : self.length])
         weight = (log_z_prompt - log_z_own).sigmoid()  # z_prompt / (z_prompt + z_own)
         return own.lerp(prompt, weight).to(query.dtype).reshape(len(query), 1, -1, D)
 
@@ -341,8 +348,8 @@ class Decoding:
         self.logits = out.logits[:, -1].repeat_interleave(n, 0)  # (S, V)
         mask = inputs["attention_mask"]  # (B, P)
         self.position = mask.sum(1, keepdim=True)  # (B, 1), of the next token
-        # Image tokens take fewer positions than places: position = length + delta. The deltas are
-        # state that the model keeps for its next call, which must not be one with other prompts.
+        # Image tokens take fewer positions than places: position = length + delta. The model keeps
+        # its deltas and would add them in its next call, with other prompts: taken and cleared.
         self.has_deltas = getattr(self.inner, "rope_deltas", None) is not None
         if self.has_deltas:
             self.position = self.position + self.inner.rope_deltas
@@ -522,6 +529,8 @@ def sample(
             except torch.OutOfMemoryError:
                 if len(rows) == 1:
                     raise
+                written = None
+            if written is None:  # out of the except, whose traceback holds the tensors
                 size = (len(rows) + 1) // 2
                 torch.cuda.empty_cache()
                 print(f"out of memory: going on with {size} prompts at a time")
@@ -597,7 +606,7 @@ def read_jsonl(path, fields=()):
         if not line.strip():
             continue
         try:
-            row = dict(**json.loads(line))
+            row = dict(**json.loads(line))  # TypeError where it is no object
         except (json.JSONDecodeError, TypeError) as error:
             stop(f"{path} line {number}: a JSON object is expected, not {line[:40]!r} ({error})")
         missing = [field for field in fields if row.get(field) is None]
@@ -765,6 +774,7 @@ def finish_stage(folder, args, counts, inputs, next_command, **extra):
             hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     used = ("torch", "transformers", "peft", "datasets", "ultralytics", "numpy", "pillow")
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in used}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
     meta = {
         "args": json.loads((folder / "args.json").read_text()),
         "counts": counts,
@@ -772,7 +782,7 @@ def finish_stage(folder, args, counts, inputs, next_command, **extra):
         "inputs": hashes,
         "seconds": round(time.time() - args.started, 1),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2),
         "git_commit": commit,
         "versions": {"python": sys.version.split()[0], **versions},
     }

@@ -120,7 +120,7 @@ def test_contradicts_expert(text, reason):
 
 # ---- The whole filter ----------------------------------------------------------------------------
 GOOD = "A: dog: yes\nA: cat: yes\nB: dog: yes\nB: bus: no\nB: hat: yes\nB names a bus.\nVerdict: A"
-NO_VERDICT = "malformed: no verdict line"
+NO_VERDICT = "malformed: unfinished, or no verdict line"
 INCONSISTENT = "verdict does not follow from its checks"
 LEAK = "cites the reference"
 

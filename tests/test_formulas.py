@@ -353,7 +353,7 @@ SAMPLES = [
     sampled("q", "ab", 1, 0.1, "wrong verdict"),
     sampled("q", "ba", 0, 0.4, "wrong verdict"),  # an order that offers nothing
     sampled("r", "ab", 0, 0.6),
-    sampled("r", "ab", 1, None, "malformed: no verdict line", None),
+    sampled("r", "ab", 1, None, "malformed: unfinished, or no verdict line", None),
     sampled("r", "ba", 0, 0.6),
 ]
 
