@@ -8,7 +8,6 @@ import types
 from collections import Counter
 
 import datasets
-import huggingface_hub
 import pytest
 from PIL import Image
 
@@ -360,7 +359,7 @@ def test_what_is_skipped(tmp_path, photos, capsys):
     [
         ("x.jsonl", '{"id": 1, "text": "a"}\n', ["x.jsonl row 1", "id, text", "RLAIF-V"]),
         ("x.jsonl", '{"image": "0.png", "chosen": "a", "rejected": "b"}\n{"ima\n', ["after row 1"]),
-        ("x.json", "[1, 2]", ["x.json", "row 1 is no JSON object"]),
+        ("x.json", "[1, 2]", ["x.json after row 1: TypeError"]),
         ("x.json", "[]", ["no usable row"]),
         ("x.jsonl", "", ["no usable row"]),
         ("x.parquet", "PAR1", ["x.parquet after row 0"]),
@@ -397,18 +396,13 @@ def test_hub(monkeypatch, tmp_path):
         config = types.SimpleNamespace(data_files={"test": urls, "validation": ["no"]})
         return types.SimpleNamespace(config=config)
 
-    def resolve_path(self, url):
+    def download(self, url):
         path = url.removeprefix("hf://datasets/owner/name@abc/")
-        return types.SimpleNamespace(repo_id="owner/name", path_in_repo=path, revision="abc")
-
-    def hf_hub_download(repo_id, path, repo_type, revision):
-        assert (repo_id, repo_type, revision) == ("owner/name", "dataset", "abc")
         downloaded.append(path)
         return str(tmp_path / path.removeprefix("data/"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    monkeypatch.setattr(huggingface_hub.HfFileSystem, "resolve_path", resolve_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(datasets.DownloadManager, "download", download)
     name, pairs, _ = one.read_pairs("owner/name:pairwise", tmp_path, tmp_path / "run", limit=2)
     assert asked == [("owner/name", "pairwise")] and name == "RLAIF-V" and len(pairs) == 2
     assert downloaded == ["data/0.parquet"]
