@@ -229,6 +229,10 @@ PLURALS = [
 ]
 
 
+def spaced(phrase):
+    return re.sub(r"[\W_]+", " ", phrase.lower()).strip()
+
+
 def plural(phrase):
     """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'skis' -> 'skis'."""
     noun, of, rest = phrase.partition(" of ")
@@ -245,9 +249,8 @@ def build_vocabulary(class_names, synonyms=None):
     vocabulary = {}
     for name in class_names:
         for phrase in [name, *(synonyms or {}).get(name, [])]:
-            phrase = " ".join(re.findall(r"[^\W_]+", phrase.lower()))
-            vocabulary[phrase] = name
-            vocabulary[plural(phrase)] = name
+            vocabulary[spaced(phrase)] = name
+            vocabulary[plural(spaced(phrase))] = name
     return vocabulary
 
 
@@ -303,14 +306,14 @@ NOT_THERE = re.compile(
     """,
     re.VERBOSE,
 )
+# A colour or a game is a thing after an article or a fruit, if neither noun nor colour follows.
 RARELY_THINGS = ("orange", "baseball", "basketball", "football", "volleyball")
 AS_A_THING = re.compile(
     rf"""
-    # A colour or a game is a thing after an article or a fruit, "an apple, orange and kiwi" ...
-    \b(?: an?|one|the|whole|half|peeled|sliced|fresh | (?:apple|banana|lemon)s?,?(?:\ and|\ or)? )
-    \ ({"|".join(RARELY_THINGS)})
-    # ... if neither noun nor colour follows, as in "an orange, black and white cat"
-    (?= $ | (?! \ | ,\ (?:black|white|red|yellow|brown)\b ) \W
+    \b(?: an?|one|the|whole|half|peeled|sliced|fresh
+        | (?:apple|banana|lemon)s?,?(?:\ and|\ or)?  # "an apple, orange and kiwi"
+      )\ ({"|".join(RARELY_THINGS)})
+    (?= $ | (?! \ | ,\ (?:black|white|red|yellow|brown)\b ) \W  # but "an orange, black and white cat"
       | \ (?: and\ (?:an?|the|one|two|some)|or|is|in|on|at|near|next|beside|with|that|which|from
             |to|towards?|into|through|over|under|behind|while|as|across|sits|lying|sitting )\b
     )
@@ -331,7 +334,7 @@ def find_mentions(text, vocabulary):
 def find_phrases(text, phrases):
     """[(start, end, phrase)] from left to right: whole words, at each word the longest phrase."""
     plain = re.sub(r"[\s_'-]", " ", text)
-    longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
+    longest_first = sorted(phrases, key=len, reverse=True)
     matches = re.finditer(rf"\b(?:{'|'.join(longest_first)})\b", plain)
     return [(match.start(), match.end(), match.group()) for match in matches]
 
@@ -497,10 +500,8 @@ def read_rows(source):
 def find_picture(name, root):
     """The file of a picture's name: as it is, its base name, or COCO's of 2014 and 2017."""
     names = [name, Path(name).name]
-    if number := re.search(
-        r"^\d{1,12}$|(?<!\d)\d{12}(?=\.jpg$)", name
-    ):  # COCO's id, in a name of its
-        file = f"{int(number[0]):012d}.jpg"
+    if coco := re.search(r"^\d{1,12}$|(?<!\d)\d{12}(?=\.jpg$)", name):  # its id, or a file of its
+        file = f"{int(coco[0]):012d}.jpg"
         names += [file, f"train2017/{file}", f"val2017/{file}"]
         for split in ("train2014", "val2014"):
             names += [f"COCO_{split}_{file}", f"{split}/COCO_{split}_{file}"]
@@ -539,18 +540,12 @@ def place_image(image, image_root, folder):
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
-def format_of(row, known, place):
-    """The name of the format that a file's first row has; `known`: that of the files before."""
-    for name, (columns, _) in FORMATS.items():
-        if columns <= set(row) and known in (None, name):
-            return name
-    wanted = known or {name: sorted(columns) for name, (columns, _) in FORMATS.items()}
-    stop(f"{place[0]} row {place[1]}: the columns {', '.join(row)} are not those of {wanted}")
-
-
-def pair_of(row, name, image_root, folder):
-    """{id, image, prompt, chosen, rejected, ...} of one row, or Skip."""
-    row = defaultdict(lambda: None, row)
+def pair_of(row, image_root, folder):
+    """(format name, {id, image, prompt, chosen, rejected, ...}) of one row, or Skip."""
+    fitting = [name for name, (columns, _) in FORMATS.items() if columns <= set(row)]
+    if not fitting:
+        raise Skip(f"none of {', '.join(FORMATS)}", ", ".join(row))
+    name, row = fitting[0], defaultdict(lambda: None, row)
     try:
         image = row["image"] or row["images"]  # TRL has both names
         pair = {"id": row["id"], "image": image, **FORMATS[name][1](row)}
@@ -563,7 +558,7 @@ def pair_of(row, name, image_root, folder):
         pair["image"] = place_image(pair["image"], image_root, folder)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Skip(f"not a row of {name}", f"? ({error!r})") from None
-    return pair
+    return name, pair
 
 
 def read_pairs(source, image_root, folder, limit=None):
@@ -574,15 +569,12 @@ def read_pairs(source, image_root, folder, limit=None):
     rejected}, and id and image if its columns of these names do not hold them. image: a path,
     bytes as {"bytes": ...}, or a list of one. Skip(reason, field) drops the row.
     """
-    name = None
     rows, counts = [], Counter()
     seen, ids = set(), set()  # texts with their picture, ids
     for k, (place, row) in enumerate(islice(read_rows(source), limit)):
-        if place[1] == 1:
-            name = format_of(row, name, place)
         counts["rows read"] += 1
         try:
-            pair = pair_of(row, name, image_root, folder)
+            name, pair = pair_of(row, image_root, folder)
             content = tuple(pair[field] for field in ("prompt", "image", "chosen", "rejected"))
             if content in seen:
                 raise Skip("duplicate row", "prompt")
@@ -595,9 +587,9 @@ def read_pairs(source, image_root, folder, limit=None):
             pair["id"] += f"-{k}"
         ids.add(pair["id"])
         rows.append(pair)
-    print(f"{source}: read as {name}, {len(rows)} of {counts['rows read']} rows")
     if not rows:
         stop(f"{source} holds no usable row: {dict(counts)}; --image-root is {image_root}")
+    print(f"{source}: read as {name}, {len(rows)} of {counts['rows read']} rows")
     return name, rows, counts
 
 
@@ -713,7 +705,7 @@ class HubDetector:
     @torch.inference_mode()
     def look(self, image, names):
         """One picture's detections; names: {label: class}, what open ones are asked about."""
-        words = [re.sub(r"[\W_]+", " ", name) for name in names.values()]
+        words = [spaced(name) for name in names.values()]
         question = {}
         if self.by_token:
             question = {"text": [words]}  # the processor makes "cat. teddy bear." of it
@@ -796,13 +788,13 @@ def read_images(images, image_root, prompts, limit, seed, folder):
     """
     kinds = (".png", ".jpg", ".jpeg", ".webp")
     paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in kinds)
-    rows, counts, of_stem = [], Counter({"rows read": len(paths[:limit])}), Counter()
+    rows, counts, of_stem = [], Counter(), Counter()
     for path in paths[:limit]:
+        counts["rows read"] += 1
         try:
             image = place_image(path, image_root, folder)
         except Skip as skip:
-            counts[f"skipped: {skip.args[0]}"] += 1
-            print(f"skipped {path}: {skip.args[0]}")
+            count_skip(counts, skip, (path, 1))
             continue
         stem = path.relative_to(images).with_suffix("").as_posix()
         prompt = prompts[row_seed(seed, "prompt", path.name) % len(prompts)]
@@ -912,16 +904,18 @@ def draw_pair(axis, row, picture):
     axis.imshow(picture, extent=(0, width, height, 0))  # boxes count the original's pixels
     axis.set(adjustable="datalim")  # all axes of one size, whatever the picture's: room for text
     style = {"fontsize": 7.5, "parse_math": False}  # "$5 and $6" is no formula
+    objects = {"present": [], "absent": [], "unsure": []}
+    for found in row["evidence"]:
+        name, status = found["object"], found["status"]
+        objects[status].append(name)
+        if found["box"] is not None:
+            x1, y1, x2, y2 = found["box"]
+            colour = COLOURS[status]
+            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
+            label = f"{name} {found['confidence']:.2f} {status}"
+            axis.text(x1, y1, label, backgroundcolor=colour, va="bottom", **style)
     lines = [f"+ {row['chosen']}", f"- {row['rejected']}"]
-    for status, colour in COLOURS.items():
-        evidence = [found for found in row["evidence"] if found["status"] == status]
-        lines.append(f"{status}: " + ", ".join(found["object"] for found in evidence))
-        for found in evidence:
-            if found["box"] is not None:
-                x1, y1, x2, y2 = found["box"]
-                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
-                label = f"{found['object']} {found['confidence']:.2f} {status}"
-                axis.text(x1, y1, label, backgroundcolor=colour, va="bottom", **style)
+    lines += [f"{status}: {', '.join(names)}" for status, names in objects.items()]
     text = "\n".join(textwrap.fill(line, 46, max_lines=3) for line in lines)
     axis.text(0, -0.04, text, transform=axis.transAxes, va="top", **style)
 
@@ -989,7 +983,7 @@ def set_up_expert(args, model, processor):
     vocabulary = COCO_VOCABULARY
     if args.vocabulary:
         given = json.loads(Path(args.vocabulary).read_text("utf-8"))
-        vocabulary = {phrase.lower(): name for phrase, name in given.items()}
+        vocabulary = {spaced(phrase): name for phrase, name in given.items()}
     if args.detections:
         return None, vocabulary
     device, wanted = common.pick_device(args.device), sorted(set(vocabulary.values()))

@@ -357,7 +357,11 @@ def test_what_is_skipped(tmp_path, photos, capsys):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("x.jsonl", '{"id": 1, "text": "a"}\n', ["x.jsonl row 1", "id, text", "RLAIF-V"]),
+        (
+            "x.jsonl",
+            '{"id": 1, "text": "a"}\n',
+            ["x.jsonl holds no usable row", "none of POVID, VL-RewardBench"],
+        ),
         ("x.jsonl", '{"image": "0.png", "chosen": "a", "rejected": "b"}\n{"ima\n', ["after row 1"]),
         ("x.json", "[1, 2]", ["x.json after row 1: TypeError"]),
         ("x.json", "[]", ["no usable row"]),
@@ -375,11 +379,12 @@ def test_what_is_refused(name, content, words, tmp_path, photos):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_files_of_a_folder_are_of_one_format(tmp_path, photos):
+def test_files_of_a_folder_may_be_of_several_formats(tmp_path, photos):
     write(tmp_path / "data/a.jsonl", [own_row(0)])
-    write(tmp_path / "data/b.jsonl", [povid_row(1)])
-    with pytest.raises(SystemExit, match="b.jsonl row 1.*not those of preferences.jsonl"):
-        one.read_pairs(tmp_path / "data", photos, tmp_path / "run")
+    write(tmp_path / "data/b.jsonl", [povid_row(1, image="1.png"), {"image": "0.png"}])
+    _, pairs, counts = one.read_pairs(tmp_path / "data", photos, tmp_path / "run")
+    assert [pair["image"] for pair in pairs] == ["0.png", "1.png"]
+    assert sum(counts.values()) == 3 + 1
 
 
 # ---- The hub, memory, overlap --------------------------------------------------------------------
