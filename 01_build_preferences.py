@@ -45,7 +45,7 @@ import tomllib
 import warnings
 from collections import Counter, defaultdict
 from functools import partial
-from itertools import combinations, islice, pairwise
+from itertools import combinations, groupby, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +90,9 @@ def verify(mentions, detections, present, absent, known):
 def pair_candidates(candidates, status, swaps, vocabulary, rng):
     """(chosen, rejected, source), or (None, None, reason) where no pair can be made.
 
-    candidates: list of (text, mentions); status: {object: "present" | "absent" | "unsure"} of all
-    of them; swaps: absent objects to put in where no candidate hallucinates, the preferred first;
-    vocabulary: {phrase: class}; rng: random.Random of this row. Ties go to the earlier candidate.
-    Needs: swap_object (and what it needs)
+    candidates: list of (text, mentions); status: of all mentions, as from verify; swaps: absent
+    objects to put in where no candidate hallucinates, the preferred first; vocabulary: {phrase:
+    class}; rng: random.Random of this row. Ties go to the earlier candidate. Needs: swap_object
     """
 
     clean, faulty = [], []  # of (text, objects that are there)
@@ -118,10 +117,7 @@ def pair_candidates(candidates, status, swaps, vocabulary, rng):
 
 
 def check_given_pair(chosen, rejected, status):
-    """None where the expert agrees with a given pair, else the reason to drop it.
-
-    chosen, rejected: lists of mentions; status: {object: "present" | "absent" | "unsure"}.
-    """
+    """None where the expert agrees with a given pair, else the reason to drop it; of mentions."""
     if not chosen and not rejected:
         return "names no object of the vocabulary"
     if any(status[name] == "absent" for name in chosen):
@@ -154,11 +150,11 @@ def gather_evidence(chosen, rejected, detections, status):
         claimed_by = "chosen" if name in chosen else "rejected"
         if name in chosen and name in rejected:
             claimed_by = "both"
-        # A swap may form a name that nobody asked about: "hot cat" -> "hot dog".
-        row = {"object": name, "claimed_by": claimed_by, "status": status.get(name, "unsure")}
         found = [detection for detection in detections if detection["object"] == name]
         nothing = {"confidence": 0.0, "box": None}
         best = max(found, key=lambda detection: detection["confidence"], default=nothing)
+        # A swap may form a name that nobody asked about: "hot cat" -> "hot dog".
+        row = {"object": name, "claimed_by": claimed_by, "status": status.get(name, "unsure")}
         evidence.append({**row, "confidence": best["confidence"], "box": best["box"]})
     return evidence
 
@@ -171,15 +167,15 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
     """
     if "chosen" in item:
         reason = check_given_pair(mentions[0], mentions[1], status)
-        pair = (None, None, reason) if reason else (item["chosen"], item["rejected"], "given")
+        chosen, rejected, source = item["chosen"], item["rejected"], "given"
     else:
         candidates = list(zip(texts, mentions))
         absent = [name for name in swaps if status[name] == "absent"]
         rng = random.Random(row_seed(seed, "pair", item["id"]))
-        pair = pair_candidates(candidates, status, absent, vocabulary, rng)
-    if pair[0] is None:
-        return None, pair[2]
-    chosen, rejected, source = pair
+        chosen, rejected, source = pair_candidates(candidates, status, absent, vocabulary, rng)
+        reason = source if chosen is None else None
+    if reason:
+        return None, reason
     named = find_mentions(chosen, vocabulary), find_mentions(rejected, vocabulary)
     evidence = gather_evidence(*named, detections, status)
     hallucinated = [found["object"] for found in evidence if found["status"] == "absent"]
@@ -192,41 +188,25 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
 
 def assign_splits(rows, n_validation, n_train, seed):
     """Rows with "split": the first n_validation pairs (for 03 and 04 to watch), n_train pairs for
-    02's critiques, the rest the pool of 04. Images are shuffled, and all pairs of an image fall
-    into one split.
+    02's critiques, the rest the pool of 04. Images are shuffled, and none falls into two splits.
     """
-    of_image = {}
-    for row in rows:
-        of_image.setdefault(row["image"], []).append(row)
+
+    def place(row):
+        return row_seed(seed, "split", row["image"])
+
     placed = []
-    for image in sorted(of_image, key=lambda name: row_seed(seed, "split", name)):
+    for _, of_image in groupby(sorted(rows, key=place), key=place):
+        split = "pool"
         if len(placed) < n_validation:
             split = "validation"
         elif len(placed) < n_validation + n_train:
             split = "train"
-        else:
-            split = "pool"
-        placed += [{**row, "split": split} for row in of_image[image]]
+        placed += [{**row, "split": split} for row in of_image]
     return placed
 
 
 # ---- Mentions: which of the vocabulary's objects a text says are there ---------------------------
-# What a singular ends in, and its plural; the first that fits.
-PLURALS = [
-    (r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"),
-    (r"person$", "people"),
-    (r"child$", "children"),
-    (r"(?<!hu)(?<!ger)man$", "men"),
-    (r"mouse$", "mice"),
-    (r"goose$", "geese"),
-    (r"\box$", "oxen"),
-    (r"(?<=[^s]s)(?<!us)$", ""),  # a plural already: scissors
-    (r"(kni|li|wi)fe$", r"\1ves"),
-    (r"(ca|ea|shel)f$", r"\1ves"),
-    (r"(?<=[^aeiou])y$", "ies"),
-    (r"(?<=ch|sh|ss|us)$|(?<=x)$", "es"),
-    (r"$", "s"),
-]
+WORDS = tomllib.loads((Path(__file__).parent / "assets" / "words.toml").read_text("utf-8"))
 
 
 def spaced(phrase):
@@ -236,7 +216,8 @@ def spaced(phrase):
 def plural(phrase):
     """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'skis' -> 'skis'."""
     noun, of, rest = phrase.partition(" of ")
-    ending, new = next(rule for rule in PLURALS if re.search(rule[0], noun))
+    rules = WORDS["plurals"]  # pairs of what a singular ends in and its plural; the first that fits
+    ending, new = next(rule for rule in rules if re.search(rule[0], noun))
     return re.sub(ending, new, noun) + of + rest
 
 
@@ -254,10 +235,9 @@ def build_vocabulary(class_names, synonyms=None):
     return vocabulary
 
 
-TABLE = Path(__file__).parent / "assets" / "coco_phrases.toml"
-SYNONYMS = tomllib.loads(TABLE.read_text("utf-8"))  # {class: [phrases]}
+SYNONYMS = WORDS["coco"]  # {class: [phrases]}
 # {phrase: None}: "dog park", which names no dog
-NOT_OBJECTS = dict.fromkeys(build_vocabulary(SYNONYMS.pop("nothing")))
+NOT_OBJECTS = dict.fromkeys(build_vocabulary(WORDS["nothing"]))
 COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
 
 # A denial reaches from a cue to whatever opens another thought: "a man with no shirt eating a
@@ -313,7 +293,7 @@ AS_A_THING = re.compile(
     \b(?: an?|one|the|whole|half|peeled|sliced|fresh
         | (?:apple|banana|lemon)s?,?(?:\ and|\ or)?  # "an apple, orange and kiwi"
       )\ ({"|".join(RARELY_THINGS)})
-    (?= $ | (?! \ | ,\ (?:black|white|red|yellow|brown)\b ) \W  # but "an orange, black and white cat"
+    (?= $ | (?! \ | ,\ (?:black|white|red|yellow|brown)\b ) \W  # "an orange, white or black cat"
       | \ (?: and\ (?:an?|the|one|two|some)|or|is|in|on|at|near|next|beside|with|that|which|from
             |to|towards?|into|through|over|under|behind|while|as|across|sits|lying|sitting )\b
     )
@@ -458,7 +438,7 @@ def hub_files(source):
     import datasets  # slow to import
 
     splits = datasets.load_dataset_builder(*source.split(":")).config.data_files
-    for url in splits["train" if "train" in splits else next(iter(splits))]:
+    for url in splits.get("train") or next(iter(splits.values())):
         yield datasets.DownloadManager(record_checksums=False).download(url)
 
 
@@ -514,10 +494,10 @@ def find_picture(name, root):
 def place_image(image, image_root, folder):
     """The path, from image_root or absolute, of a row's picture: a path, a COCO id, {"bytes",
     "path"}, or a list of one. Bytes are written as they are to folder/images/<hash>.<format>."""
-    images = image if isinstance(image, list) else [image]
-    if len(images) > 1:
-        raise Skip("more than one image", "images")
-    image = images[0] if images else None
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise Skip("more than one image", "images")
+        image = image[0] if image else None
     if not isinstance(image, dict):
         image = {"path": image}
     root = Path(image_root).resolve()
@@ -879,17 +859,15 @@ def read_detections(path, images, vocabulary):
     """{image: row {id, detections[, asked]}} of findings made elsewhere, for each of the images."""
     of_image = {row["id"]: row for row in common.read_jsonl(path, ("id", "detections"))}
     names, known = set(), set(vocabulary.values())
-    for image, row in of_image.items():
-        for found in row["detections"]:
-            fields = {"object", "confidence", "box"}
-            if fields - set(found) or not 0 <= found["confidence"] <= 1:
-                stop(f"{path} row {image!r}: expected {fields}, confidence in [0, 1], not {found}")
+    for image in images:
+        if image not in of_image:
+            stop(f"{path} has no row for image {image!r}")
+        for found in of_image[image]["detections"]:
+            if not {"object", "box"} < set(found) or not 0 <= found["confidence"] <= 1:
+                stop(f"{path} row {image!r}: expected object, box, confidence in [0, 1]: {found}")
             names.add(found["object"])
     if names and not names & known:  # spelled otherwise, everything would count as absent
         stop(f"{path}: no class ({sorted(names)[:5]}) is of the vocabulary ({sorted(known)[:5]})")
-    missing = [image for image in images if image not in of_image]
-    if missing:
-        stop(f"{path} has no row for {len(missing)} images, such as id {missing[0]!r}")
     return of_image
 
 
@@ -960,11 +938,7 @@ def parse_args(argv=None):
     add("--present", type=float, default=0.5, help="confidence from which an object is present")
     add("--absent", type=float, default=0.05, help="confidence below which it is absent")
     add = parser.add_argument_group("the policy, which writes the candidates").add_argument
-    add(
-        "--model",
-        default="Qwen/Qwen2-VL-7B-Instruct",
-        help="hub id or folder; later stages train it as judge",
-    )
+    add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="hub id or folder; later the judge")
     add("--max-image-tokens", type=int, help="bound on the tokens of an image, for all stages")
     add("--candidates", type=int, default=4, help="K, responses per image")
     add("--temperature", type=float, default=1.0, help="of the candidates")
