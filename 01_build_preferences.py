@@ -94,7 +94,6 @@ def pair_candidates(candidates, status, swaps, vocabulary, rng):
     objects to put in where no candidate hallucinates, the preferred first; vocabulary: {phrase:
     class}; rng: random.Random of this row. Ties go to the earlier candidate. Needs: swap_object
     """
-
     clean, faulty = [], []  # of (text, objects that are there)
     for text, mentions in candidates:
         there = [name for name in mentions if status[name] == "present"]
@@ -210,6 +209,7 @@ WORDS = tomllib.loads((Path(__file__).parent / "assets" / "words.toml").read_tex
 
 
 def spaced(phrase):
+    """'Fire_Truck' -> 'fire truck': how a phrase stands in a vocabulary."""
     return re.sub(r"[\W_]+", " ", phrase.lower()).strip()
 
 
@@ -222,11 +222,7 @@ def plural(phrase):
 
 
 def build_vocabulary(class_names, synonyms=None):
-    """{phrase: class}: names and synonyms ({class: [phrases]}) with their plurals, in lower case.
-
-    >>> build_vocabulary(["Fire_Truck"], {"Fire_Truck": ["pumper"]}).keys()
-    dict_keys(['fire truck', 'fire trucks', 'pumper', 'pumpers'])
-    """
+    """{phrase: class}: names and synonyms ({class: [phrases]}) with their plurals, spaced."""
     vocabulary = {}
     for name in class_names:
         for phrase in [name, *(synonyms or {}).get(name, [])]:
@@ -293,10 +289,9 @@ AS_A_THING = re.compile(
     \b(?: an?|one|the|whole|half|peeled|sliced|fresh
         | (?:apple|banana|lemon)s?,?(?:\ and|\ or)?  # "an apple, orange and kiwi"
       )\ ({"|".join(RARELY_THINGS)})
-    (?= $ | (?! \ | ,\ (?:black|white|red|yellow|brown)\b ) \W  # "an orange, white or black cat"
-      | \ (?: and\ (?:an?|the|one|two|some)|or|is|in|on|at|near|next|beside|with|that|which|from
-            |to|towards?|into|through|over|under|behind|while|as|across|sits|lying|sitting )\b
-    )
+    (?= $ | [^\w\s,-] | ,?\ (?: (?:and\ )?(?:an?|the|one|two|some)  # but "an orange and white cat"
+      | or|is|in|on|at|near|next|beside|with|that|which|from|to|towards?|into|through|over|under
+      | behind|while|as|across|sits|lying|sitting)\b )
     """,
     re.VERBOSE,
 )
@@ -872,9 +867,6 @@ def read_detections(path, images, vocabulary):
 
 
 # ---- The contact sheet: what a person should look at before training on the pairs ----------------
-COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange"}
-
-
 def draw_pair(axis, row, picture):
     """The evidence's boxes in the picture; below it both responses and each object's status."""
     width, height = picture.size
@@ -882,16 +874,18 @@ def draw_pair(axis, row, picture):
     axis.imshow(picture, extent=(0, width, height, 0))  # boxes count the original's pixels
     axis.set(adjustable="datalim")  # all axes of one size, whatever the picture's: room for text
     style = {"fontsize": 7.5, "parse_math": False}  # "$5 and $6" is no formula
-    objects = {"present": [], "absent": [], "unsure": []}
+    colours = {"present": "limegreen", "absent": "red", "unsure": "darkorange"}
+    objects = {status: [] for status in colours}
     for found in row["evidence"]:
         name, status = found["object"], found["status"]
         objects[status].append(name)
         if found["box"] is not None:
             x1, y1, x2, y2 = found["box"]
-            colour = COLOURS[status]
-            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
+            frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colours[status])
+            axis.add_patch(frame)
             label = f"{name} {found['confidence']:.2f} {status}"
-            axis.text(x1, y1, label, backgroundcolor=colour, va="bottom", **style)
+            at = {"x": x1, "ha": "left"} if x1 + x2 < width else {"x": x2, "ha": "right"}
+            axis.text(y=y1, s=label, backgroundcolor=colours[status], va="bottom", **at, **style)
     lines = [f"+ {row['chosen']}", f"- {row['rejected']}"]
     lines += [f"{status}: {', '.join(names)}" for status, names in objects.items()]
     text = "\n".join(textwrap.fill(line, 46, max_lines=3) for line in lines)
@@ -974,8 +968,7 @@ def main(args):
 
     # 1. What to verify, who writes, who verifies --------------------------------------------------
     items, counts = load_items(args, folder)
-    n_texts = args.candidates if args.images else 2
-    print(f"{len(items)} rows, {n_texts} responses each, expert {args.detections or args.expert}")
+    print(f"{len(items)} rows, expert {args.detections or args.expert}")
     model, processor = None, None
     if args.images or args.expert == "none":
         model, processor = common.load_judge(
