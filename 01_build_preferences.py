@@ -509,9 +509,9 @@ def place_image(image, image_root, folder):
         name = hashlib.sha256(data).hexdigest()[:32]
         file = Path(folder).resolve() / "images" / f"{name}.{kind}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{RANK}")
-        partial.write_bytes(data)
-        partial.replace(file)  # whole or not at all
+        unfinished = file.with_suffix(f".{RANK}")
+        unfinished.write_bytes(data)
+        unfinished.replace(file)  # whole or not at all
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
@@ -519,7 +519,7 @@ def pair_of(row, image_root, folder):
     """(format name, {id, image, prompt, chosen, rejected, ...}) of one row, or Skip."""
     fitting = [name for name, (columns, _) in FORMATS.items() if columns <= set(row)]
     if not fitting:
-        raise Skip(f"none of {', '.join(FORMATS)}", ", ".join(row))
+        raise Skip(f"columns of no known format ({', '.join(FORMATS)})", ", ".join(row))
     name, row = fitting[0], defaultdict(lambda: None, row)
     try:
         image = row["image"] or row["images"]  # TRL has both names
@@ -587,8 +587,10 @@ def without_overlap(items, source, image_root, counts):
         responses = (row.get("chosen", ""), row.get("rejected", ""))
         return {" ".join(re.findall(r"\w+", response.lower())) for response in responses}
 
+    known = set()
     with tempfile.TemporaryDirectory() as scratch:
-        known = set().union(*map(texts, read_pairs(source, image_root, scratch)[1]))
+        for row in read_pairs(source, image_root, scratch)[1]:
+            known |= texts(row)
     known = {text for text in known if len(text) >= 20}
     kept = [item for item in items if not texts(item) & known]
     counts[f"excluded: text in {source}"] += len(items) - len(kept)

@@ -360,7 +360,7 @@ def test_what_is_skipped(tmp_path, photos, capsys):
         (
             "x.jsonl",
             '{"id": 1, "text": "a"}\n',
-            ["x.jsonl holds no usable row", "none of POVID, VL-RewardBench"],
+            ["x.jsonl holds no usable row", "no known format (POVID, VL-RewardBench"],
         ),
         ("x.jsonl", '{"image": "0.png", "chosen": "a", "rejected": "b"}\n{"ima\n', ["after row 1"]),
         ("x.json", "[1, 2]", ["x.json after row 1: TypeError"]),
