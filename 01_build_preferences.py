@@ -41,12 +41,13 @@ import re
 import shlex
 import tempfile
 import textwrap
+import tomllib
 import warnings
 from collections import Counter, defaultdict
-from itertools import combinations, islice, pairwise
+from functools import partial
+from itertools import combinations, groupby, islice, pairwise
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -89,36 +90,33 @@ def verify(mentions, detections, present, absent, known):
 def pair_candidates(candidates, status, swaps, vocabulary, rng):
     """(chosen, rejected, source), or (None, None, reason) where no pair can be made.
 
-    candidates: list of (text, mentions); status: {object: "present" | "absent" | "unsure"} of all
-    of them; swaps: absent objects to put in where no candidate hallucinates, the preferred first;
-    vocabulary: {phrase: class}; rng: random.Random of this row. Ties go to the earlier candidate.
-    Needs: swap_object (and what it needs)
+    candidates: list of (text, mentions); status: of all mentions, as from verify; swaps: absent
+    objects to put in where no candidate hallucinates, the preferred first; vocabulary: {phrase:
+    class}; rng: random.Random of this row. Ties go to the earlier candidate. Needs: swap_object
     """
+    clean, faulty = [], []  # of (text, objects that are there)
+    for text, mentions in candidates:
+        there = [name for name in mentions if status[name] == "present"]
+        if any(status[name] == "absent" for name in mentions):
+            faulty.append((text, there))
+        elif there:
+            clean.append((text, there))
 
-    def present_in(candidate):
-        return [name for name in candidate[1] if status[name] == "present"]
+    def n_there(candidate):
+        return len(candidate[1])
 
-    def n_present(candidate):
-        return len(present_in(candidate))
-
-    faulty = [c for c in candidates if any(status[name] == "absent" for name in c[1])]
-    clean = [c for c in candidates if c not in faulty and present_in(c)]
     if not clean:
         return None, None, "no candidate without hallucination"
-    chosen = max(clean, key=n_present)
+    chosen, there = max(clean, key=n_there)
     if faulty:  # as much right as possible, so that the pair differs in what is wrong
-        return chosen[0], max(faulty, key=n_present)[0], "sampled"
+        return chosen, max(faulty, key=n_there)[0], "sampled"
     if not swaps:
         return None, None, "no candidate hallucinates, no absent object to swap in"
-    old = rng.choice(present_in(chosen))
-    return chosen[0], swap_object(chosen[0], old, swaps[0], vocabulary), "swapped"
+    return chosen, swap_object(chosen, rng.choice(there), swaps[0], vocabulary), "swapped"
 
 
 def check_given_pair(chosen, rejected, status):
-    """None where the expert agrees with a given pair, else the reason to drop it.
-
-    chosen, rejected: lists of mentions; status: {object: "present" | "absent" | "unsure"}.
-    """
+    """None where the expert agrees with a given pair, else the reason to drop it; of mentions."""
     if not chosen and not rejected:
         return "names no object of the vocabulary"
     if any(status[name] == "absent" for name in chosen):
@@ -151,11 +149,11 @@ def gather_evidence(chosen, rejected, detections, status):
         claimed_by = "chosen" if name in chosen else "rejected"
         if name in chosen and name in rejected:
             claimed_by = "both"
-        # A swap may form a name that nobody asked about: "hot cat" -> "hot dog".
-        row = {"object": name, "claimed_by": claimed_by, "status": status.get(name, "unsure")}
         found = [detection for detection in detections if detection["object"] == name]
         nothing = {"confidence": 0.0, "box": None}
         best = max(found, key=lambda detection: detection["confidence"], default=nothing)
+        # A swap may form a name that nobody asked about: "hot cat" -> "hot dog".
+        row = {"object": name, "claimed_by": claimed_by, "status": status.get(name, "unsure")}
         evidence.append({**row, "confidence": best["confidence"], "box": best["box"]})
     return evidence
 
@@ -168,15 +166,15 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
     """
     if "chosen" in item:
         reason = check_given_pair(mentions[0], mentions[1], status)
-        pair = (None, None, reason) if reason else (item["chosen"], item["rejected"], "given")
+        chosen, rejected, source = item["chosen"], item["rejected"], "given"
     else:
         candidates = list(zip(texts, mentions))
         absent = [name for name in swaps if status[name] == "absent"]
         rng = random.Random(row_seed(seed, "pair", item["id"]))
-        pair = pair_candidates(candidates, status, absent, vocabulary, rng)
-    if pair[0] is None:
-        return None, pair[2]
-    chosen, rejected, source = pair
+        chosen, rejected, source = pair_candidates(candidates, status, absent, vocabulary, rng)
+        reason = source if chosen is None else None
+    if reason:
+        return None, reason
     named = find_mentions(chosen, vocabulary), find_mentions(rejected, vocabulary)
     evidence = gather_evidence(*named, detections, status)
     hallucinated = [found["object"] for found in evidence if found["status"] == "absent"]
@@ -189,87 +187,60 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
 
 def assign_splits(rows, n_validation, n_train, seed):
     """Rows with "split": the first n_validation pairs (for 03 and 04 to watch), n_train pairs for
-    02's critiques, the rest the pool of 04. Images are shuffled, and all pairs of an image fall
-    into one split.
+    02's critiques, the rest the pool of 04. Images are shuffled, and none falls into two splits.
     """
-    of_image = {}
-    for row in rows:
-        of_image.setdefault(row["image"], []).append(row)
+
+    def place(row):
+        return row_seed(seed, "split", row["image"])
+
     placed = []
-    for image in sorted(of_image, key=lambda name: row_seed(seed, "split", name)):
+    for _, of_image in groupby(sorted(rows, key=place), key=place):
+        split = "pool"
         if len(placed) < n_validation:
             split = "validation"
         elif len(placed) < n_validation + n_train:
             split = "train"
-        else:
-            split = "pool"
-        placed += [{**row, "split": split} for row in of_image[image]]
+        placed += [{**row, "split": split} for row in of_image]
     return placed
 
 
 # ---- Mentions: which of the vocabulary's objects a text says are there ---------------------------
-# What a singular ends in, and its plural; the first that fits.
-PLURALS = [
-    (r"\b(aircraft|bison|cattle|oxen|passersby|people|sheep)$", r"\1"),
-    (r"person$", "people"),
-    (r"child$", "children"),
-    (r"(?<!hu)(?<!ger)man$", "men"),
-    (r"mouse$", "mice"),
-    (r"goose$", "geese"),
-    (r"\box$", "oxen"),
-    (r"(?<=[^s]s)(?<!us)$", ""),  # a plural already: scissors
-    (r"(kni|li|wi)fe$", r"\1ves"),
-    (r"(ca|ea|shel)f$", r"\1ves"),
-    (r"(?<=[^aeiou])y$", "ies"),
-    (r"(?<=ch|sh|ss|us)$|(?<=x)$", "es"),
-    (r"$", "s"),
-]
+WORDS = tomllib.loads((Path(__file__).parent / "assets" / "words.toml").read_text("utf-8"))
+
+
+def spaced(phrase):
+    """'Fire_Truck' -> 'fire truck': how a phrase stands in a vocabulary."""
+    return re.sub(r"[\W_]+", " ", phrase.lower()).strip()
 
 
 def plural(phrase):
     """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'skis' -> 'skis'."""
     noun, of, rest = phrase.partition(" of ")
-    ending, new = next(rule for rule in PLURALS if re.search(rule[0], noun))
+    rules = WORDS["plurals"]  # pairs of what a singular ends in and its plural; the first that fits
+    ending, new = next(rule for rule in rules if re.search(rule[0], noun))
     return re.sub(ending, new, noun) + of + rest
 
 
 def build_vocabulary(class_names, synonyms=None):
-    """{phrase: class}: names and synonyms ({class: [phrases]}) with their plurals, in lower case.
-
-    >>> build_vocabulary(["Fire_Truck"], {"Fire_Truck": ["pumper"]}).keys()
-    dict_keys(['fire truck', 'fire trucks', 'pumper', 'pumpers'])
-    """
+    """{phrase: class}: names and synonyms ({class: [phrases]}) with their plurals, spaced."""
     vocabulary = {}
     for name in class_names:
         for phrase in [name, *(synonyms or {}).get(name, [])]:
-            phrase = " ".join(re.findall(r"[^\W_]+", phrase.lower()))
-            vocabulary[phrase] = name
-            vocabulary[plural(phrase)] = name
+            vocabulary[spaced(phrase)] = name
+            vocabulary[plural(spaced(phrase))] = name
     return vocabulary
 
 
-def read_phrases(path):
-    """{class: [phrases]} from lines "class: phrase, phrase"; # starts a comment."""
-    table = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            name, _, phrases = line.partition(":")
-            table.setdefault(name, [])
-            table[name] += [phrase.strip() for phrase in phrases.split(",") if phrase]
-    return table
-
-
-SYNONYMS = read_phrases(Path(__file__).parent / "assets" / "coco_phrases.txt")
+SYNONYMS = WORDS["coco"]  # {class: [phrases]}
 # {phrase: None}: "dog park", which names no dog
-NOT_OBJECTS = dict.fromkeys(build_vocabulary(SYNONYMS.pop("nothing")))
+NOT_OBJECTS = dict.fromkeys(build_vocabulary(WORDS["nothing"]))
 COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
 
 # A denial reaches from a cue to whatever opens another thought: "a man with no shirt eating a
 # donut" has a donut, "not eating a donut" has none.
 DENIED = re.compile(
     r"""
-    \b(?:
-        # cues that also deny what is definite: "without the dog"
+    \b(?: # cues that also deny what is definite: "without the dog"
         (?: without | instead\ of | rather\ than | lack(?:s|ing)
           | (?:absence|devoid|free|lack|no\ (?:signs?|traces?|evidence))\ of
         )(?:\ (?:the|its|his|her|their))?
@@ -281,39 +252,32 @@ DENIED = re.compile(
         (?!\ (?:only|just|merely|simply|to\ mention|far|too|very|sure|clear|necessarily|all|every
              |many|much|yet|fully|entirely|completely|quite|directly)\b)
     )\b
-    (?: (?! \b(?:  # word by word, up to one of these:
-            # another clause
+    (?: (?! \b(?: # word by word, up to another clause
             but|with|while|although|though|however|except|besides|that|which|who|where|because
           | since|so|as|is|are|was|were|has|can|there|it|he|she|they|you|we|just|only
           | instead (?!\ of)
-            # what is definite exists: "not looking at the dog"
-          | the|this|these|those|his|her|their|its
-            # a place: "no dog on a bench"
-          | on|in|at|near|behind|under|beside|next|around|along|between|from|by|over|through|for
-          | into | to (?!\ (?:be|have|contain|include|show)\b)
-            # another thing: "no dog and a cat"
+            # what is definite exists: "not looking at the dog"; and a place: "no dog on a bench"
+          | the|this|these|those|his|her|their|its|on|in|at|near|behind|under|beside|next|around
+          | along|between|from|by|over|through|for|into|to (?!\ (?:be|have|contain|include|show)\b)
+            # another thing: "no dog and a cat"; what is done: "no shirt eating a donut"
           | and\ (?:an?|one|two|three|some|several)
-            # what someone does all the same: "no shirt eating a donut"
           | (?<!not\ )(?<!n't\ )(?<!be\ )(?<!without\ ) \w+ing\ an?
         )\b (?!\ any\b) )  # "not in any car" goes on
-      (?: \w+ | [^\w,.;:!?\n()—]
-        | , (?!\ nor\b) (?= [^.;:]{0,60} \bor\b )  # "no cars, buses or trucks"
-      )
+      (?: \w+ | [^\w,.;:!?\n()—] | , (?!\ nor\b) (?= [^.;:]{0,60} \bor\b) )  # "no cars, buses or"
     )*
     """,
     re.VERBOSE,
 )
-# The same after the mention: "a cat and a dog are not visible"
+# The same after the mention: "a cat and a dog are not visible", but "a bus is missing a wheel"
 NOT_THERE = re.compile(
     r"""
     (?: ,?\ (?:and|or|nor)\ [\w\ ]{1,20}? )?  # another thing that is not there either
     \ (?: (?:cannot|can't|can\ not)\ be\ (?:seen|found)
-        | (?:is|are|was|were)
-          (?: \ (?:absent|nowhere)
-            | \ missing (?!\ an?\b)  # but "is missing a wheel"
-            | (?:\ not|n't)\ (?:present|visible|seen|shown|depicted|there)
-            | (?:\ not|n't)\ in\ (?:the|this)\ (?:image|picture|photo|scene)
-          )
+      | (?:is|are|was|were)
+        (?: \ (?: absent | nowhere | missing (?!\ an?\b) )
+          | (?:\ not|n't)\ (?:present|visible|seen|shown|depicted|there
+              |in\ (?:the|this)\ (?:image|picture|photo|scene))
+        )
     )\b
     """,
     re.VERBOSE,
@@ -322,15 +286,12 @@ NOT_THERE = re.compile(
 RARELY_THINGS = ("orange", "baseball", "basketball", "football", "volleyball")
 AS_A_THING = re.compile(
     rf"""
-    \b(?: an? | one | the | whole | half | peeled | sliced | fresh
-        | (?:apple|banana|lemon)s? ,? (?:\ and|\ or)?  # "an apple, orange and kiwi"
+    \b(?: an?|one|the|whole|half|peeled|sliced|fresh
+        | (?:apple|banana|lemon)s?,?(?:\ and|\ or)?  # "an apple, orange and kiwi"
       )\ ({"|".join(RARELY_THINGS)})
-    (?= $
-      | \ (?: and\ (?:an?|the|one|two|some)  # "an orange and a cup", but "an orange and white cat"
-            | or|is|in|on|at|near|next|beside|with|that|which|from|to|towards?|into|through|over
-            | under|behind|while|as|across|sits|lying|sitting)\b
-      | (?! \ | ,\ (?:black|white|red|yellow|brown)\b ) \W  # but "an orange, black and white cat"
-    )
+    (?= $ | [^\w\s,-] | ,?\ (?: (?:and\ )?(?:an?|the|one|two|some)  # but "an orange and white cat"
+      | or|is|in|on|at|near|next|beside|with|that|which|from|to|towards?|into|through|over|under
+      | behind|while|as|across|sits|lying|sitting)\b )
     """,
     re.VERBOSE,
 )
@@ -347,21 +308,10 @@ def find_mentions(text, vocabulary):
 
 def find_phrases(text, phrases):
     """[(start, end, phrase)] from left to right: whole words, at each word the longest phrase."""
-    longest = 1 + max(phrase.count(" ") for phrase in phrases)
-    # a comma is a word of its own, so that no phrase crosses it
-    words = [(m.group(), m.start(), m.end()) for m in re.finditer(r"[^\W_]+|[^\w\s'-]", text)]
-    found = []
-    i = 0
-    while i < len(words):
-        for n in range(longest, 0, -1):
-            span = words[i : i + n]
-            phrase = " ".join(word for word, _, _ in span)
-            if phrase in phrases:
-                found.append((span[0][1], span[-1][2], phrase))
-                i += len(span) - 1  # "hot dog" is no dog
-                break
-        i += 1
-    return found
+    plain = re.sub(r"[\s_'-]", " ", text)
+    longest_first = sorted(phrases, key=len, reverse=True)
+    matches = re.finditer(rf"\b(?:{'|'.join(longest_first)})\b", plain)
+    return [(match.start(), match.end(), match.group()) for match in matches]
 
 
 def mention_spans(text, vocabulary):
@@ -412,55 +362,41 @@ class Skip(Exception):
 
 
 def turns_of(messages, role):
-    """[(role, text)] of a string, which is one turn of `role`, or of the messages of TRL (role,
-    content: text or blocks) or LLaVA (from, value)."""
+    """[(role, text)] of the messages of TRL (role, content: text or blocks) or LLaVA (from, value);
+    a string is one turn of `role`."""
     if isinstance(messages, str):
         return [(role, messages)]
     turns = []
     for message in messages or ():
         speaker = message.get("role") or message["from"]
-        speaker = {"human": "user", "gpt": "assistant"}.get(speaker, speaker)
         content = message.get("content") or message.get("value") or ""
-        if not isinstance(content, str):
-            # in parquet the picture's block has a "text" too: None
+        if not isinstance(content, str):  # in parquet the picture's block has a "text" too: None
             content = "\n".join(block["text"] for block in content if block.get("text"))
-        turns.append((speaker, content))
+        turns.append(({"human": "user", "gpt": "assistant"}.get(speaker, speaker), content))
     return turns
-
-
-def response_of(row, field):
-    """(turns before it, response) from the turns of a row's field; what follows is left out."""
-    turns = turns_of(row[field], "assistant")
-    while turns and turns[-1][0] != "assistant":
-        turns.pop()
-    if not turns:
-        raise Skip("no response", field)
-    return turns[:-1], turns[-1][1]
 
 
 def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
     """Pairs the last assistant turns; the prompt is what comes before, with roles if it is long."""
-    before, better = response_of(row, chosen)
-    before_rejected, worse = response_of(row, rejected)
-    asked = [text for role, text in before if role == "user"]
-    if asked != [text for role, text in before_rejected if role == "user"]:
+    asked = turns_of(row[prompt], "user")
+    contexts, responses = [], []
+    for field in (chosen, rejected):
+        turns = turns_of(row[field], "assistant")
+        if turns[: len(asked)] != asked:  # the prompt is not repeated there
+            turns = asked + turns
+        while turns and turns[-1][0] != "assistant":
+            turns.pop()
+        if not turns:
+            raise Skip("no response", field)
+        contexts.append(turns[:-1])
+        responses.append(turns[-1][1])
+    questions = [[text for role, text in turns if role == "user"] for turns in contexts]
+    if questions[0] != questions[1]:
         raise Skip("chosen and rejected answer different questions", rejected)
-    context = turns_of(row[prompt], "user")
-    if before[: len(context)] == context:  # the prompt is repeated there
-        context = []
-    context += before
-    text = "\n".join(f"{role}: {text}" for role, text in context)
-    if len(context) == 1:
-        text = context[0][1]
-    return {"prompt": text, "chosen": better, "rejected": worse}
-
-
-def from_povid(row):
-    return from_messages(row, "prompt", "conversations", "rejected_conversations")
-
-
-def from_rlaif_v(row):
-    return from_messages(row, "question")
+    text = "\n".join(f"{role}: {text}" for role, text in contexts[0])
+    if len(contexts[0]) == 1:
+        text = contexts[0][0][1]
+    return {"prompt": text, "chosen": responses[0], "rejected": responses[1]}
 
 
 def from_own(row):
@@ -469,28 +405,24 @@ def from_own(row):
 
 def from_vl_rewardbench(row):
     best = [[0, 1], [1, 0]].index(row["human_ranking"])  # rank 0 is the better one
-    group_of = {
-        "RLAIF": "hallucination",
-        "RLHF": "hallucination",
-        "hallucination": "hallucination",
-        "mathverse": "reasoning",
-        "mmmu": "reasoning",
-    }
-    return {
-        "prompt": row["query"],
-        "chosen": row["response"][best],
-        "rejected": row["response"][1 - best],
-        # the published rule: by the id up to its first "_" or "-"
-        "category": group_of.get(re.split("[_-]", row["id"])[0], "general"),
-    }
+    prefix = re.split("[_-]", row["id"])[0]  # by which the publishers tell the categories
+    category = "general"
+    if prefix in ("RLAIF", "RLHF", "hallucination"):
+        category = "hallucination"
+    elif prefix in ("mathverse", "mmmu"):
+        category = "reasoning"
+    better, worse = row["response"][best], row["response"][1 - best]
+    return {"prompt": row["query"], "chosen": better, "rejected": worse, "category": category}
 
 
+from_povid = partial(from_messages, chosen="conversations", rejected="rejected_conversations")
+from_rlaif_v = partial(from_messages, prompt="question")
 FORMATS = {  # name: (the columns it is known by, its mapping); the first that fits
     "POVID": ({"conversations", "rejected_conversations"}, from_povid),
     "VL-RewardBench": ({"id", "query", "response", "human_ranking", "image"}, from_vl_rewardbench),
     "RLAIF-V": ({"question", "chosen", "rejected", "image"}, from_rlaif_v),
     "preferences.jsonl": ({"image", "prompt", "chosen", "rejected", "evidence"}, from_own),
-    "TRL preferences": ({"image", "chosen", "rejected"}, from_messages),
+    "TRL preferences": ({"chosen", "rejected"}, from_messages),
 }
 
 
@@ -501,12 +433,8 @@ def hub_files(source):
     import datasets  # slow to import
 
     splits = datasets.load_dataset_builder(*source.split(":")).config.data_files
-    hub = huggingface_hub.HfFileSystem()
-    for url in splits["train" if "train" in splits else next(iter(splits))]:
-        place = hub.resolve_path(url)
-        yield huggingface_hub.hf_hub_download(
-            place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision
-        )
+    for url in splits.get("train") or next(iter(splits.values())):
+        yield datasets.DownloadManager(record_checksums=False).download(url)
 
 
 def rows_of_file(file):
@@ -517,35 +445,28 @@ def rows_of_file(file):
         # 16 rows at a time and without readahead: pictures are large
         for batch in ParquetFile(file, buffer_size=2**20, pre_buffer=False).iter_batches(16):
             yield from batch.to_pylist()
-        return
-    with open(file, encoding="utf-8-sig") as lines:
-        is_array = lines.read(1) == "["
-        lines.seek(0)
-        if is_array:
-            yield from json.load(lines)
-        else:
-            yield from (json.loads(line) for line in lines if line.strip())
+    else:
+        text = file.read_text("utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]
+        yield from json.loads(text) if text.startswith("[") else map(json.loads, lines)
 
 
 def read_rows(source):
     """((file, number from 1), row) of a parquet, json or jsonl file, of a folder of such, or of a
     hub id[:config]; embedded pictures as {"bytes", "path"}. Stops at what cannot be read."""
     suffixes = (".parquet", ".json", ".jsonl")
-    path = Path(source)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
-    elif path.suffix not in suffixes and not path.exists():
+    file = Path(source)
+    files = [file]
+    if file.is_dir():
+        files = sorted(inner for inner in file.rglob("*") if inner.suffix in suffixes)
+    elif file.suffix not in suffixes and not file.exists():
         files = hub_files(str(source))
-    file = path
     number = 0
     try:
         for file in map(Path, files):
             number = 0
             for number, row in enumerate(rows_of_file(file), 1):
-                if not isinstance(row, dict):
-                    raise TypeError(f"row {number} is no JSON object")
-                yield (file, number), row
+                yield (file, number), dict(row)
     except Exception as error:  # not JSON, not parquet, no such data set, no connection
         why = " ".join(str(error).split())[:300]
         stop(f"{file} after row {number}: {type(error).__name__}: {why}")
@@ -554,14 +475,11 @@ def read_rows(source):
 def find_picture(name, root):
     """The file of a picture's name: as it is, its base name, or COCO's of 2014 and 2017."""
     names = [name, Path(name).name]
-    coco = (
-        r"(?:.*/)?(?:COCO_\w+2014_)?(\d{12})\.jpg|(\d{1,12})"  # a file of COCO's, or the id alone
-    )
-    if number := re.fullmatch(coco, name):
-        for split in ("train2014", "val2014", "train2017", "val2017"):
-            prefix = f"COCO_{split}_" if "2014" in split else ""
-            file = f"{prefix}{int(number[1] or number[2]):012d}.jpg"
-            names += [file, f"{split}/{file}"]
+    if coco := re.search(r"^\d{1,12}$|(?<!\d)\d{12}(?=\.jpg$)", name):  # its id, or a file of its
+        file = f"{int(coco[0]):012d}.jpg"
+        names += [file, f"train2017/{file}", f"val2017/{file}"]
+        for split in ("train2014", "val2014"):
+            names += [f"COCO_{split}_{file}", f"{split}/COCO_{split}_{file}"]
     for candidate in names:
         if (root / candidate).is_file():
             return root / candidate
@@ -571,7 +489,7 @@ def find_picture(name, root):
 def place_image(image, image_root, folder):
     """The path, from image_root or absolute, of a row's picture: a path, a COCO id, {"bytes",
     "path"}, or a list of one. Bytes are written as they are to folder/images/<hash>.<format>."""
-    if isinstance(image, (list, tuple)):
+    if isinstance(image, list):
         if len(image) > 1:
             raise Skip("more than one image", "images")
         image = image[0] if image else None
@@ -591,26 +509,21 @@ def place_image(image, image_root, folder):
         name = hashlib.sha256(data).hexdigest()[:32]
         file = Path(folder).resolve() / "images" / f"{name}.{kind}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{RANK}")
-        partial.write_bytes(data)
-        partial.replace(file)  # whole or not at all
+        unfinished = file.with_suffix(f".{RANK}")
+        unfinished.write_bytes(data)
+        unfinished.replace(file)  # whole or not at all
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
-def format_of(row, known, place):
-    """The name of the format that a file's first row has; `known`: that of the files before."""
-    for name, (columns, _) in FORMATS.items():
-        if columns <= set(row) and known in (None, name):
-            return name
-    formats = [f"{name} ({', '.join(sorted(FORMATS[name][0]))})" for name in FORMATS]
-    wanted = known or "a known format: " + "; ".join(formats)
-    stop(f"{place[0]} row {place[1]}: the columns {', '.join(row)} are not those of {wanted}")
-
-
-def pair_of(row, name, image_root, folder):
-    """{id, image, prompt, chosen, rejected, ...} of one row, or Skip."""
+def pair_of(row, image_root, folder):
+    """(format name, {id, image, prompt, chosen, rejected, ...}) of one row, or Skip."""
+    fitting = [name for name, (columns, _) in FORMATS.items() if columns <= set(row)]
+    if not fitting:
+        raise Skip(f"columns of no known format ({', '.join(FORMATS)})", ", ".join(row))
+    name, row = fitting[0], defaultdict(lambda: None, row)
     try:
-        pair = {"id": row["id"], "image": row["image"], **FORMATS[name][1](row)}
+        image = row["image"] or row["images"]  # TRL has both names
+        pair = {"id": row["id"], "image": image, **FORMATS[name][1](row)}
         for side in ("chosen", "rejected"):
             if not pair[side].strip():
                 raise Skip("no response", side)
@@ -620,7 +533,7 @@ def pair_of(row, name, image_root, folder):
         pair["image"] = place_image(pair["image"], image_root, folder)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Skip(f"not a row of {name}", f"? ({error!r})") from None
-    return pair
+    return name, pair
 
 
 def read_pairs(source, image_root, folder, limit=None):
@@ -631,20 +544,12 @@ def read_pairs(source, image_root, folder, limit=None):
     rejected}, and id and image if its columns of these names do not hold them. image: a path,
     bytes as {"bytes": ...}, or a list of one. Skip(reason, field) drops the row.
     """
-    name = None
-    rows = []
-    counts = Counter()
-    seen = set()
-    ids = set()
+    rows, counts = [], Counter()
+    seen, ids = set(), set()  # texts with their picture, ids
     for k, (place, row) in enumerate(islice(read_rows(source), limit)):
-        row = defaultdict(lambda: None, row)
-        if "images" in row:  # TRL has both names
-            row.setdefault("image", row["images"])
-        if place[1] == 1:
-            name = format_of(row, name, place)
         counts["rows read"] += 1
         try:
-            pair = pair_of(row, name, image_root, folder)
+            name, pair = pair_of(row, image_root, folder)
             content = tuple(pair[field] for field in ("prompt", "image", "chosen", "rejected"))
             if content in seen:
                 raise Skip("duplicate row", "prompt")
@@ -657,9 +562,9 @@ def read_pairs(source, image_root, folder, limit=None):
             pair["id"] += f"-{k}"
         ids.add(pair["id"])
         rows.append(pair)
-    print(f"{source}: read as {name}, {len(rows)} of {counts['rows read']} rows")
     if not rows:
         stop(f"{source} holds no usable row: {dict(counts)}; --image-root is {image_root}")
+    print(f"{source}: read as {name}, {len(rows)} of {counts['rows read']} rows")
     return name, rows, counts
 
 
@@ -679,14 +584,14 @@ def without_overlap(items, source, image_root, counts):
     """
 
     def texts(row):
-        responses = [row.get("chosen", ""), row.get("rejected", "")]
-        plain = [" ".join(re.findall(r"\w+", response.lower())) for response in responses]
-        return {text for text in plain if len(text) >= 20}
+        responses = (row.get("chosen", ""), row.get("rejected", ""))
+        return {" ".join(re.findall(r"\w+", response.lower())) for response in responses}
 
     known = set()
     with tempfile.TemporaryDirectory() as scratch:
         for row in read_pairs(source, image_root, scratch)[1]:
             known |= texts(row)
+    known = {text for text in known if len(text) >= 20}
     kept = [item for item in items if not texts(item) & known]
     counts[f"excluded: text in {source}"] += len(items) - len(kept)
     return kept
@@ -740,13 +645,10 @@ def coco_names(names):
     """{label: class}: COCO's class names where these are its labels, however they are spelled
     ("sofa", "tvmonitor"), without what stands between them ("N/A"); other labels as they are.
     """
-    spelled = {}
-    for phrase, name in COCO_VOCABULARY.items():
-        spelled[phrase] = spelled[phrase.replace(" ", "")] = name
-    known = {label: name.lower() for label, name in names.items() if name.lower() in spelled}
-    coco = {label: spelled[name] for label, name in known.items()}
-    is_coco = len(names) <= 91 and len(set(coco.values())) == len(SYNONYMS)
-    return coco if is_coco else dict(names)
+    spelled = {phrase.replace(" ", ""): name for phrase, name in COCO_VOCABULARY.items()}
+    coco = {label: spelled.get(name.lower().replace(" ", "")) for label, name in names.items()}
+    is_coco = len(names) <= 91 and set(coco.values()) >= set(SYNONYMS)
+    return {label: name for label, name in coco.items() if name} if is_coco else dict(names)
 
 
 class HubDetector:
@@ -758,14 +660,15 @@ class HubDetector:
         kind = transformers.AutoConfig.from_pretrained(name).model_type
         self.by_token = kind.endswith("grounding-dino")
         self.is_open = self.by_token or kind in ("owlv2", "owlvit")
-        loader = transformers.AutoModelForObjectDetection
         if self.is_open:
             loader = transformers.AutoModelForZeroShotObjectDetection
+        else:
+            loader = transformers.AutoModelForObjectDetection
         self.model = loader.from_pretrained(name).to(device).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(name)
         self.floor = floor
         self.names = {} if self.is_open else coco_names(self.model.config.id2label)
-        self.classes = None if self.is_open else list(self.names.values())
+        self.classes = list(self.names.values()) or None
 
     def find(self, images, questions):
         found = []
@@ -779,7 +682,8 @@ class HubDetector:
     @torch.inference_mode()
     def look(self, image, names):
         """One picture's detections; names: {label: class}, what open ones are asked about."""
-        words, question = [re.sub(r"[\W_]+", " ", name) for name in names.values()], {}
+        words = [spaced(name) for name in names.values()]
+        question = {}
         if self.by_token:
             question = {"text": [words]}  # the processor makes "cat. teddy bear." of it
         elif self.is_open:
@@ -861,13 +765,13 @@ def read_images(images, image_root, prompts, limit, seed, folder):
     """
     kinds = (".png", ".jpg", ".jpeg", ".webp")
     paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in kinds)
-    rows, counts, of_stem = [], Counter({"rows read": len(paths[:limit])}), Counter()
+    rows, counts, of_stem = [], Counter(), Counter()
     for path in paths[:limit]:
+        counts["rows read"] += 1
         try:
             image = place_image(path, image_root, folder)
         except Skip as skip:
-            counts[f"skipped: {skip.args[0]}"] += 1
-            print(f"skipped {path}: {skip.args[0]}")
+            count_skip(counts, skip, (path, 1))
             continue
         stem = path.relative_to(images).with_suffix("").as_posix()
         prompt = prompts[row_seed(seed, "prompt", path.name) % len(prompts)]
@@ -881,10 +785,8 @@ def load_items(args, folder):
     if args.pairs:
         _, items, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)
     else:
-        lines = Path(args.prompts).read_text("utf-8").splitlines() if args.prompts else PROMPTS
+        lines = Path(args.prompts).read_text("utf-8").split("\n") if args.prompts else PROMPTS
         prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            stop(f"--prompts {args.prompts} is empty")
         images = Path(args.images).resolve()
         items, counts = read_images(images, args.image_root, prompts, args.limit, args.seed, folder)
     for source in args.exclude or ():
@@ -954,63 +856,56 @@ def read_detections(path, images, vocabulary):
     """{image: row {id, detections[, asked]}} of findings made elsewhere, for each of the images."""
     of_image = {row["id"]: row for row in common.read_jsonl(path, ("id", "detections"))}
     names, known = set(), set(vocabulary.values())
-    for image, row in of_image.items():
-        for found in row["detections"]:
-            fields = {"object", "confidence", "box"}
-            if fields - set(found) or not 0 <= found["confidence"] <= 1:
-                stop(f"{path} row {image!r}: expected {fields}, confidence in [0, 1], not {found}")
+    for image in images:
+        if image not in of_image:
+            stop(f"{path} has no row for image {image!r}")
+        for found in of_image[image]["detections"]:
+            if not {"object", "box"} < set(found) or not 0 <= found["confidence"] <= 1:
+                stop(f"{path} row {image!r}: expected object, box, confidence in [0, 1]: {found}")
             names.add(found["object"])
     if names and not names & known:  # spelled otherwise, everything would count as absent
         stop(f"{path}: no class ({sorted(names)[:5]}) is of the vocabulary ({sorted(known)[:5]})")
-    missing = [image for image in images if image not in of_image]
-    if missing:
-        stop(f"{path} has no row for {len(missing)} images, such as id {missing[0]!r}")
     return of_image
 
 
 # ---- The contact sheet: what a person should look at before training on the pairs ----------------
-COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange"}
-
-
-def draw_pair(axis, caption, row, picture):
-    """The evidence's boxes in the picture; the caption: both responses, each object's status."""
+def draw_pair(axis, row, picture):
+    """The evidence's boxes in the picture; below it both responses and each object's status."""
     width, height = picture.size
     picture.thumbnail((640, 640))
     axis.imshow(picture, extent=(0, width, height, 0))  # boxes count the original's pixels
-    style = {"fontsize": 7.5, "va": "top", "parse_math": False}  # "$5 and $6" is no formula
-    responses = [f"+ {row['chosen']}", f"- {row['rejected']}"]
-    text = "\n".join(textwrap.fill(response, 46, max_lines=3) for response in responses)
-    caption.text(0, 1, text, **style)
-    for y, (status, colour) in zip((0.36, 0.25, 0.14), COLOURS.items()):
-        evidence = [found for found in row["evidence"] if found["status"] == status]
-        names = ", ".join(found["object"] for found in evidence) or "-"
-        caption.text(0, y, textwrap.shorten(f"{status}: {names}", 46), color=colour, **style)
-        for found in evidence:
-            if found["box"] is None:
-                continue
+    axis.set(adjustable="datalim")  # all axes of one size, whatever the picture's: room for text
+    style = {"fontsize": 7.5, "parse_math": False}  # "$5 and $6" is no formula
+    colours = {"present": "limegreen", "absent": "red", "unsure": "darkorange"}
+    objects = {status: [] for status in colours}
+    for found in row["evidence"]:
+        name, status = found["object"], found["status"]
+        objects[status].append(name)
+        if found["box"] is not None:
             x1, y1, x2, y2 = found["box"]
-            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
-            label = f"{found['object']} {found['confidence']:.2f} {status}"
-            behind = {"facecolor": colour, "edgecolor": "none", "pad": 1}
-            side = "left" if x1 + x2 < width else "right"
-            x = x1 if side == "left" else x2
-            axis.text(x, y1, label, ha=side, bbox=behind, **{**style, "va": "bottom"})
+            frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colours[status])
+            axis.add_patch(frame)
+            label = f"{name} {found['confidence']:.2f} {status}"
+            at = {"x": x1, "ha": "left"} if x1 + x2 < width else {"x": x2, "ha": "right"}
+            axis.text(y=y1, s=label, backgroundcolor=colours[status], va="bottom", **at, **style)
+    lines = [f"+ {row['chosen']}", f"- {row['rejected']}"]
+    lines += [f"{status}: {', '.join(names)}" for status, names in objects.items()]
+    text = "\n".join(textwrap.fill(line, 46, max_lines=3) for line in lines)
+    axis.text(0, -0.04, text, transform=axis.transAxes, va="top", **style)
 
 
 def draw_contact_sheet(rows, image_root, path):
     """The first 12 pairs. One that cannot be drawn is named: the pairs are worth more than this."""
     figure = Figure((14, 15))
-    axes = figure.subplots(6, 4, height_ratios=[3, 1.4] * 3)  # a row of pictures, one of captions
-    for k, row in enumerate(rows[:12]):
-        line, column = divmod(k, 4)
-        try:
-            picture = common.load_image(Path(image_root) / row["image"])
-            draw_pair(axes[2 * line, column], axes[2 * line + 1, column], row, picture)
-        except (Exception, SystemExit) as error:
-            print(f"not in {path}: {row['image']}: {error}")
+    axes = figure.subplots(3, 4)
     for axis in axes.flat:
         axis.axis("off")
-    figure.subplots_adjust(0.01, 0.02, 0.99, 0.98, wspace=0.06, hspace=0.06)
+    for row, axis in zip(rows, axes.flat):
+        try:
+            draw_pair(axis, row, common.load_image(Path(image_root) / row["image"]))
+        except (Exception, SystemExit) as error:
+            print(f"not in {path}: {row['image']}: {error}")
+    figure.subplots_adjust(0.01, 0.12, 0.99, 0.98, wspace=0.06, hspace=0.5)
     with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
         figure.savefig(path, dpi=80)
 
@@ -1031,20 +926,15 @@ def parse_args(argv=None):
     add("--train", type=int, default=5000, help="pairs for critiques (02); the rest: 04's pool")
     group = parser.add_argument_group("the expert, which says what is in the image")
     source = group.add_mutually_exclusive_group()
-    expert = (
-        "ultralytics weights *.pt, a transformers detector, or none: the policy's own yes or no"
-    )
+    expert = "ultralytics' *.pt, a transformers detector, or none: the policy's own yes or no"
     source.add_argument("--expert", default="yolo11x.pt", help=expert)
     source.add_argument("--detections", help="findings made elsewhere, as in detections.jsonl")
     add = group.add_argument
     add("--vocabulary", help="json {phrase: class}; else the expert's or COCO's, with synonyms")
     add("--present", type=float, default=0.5, help="confidence from which an object is present")
     add("--absent", type=float, default=0.05, help="confidence below which it is absent")
-    group = parser.add_argument_group(
-        "the policy, which writes the candidates, and later the judge"
-    )
-    add = group.add_argument
-    add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="hub id or folder, for all stages")
+    add = parser.add_argument_group("the policy, which writes the candidates").add_argument
+    add("--model", default="Qwen/Qwen2-VL-7B-Instruct", help="hub id or folder; later the judge")
     add("--max-image-tokens", type=int, help="bound on the tokens of an image, for all stages")
     add("--candidates", type=int, default=4, help="K, responses per image")
     add("--temperature", type=float, default=1.0, help="of the candidates")
@@ -1053,8 +943,7 @@ def parse_args(argv=None):
     if not 0 <= args.absent <= args.present <= 1:
         parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
     near = Path(args.images or args.pairs)
-    if args.pairs and not near.is_dir():
-        near = near.parent
+    near = near if near.is_dir() else near.parent
     args.image_root = str(Path(args.image_root or near).resolve())
     return args
 
@@ -1064,7 +953,7 @@ def set_up_expert(args, model, processor):
     vocabulary = COCO_VOCABULARY
     if args.vocabulary:
         given = json.loads(Path(args.vocabulary).read_text("utf-8"))
-        vocabulary = {phrase.lower(): name for phrase, name in given.items()}
+        vocabulary = {spaced(phrase): name for phrase, name in given.items()}
     if args.detections:
         return None, vocabulary
     device, wanted = common.pick_device(args.device), sorted(set(vocabulary.values()))
@@ -1081,8 +970,7 @@ def main(args):
 
     # 1. What to verify, who writes, who verifies --------------------------------------------------
     items, counts = load_items(args, folder)
-    n_texts = args.candidates if args.images else 2
-    print(f"{len(items)} rows, {n_texts} responses each, expert {args.detections or args.expert}")
+    print(f"{len(items)} rows, expert {args.detections or args.expert}")
     model, processor = None, None
     if args.images or args.expert == "none":
         model, processor = common.load_judge(
@@ -1114,10 +1002,8 @@ def main(args):
         findings = read_detections(args.detections, questions, vocabulary)
 
     # 3. Pairs -------------------------------------------------------------------------------------
-    rows, statuses = (
-        [],
-        Counter({"mentions present": 0, "mentions absent": 0, "mentions unsure": 0}),
-    )
+    rows = []
+    statuses = Counter(dict.fromkeys(("mentions present", "mentions absent", "mentions unsure"), 0))
     for item in items:
         key, finding = item["id"], findings[item["image"]]
         found, named = finding["detections"], set().union(*mentions[key])

@@ -343,7 +343,7 @@ def test_main_on_findings(tmp_path):
     [
         ({"detections": [found("dog", 1.5)]}, "found.jsonl row '1.png': expected"),
         ({"detections": [{"object": "dog", "box": None}]}, "found.jsonl row '1.png': expected"),
-        ({"id": "2.png"}, "found.jsonl has no row for 1 images, such as id '1.png'"),
+        ({"id": "2.png"}, "found.jsonl has no row for image '1.png'"),
         ({"detections": None}, "line 2: field 'detections' is missing"),
     ],
 )

@@ -8,7 +8,6 @@ import types
 from collections import Counter
 
 import datasets
-import huggingface_hub
 import pytest
 from PIL import Image
 
@@ -358,9 +357,13 @@ def test_what_is_skipped(tmp_path, photos, capsys):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("x.jsonl", '{"id": 1, "text": "a"}\n', ["x.jsonl row 1", "id, text", "RLAIF-V"]),
+        (
+            "x.jsonl",
+            '{"id": 1, "text": "a"}\n',
+            ["x.jsonl holds no usable row", "no known format (POVID, VL-RewardBench"],
+        ),
         ("x.jsonl", '{"image": "0.png", "chosen": "a", "rejected": "b"}\n{"ima\n', ["after row 1"]),
-        ("x.json", "[1, 2]", ["x.json", "row 1 is no JSON object"]),
+        ("x.json", "[1, 2]", ["x.json after row 1: TypeError"]),
         ("x.json", "[]", ["no usable row"]),
         ("x.jsonl", "", ["no usable row"]),
         ("x.parquet", "PAR1", ["x.parquet after row 0"]),
@@ -376,11 +379,12 @@ def test_what_is_refused(name, content, words, tmp_path, photos):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_files_of_a_folder_are_of_one_format(tmp_path, photos):
+def test_files_of_a_folder_may_be_of_several_formats(tmp_path, photos):
     write(tmp_path / "data/a.jsonl", [own_row(0)])
-    write(tmp_path / "data/b.jsonl", [povid_row(1)])
-    with pytest.raises(SystemExit, match="b.jsonl row 1.*not those of preferences.jsonl"):
-        one.read_pairs(tmp_path / "data", photos, tmp_path / "run")
+    write(tmp_path / "data/b.jsonl", [povid_row(1, image="1.png"), {"image": "0.png"}])
+    _, pairs, counts = one.read_pairs(tmp_path / "data", photos, tmp_path / "run")
+    assert [pair["image"] for pair in pairs] == ["0.png", "1.png"]
+    assert sum(counts.values()) == 3 + 1
 
 
 # ---- The hub, memory, overlap --------------------------------------------------------------------
@@ -397,18 +401,13 @@ def test_hub(monkeypatch, tmp_path):
         config = types.SimpleNamespace(data_files={"test": urls, "validation": ["no"]})
         return types.SimpleNamespace(config=config)
 
-    def resolve_path(self, url):
+    def download(self, url):
         path = url.removeprefix("hf://datasets/owner/name@abc/")
-        return types.SimpleNamespace(repo_id="owner/name", path_in_repo=path, revision="abc")
-
-    def hf_hub_download(repo_id, path, repo_type, revision):
-        assert (repo_id, repo_type, revision) == ("owner/name", "dataset", "abc")
         downloaded.append(path)
         return str(tmp_path / path.removeprefix("data/"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    monkeypatch.setattr(huggingface_hub.HfFileSystem, "resolve_path", resolve_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(datasets.DownloadManager, "download", download)
     name, pairs, _ = one.read_pairs("owner/name:pairwise", tmp_path, tmp_path / "run", limit=2)
     assert asked == [("owner/name", "pairwise")] and name == "RLAIF-V" and len(pairs) == 2
     assert downloaded == ["data/0.parquet"]
