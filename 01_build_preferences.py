@@ -39,11 +39,11 @@ import os
 import random
 import re
 import shlex
-import tempfile
 import textwrap
 import tomllib
 import warnings
 from collections import Counter, defaultdict
+from contextlib import suppress
 from functools import partial
 from itertools import combinations, groupby, islice, pairwise
 from pathlib import Path
@@ -72,8 +72,8 @@ PROMPTS = [
 def verify(mentions, detections, present, absent, known):
     """{object: "present" | "absent" | "unsure"} of the mentions, from each one's best detection.
 
-    detections: list of {"object", "confidence" in [0, 1]}; absent <= present: confidences; known:
-    the classes that the expert can find.
+    detections: list of {"object", "confidence" in [0, 1]}; present, absent: the two thresholds,
+    absent <= present; known: the classes that the expert can find.
     """
     status = {}
     for name in mentions:
@@ -178,7 +178,7 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
     named = find_mentions(chosen, vocabulary), find_mentions(rejected, vocabulary)
     evidence = gather_evidence(*named, detections, status)
     hallucinated = [found["object"] for found in evidence if found["status"] == "absent"]
-    if not hallucinated:  # what was swapped in became another name together with its neighbours
+    if not hallucinated:  # beside its neighbours the swapped word names another thing: "hot dog"
         return None, "the swap names nothing absent"
     row = {"id": item["id"], "image": item["image"], "prompt": item["prompt"]}
     row |= {"chosen": chosen, "rejected": rejected, "source": source}
@@ -236,8 +236,9 @@ SYNONYMS = WORDS["coco"]  # {class: [phrases]}
 NOT_OBJECTS = dict.fromkeys(build_vocabulary(WORDS["nothing"]))
 COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
 
-# A denial reaches from a cue to whatever opens another thought: "a man with no shirt eating a
-# donut" has a donut, "not eating a donut" has none.
+# A denial is a cue and the words after it, up to one that opens another thought: "a man with no
+# shirt eating a donut" has a donut, "not eating a donut" has none. Of the three groups below, the
+# first holds the cues, the second what ends the denial, the third what may stand in it.
 DENIED = re.compile(
     r"""
     \b(?: # cues that also deny what is definite: "without the dog"
@@ -282,7 +283,8 @@ NOT_THERE = re.compile(
     """,
     re.VERBOSE,
 )
-# A colour or a game is a thing after an article or a fruit, if neither noun nor colour follows.
+# "orange" or "football" is an object only after an article or a fruit, and only if no noun and no
+# second colour follows it: "an orange", "an apple or orange", but no "orange cat".
 RARELY_THINGS = ("orange", "baseball", "basketball", "football", "volleyball")
 AS_A_THING = re.compile(
     rf"""
@@ -515,8 +517,8 @@ def place_image(image, image_root, folder):
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
-def pair_of(row, image_root, folder):
-    """(format name, {id, image, prompt, chosen, rejected, ...}) of one row, or Skip."""
+def pair_of(row):
+    """(format name, {id, image as it stands there, prompt, chosen, rejected, ...}) of one row."""
     fitting = [name for name, (columns, _) in FORMATS.items() if columns <= set(row)]
     if not fitting:
         raise Skip(f"columns of no known format ({', '.join(FORMATS)})", ", ".join(row))
@@ -530,7 +532,6 @@ def pair_of(row, image_root, folder):
         if pair["chosen"].strip() == pair["rejected"].strip():
             raise Skip("identical responses", "rejected")
         pair["prompt"] = re.sub(r"<image>\n?|\n<image>", "", pair["prompt"] or "")
-        pair["image"] = place_image(pair["image"], image_root, folder)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Skip(f"not a row of {name}", f"? ({error!r})") from None
     return name, pair
@@ -549,7 +550,8 @@ def read_pairs(source, image_root, folder, limit=None):
     for k, (place, row) in enumerate(islice(read_rows(source), limit)):
         counts["rows read"] += 1
         try:
-            name, pair = pair_of(row, image_root, folder)
+            name, pair = pair_of(row)
+            pair["image"] = place_image(pair["image"], image_root, folder)
             content = tuple(pair[field] for field in ("prompt", "image", "chosen", "rejected"))
             if content in seen:
                 raise Skip("duplicate row", "prompt")
@@ -577,10 +579,10 @@ def count_skip(counts, skip, place):
         print(f"skipped {file} row {number}, field {field}: {reason} (more are only counted)")
 
 
-def without_overlap(items, source, image_root, counts):
+def without_overlap(items, source, counts):
     """The items without a response that the evaluation set `source` has too, but for case,
     punctuation and spacing; those left out are added to `counts`. Below 20 characters responses
-    recur by chance ("Yes, there is."). image_root: where source's pictures are, if not in it.
+    recur by chance ("Yes, there is.").
     """
 
     def texts(row):
@@ -588,10 +590,9 @@ def without_overlap(items, source, image_root, counts):
         return {" ".join(re.findall(r"\w+", response.lower())) for response in responses}
 
     known = set()
-    with tempfile.TemporaryDirectory() as scratch:
-        for row in read_pairs(source, image_root, scratch)[1]:
-            known |= texts(row)
-    known = {text for text in known if len(text) >= 20}
+    for _, row in read_rows(source):
+        with suppress(Skip):  # what is no pair has no responses
+            known |= {text for text in texts(pair_of(row)[1]) if len(text) >= 20}
     kept = [item for item in items if not texts(item) & known]
     counts[f"excluded: text in {source}"] += len(items) - len(kept)
     return kept
@@ -647,6 +648,7 @@ def coco_names(names):
     """
     spelled = {phrase.replace(" ", ""): name for phrase, name in COCO_VOCABULARY.items()}
     coco = {label: spelled.get(name.lower().replace(" ", "")) for label, name in names.items()}
+    # COCO's detectors have all of its 80 classes, in a list of 80 to 91 labels
     is_coco = len(names) <= 91 and set(coco.values()) >= set(SYNONYMS)
     return {label: name for label, name in coco.items() if name} if is_coco else dict(names)
 
@@ -790,15 +792,15 @@ def load_items(args, folder):
         images = Path(args.images).resolve()
         items, counts = read_images(images, args.image_root, prompts, args.limit, args.seed, folder)
     for source in args.exclude or ():
-        items = without_overlap(items, source, args.image_root, counts)
+        items = without_overlap(items, source, counts)
     if not items:
         stop(f"no row is left: {dict(counts)}; relative paths start at --image-root")
     return items, counts
 
 
 def write_candidates(items, model, processor, image_root, path, sampling):
-    """Rows {**item, candidates: texts of the policy, unfinished: how many more had no stop token},
-    kept in path; sampling: arguments of common.sample.
+    """Rows {**item, candidates: texts of the policy that end in a stop token, unfinished: number of
+    those that do not and are left out}, kept in path; sampling: arguments of common.sample.
     """
     writer = RowWriter(path)
     size = max(1, common.CHUNK // sampling["n"])
@@ -1007,6 +1009,7 @@ def main(args):
     for item in items:
         key, finding = item["id"], findings[item["image"]]
         found, named = finding["detections"], set().union(*mentions[key])
+        # What can be found: the expert's classes, what an open one was asked, all in given findings
         known = classes or finding.get("asked", all_names)
         status = verify(named.union(swaps[key]), found, args.present, args.absent, known)
         statuses.update(f"mentions {status[name]}" for name in named)

@@ -503,9 +503,8 @@ def sample(
     tokenizer, device = processor.tokenizer, unwrap(model).device
     ends = model.generation_config.eos_token_id or []
     ends = [ends] if isinstance(ends, int) else ends
-    stop_ids = torch.tensor(
-        [*ends, tokenizer.eos_token_id], device=device
-    )  # training's is the last
+    # generation_config's stop tokens, and the one that stage 03 teaches
+    stop_ids = torch.tensor([*ends, tokenizer.eos_token_id], device=device)
     verdict_ids = verdict_token_ids(tokenizer)
     size = max(1, batch_size // n)  # prompts encoded together
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # pads little

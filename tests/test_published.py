@@ -445,6 +445,6 @@ def test_exclude(tmp_path, photos):
         {"id": "x", "image": "0.png", "prompt": "Q?"},  # a picture without responses
     ]
     counts = Counter()
-    kept = one.without_overlap(items, source, photos, counts)
+    kept = one.without_overlap(items, source, counts)
     assert [item["id"] for item in kept] == ["r1", "r3", "x"]
     assert counts == Counter({f"excluded: text in {source}": 1})
