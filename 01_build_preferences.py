@@ -69,6 +69,7 @@ PROMPTS = [
 
 
 # ---- The method: verification and pairing --------------------------------------------------------
+# "Needs:" in a docstring, here and in later scripts, names what to copy along with a function.
 def verify(mentions, detections, present, absent, known):
     """{object: "present" | "absent" | "unsure"} of the mentions, from each one's best detection.
 
@@ -116,7 +117,10 @@ def pair_candidates(candidates, status, swaps, vocabulary, rng):
 
 
 def check_given_pair(chosen, rejected, status):
-    """None where the expert agrees with a given pair, else the reason to drop it; of mentions."""
+    """None where the expert agrees with a given pair, else the reason to drop it.
+
+    chosen, rejected: the objects that each response mentions; status: of all of them.
+    """
     if not chosen and not rejected:
         return "names no object of the vocabulary"
     if any(status[name] == "absent" for name in chosen):
@@ -172,13 +176,13 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
         absent = [name for name in swaps if status[name] == "absent"]
         rng = random.Random(row_seed(seed, "pair", item["id"]))
         chosen, rejected, source = pair_candidates(candidates, status, absent, vocabulary, rng)
-        reason = source if chosen is None else None
+        reason = source if chosen is None else None  # then the third value says why
     if reason:
         return None, reason
     named = find_mentions(chosen, vocabulary), find_mentions(rejected, vocabulary)
     evidence = gather_evidence(*named, detections, status)
     hallucinated = [found["object"] for found in evidence if found["status"] == "absent"]
-    if not hallucinated:  # beside its neighbours the swapped word names another thing: "hot dog"
+    if not hallucinated:  # "dog" swapped in behind "hot" is a hot dog, which nobody verified
         return None, "the swap names nothing absent"
     row = {"id": item["id"], "image": item["image"], "prompt": item["prompt"]}
     row |= {"chosen": chosen, "rejected": rejected, "source": source}
@@ -324,15 +328,17 @@ def mention_spans(text, vocabulary):
     # what is denied is blotted out, so that no phrase is found there
     said = DENIED.sub(lambda denied: "." * len(denied.group()), text)
     things = {match.start(1) for match in AS_A_THING.finditer(text)}
-    found = find_phrases(said, phrases)
+    found = [*find_phrases(said, phrases), (len(text), len(text), "")]  # the last has no follower
     mentions = []
-    for (start, end, phrase), following in pairwise([*found, (0, 0, "")]):
-        # of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor"
-        qualifies = said[end : following[0]] == " " and " " not in following[2]
+    for (start, end, phrase), (next_start, _, follower) in pairwise(found):
+        # Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor". A follower
+        # of two words begins anew: "a cup dining table" is a list without its comma.
+        qualifies = follower and said[end:next_start] == " " and " " not in follower
         if qualifies or re.match(r"-\w", said[end : end + 2]):  # or "dog-friendly"
             continue
         if phrase in RARELY_THINGS and start not in things:
             continue
+        # (in text, since of what is said "is not visible" may be blotted out already)
         if phrases[phrase] is not None and not NOT_THERE.match(text, end):
             mentions.append((start, end, phrases[phrase]))
     return mentions
@@ -379,7 +385,9 @@ def turns_of(messages, role):
 
 
 def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
-    """Pairs the last assistant turns; the prompt is what comes before, with roles if it is long."""
+    """Pairs the last assistant turns; the prompt is what comes before, with roles if there are
+    several turns. (A missing column is None: see pair_of.)
+    """
     asked = turns_of(row[prompt], "user")
     contexts, responses = [], []
     for field in (chosen, rejected):
@@ -406,7 +414,8 @@ def from_own(row):
 
 
 def from_vl_rewardbench(row):
-    best = [[0, 1], [1, 0]].index(row["human_ranking"])  # rank 0 is the better one
+    # Rank 0 is the better one; anything but these two is a ValueError, which skips the row.
+    best = [[0, 1], [1, 0]].index(row["human_ranking"])
     prefix = re.split("[_-]", row["id"])[0]  # by which the publishers tell the categories
     category = "general"
     if prefix in ("RLAIF", "RLHF", "hallucination"):
@@ -477,7 +486,7 @@ def read_rows(source):
 def find_picture(name, root):
     """The file of a picture's name: as it is, its base name, or COCO's of 2014 and 2017."""
     names = [name, Path(name).name]
-    if coco := re.search(r"^\d{1,12}$|(?<!\d)\d{12}(?=\.jpg$)", name):  # its id, or a file of its
+    if coco := re.search(r"^\d{1,12}$|(?<!\d)\d{12}(?=\.jpg$)", name):
         file = f"{int(coco[0]):012d}.jpg"
         names += [file, f"train2017/{file}", f"val2017/{file}"]
         for split in ("train2014", "val2014"):
@@ -522,7 +531,8 @@ def pair_of(row):
     fitting = [name for name, (columns, _) in FORMATS.items() if columns <= set(row)]
     if not fitting:
         raise Skip(f"columns of no known format ({', '.join(FORMATS)})", ", ".join(row))
-    name, row = fitting[0], defaultdict(lambda: None, row)
+    name = fitting[0]
+    row = defaultdict(lambda: None, row)  # a missing column is None, for the mappings above
     try:
         image = row["image"] or row["images"]  # TRL has both names
         pair = {"id": row["id"], "image": image, **FORMATS[name][1](row)}
@@ -580,9 +590,9 @@ def count_skip(counts, skip, place):
 
 
 def without_overlap(items, source, counts):
-    """The items without a response that the evaluation set `source` has too, but for case,
-    punctuation and spacing; those left out are added to `counts`. Below 20 characters responses
-    recur by chance ("Yes, there is.").
+    """Drops, and counts, the items one of whose responses occurs in the evaluation set `source`,
+    compared without case, punctuation and spacing. Responses below 20 characters ("Yes, there is.")
+    recur by chance and do not count.
     """
 
     def texts(row):
@@ -643,13 +653,12 @@ def as_detections(names, labels, scores, boxes):
 
 
 def coco_names(names):
-    """{label: class}: COCO's class names where these are its labels, however they are spelled
-    ("sofa", "tvmonitor"), without what stands between them ("N/A"); other labels as they are.
+    """{label: class}. Labels that cover all of COCO's 80 classes get its spelling ("sofa" is couch)
+    and lose the fillers between them ("N/A"); all others stay as they are.
     """
     spelled = {phrase.replace(" ", ""): name for phrase, name in COCO_VOCABULARY.items()}
     coco = {label: spelled.get(name.lower().replace(" ", "")) for label, name in names.items()}
-    # COCO's detectors have all of its 80 classes, in a list of 80 to 91 labels
-    is_coco = len(names) <= 91 and set(coco.values()) >= set(SYNONYMS)
+    is_coco = len(names) <= 91 and set(coco.values()) >= set(SYNONYMS)  # with fillers they are 91
     return {label: name for label, name in coco.items() if name} if is_coco else dict(names)
 
 
@@ -862,7 +871,10 @@ def read_detections(path, images, vocabulary):
         if image not in of_image:
             stop(f"{path} has no row for image {image!r}")
         for found in of_image[image]["detections"]:
-            if not {"object", "box"} < set(found) or not 0 <= found["confidence"] <= 1:
+            if (
+                not {"object", "box", "confidence"} <= set(found)
+                or not 0 <= found["confidence"] <= 1
+            ):
                 stop(f"{path} row {image!r}: expected object, box, confidence in [0, 1]: {found}")
             names.add(found["object"])
     if names and not names & known:  # spelled otherwise, everything would count as absent
@@ -942,6 +954,8 @@ def parse_args(argv=None):
     add("--temperature", type=float, default=1.0, help="of the candidates")
     add("--max-new-tokens", type=int, default=256, help="of a candidate; unfinished it is dropped")
     args = parser.parse_args(argv)
+    if args.exclude and args.images:
+        parser.error("--exclude compares given responses: it goes with --pairs")
     if not 0 <= args.absent <= args.present <= 1:
         parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
     near = Path(args.images or args.pairs)
@@ -1009,8 +1023,9 @@ def main(args):
     for item in items:
         key, finding = item["id"], findings[item["image"]]
         found, named = finding["detections"], set().union(*mentions[key])
-        # What can be found: the expert's classes, what an open one was asked, all in given findings
-        known = classes or finding.get("asked", all_names)
+        # An expert without classes of its own finds what it is asked; findings that are given may
+        # not say what that was.
+        known = finding.get("asked", all_names) if classes is None else classes
         status = verify(named.union(swaps[key]), found, args.present, args.absent, known)
         statuses.update(f"mentions {status[name]}" for name in named)
         row, reason = build_pair(

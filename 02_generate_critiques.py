@@ -12,8 +12,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   2) "verdict = label" alone lets lucky verdicts with false facts pass, which make the judge worse:
      the checks are held against each other and the expert. They must be complete, or stage 04 would
      prefer critiques that skip what is hard to see;
-  3) pairs without findings (reasoning, general questions) are kept on verdict, leak and their own
-     checks, where they have any, and counted apart.
+  3) pairs without findings (reasoning, general questions; 01 makes none, but a preferences.jsonl
+     from elsewhere may) are kept on verdict, leak and their own checks, and counted apart.
 
 Reads  01_preferences/preferences.jsonl (split "train"), vocabulary.json.
 Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped), critiques.jsonl:
@@ -40,6 +40,7 @@ from common import RowWriter, both_orders, finish_stage, parse_checks, parse_ver
 
 one = importlib.import_module("01_build_preferences")
 find_mentions = one.find_mentions
+spaced = one.spaced
 
 LEAK = re.compile(  # a critique that cites what only its writer was told
     r"""\b(?:reference | ground[- ]truth | detector | known\ to\ be\ true | the\ findings?
@@ -74,11 +75,11 @@ def verdict_of_checks(checks):
 
 def bare_phrase(claim):
     """'There is a dog' -> 'dog': the claim without what only says that something is there."""
-    return re.sub(r"^(?:there (?:is|are) )?(?:(?:an?|the|some|one|two|three) )?", "", claim.lower())
+    return re.sub(r"^(?:there (?:is|are) )?(?:(?:an?|the|some|one|two|three) )?", "", spaced(claim))
 
 
 def contradicts_expert(checks, said, status, vocabulary):
-    """None, or how the checks disagree with the findings.
+    """None, or how the checks fall short of the findings: against one, leaving one out, or beside.
 
     said: {"A": objects that response A mentions, "B": ...}; status: {object: "present" | ...}.
     """
@@ -90,7 +91,8 @@ def contradicts_expert(checks, said, status, vocabulary):
         if supported:
             wrong = any(status.get(name) == "absent" for name in named)
         else:  # only the bare object: "a dog with a hat: no" may be right where a dog is present
-            wrong = status.get(vocabulary.get(bare_phrase(claim))) == "present"
+            name = vocabulary.get(bare_phrase(claim))  # None where the claim says more
+            wrong = status.get(name) == "present"
         if wrong:
             return "contradicts the expert"
         checked[side].update(named)
@@ -107,7 +109,7 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
     complete: it wrote its stop token; question: {"response_a", "response_b", "label"}; evidence:
     the pair's list of {"object", "status", ...}, empty for pairs without findings; vocabulary:
     {phrase: class}. Needs: parse_verdict, parse_checks, find_mentions, LEAK, verdict_of_checks,
-    contradicts_expert, bare_phrase.
+    contradicts_expert, bare_phrase, spaced.
     """
     verdict = parse_verdict(critique)
     if not complete or verdict is None:
@@ -120,10 +122,10 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
         return "wrong verdict"
     if checks:
         by_checks = verdict_of_checks(checks)
-        # Where the checks come out even, the verdict may rest on something else; but not where
-        # there are findings, since then one of the responses names an absent object.
-        may_be_even = by_checks is None and not status
-        if by_checks != verdict and not may_be_even:
+        # With findings one response names an absent object, so the checks must decide; without,
+        # they may come out even, and the verdict rest on something else.
+        decide_nothing = by_checks is None and not status
+        if by_checks != verdict and not decide_nothing:
             return "verdict does not follow from its checks"
     responses = {"A": question["response_a"], "B": question["response_b"]}
     if LEAK.search(critique) and not LEAK.search("\n".join(responses.values())):
@@ -151,7 +153,7 @@ def write_critiques(
         questions += both_orders(pair)
     writer = RowWriter(path)
 
-    def is_written(question):
+    def is_written(question):  # to its last sample
         return writer.is_done({"id": f"{question['id']}-{n - 1}"})
 
     chunks = common.in_chunks(questions, is_written, max(1, common.CHUNK // n), "critiques")

@@ -115,8 +115,8 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
         rows.append(torch.tensor(ids[:max_response_tokens]))
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B,R)
-    targets = pad(rows, batch_first=True, padding_value=-100)  # (B,R); by length, not by token:
-    # where a tokenizer's padding token is its stop token, the stop token stays supervised
+    # By length, not by token: a stop token that is the padding token as well stays supervised.
+    targets = pad(rows, batch_first=True, padding_value=-100)  # (B,R)
     masked = torch.full_like(inputs["input_ids"], -100)  # (B,P): prompt and image tokens
     added = {
         "input_ids": ids,
@@ -212,7 +212,7 @@ def bradley_terry_sum(logits, labels, rows, tokenizer):
     return bradley_terry_loss(torch.cat(r), label_is_a).sum()
 
 
-def add_lora(model, rank):
+def make_trainable(model, rank):
     """PEFT model with fresh rank-r adapters on the language model's linear layers.
 
     Rank 0: the model itself with all of the language model's own weights trainable. float32 in
@@ -231,7 +231,9 @@ def add_lora(model, rank):
 
 
 def total(numbers):
-    """Each number's sum over all processes: one batch for each, which gives its own numbers."""
+    """Each number's sum over all processes. (share_out of one batch for each process, which answers
+    with its own numbers, gathers them.)
+    """
     of_process = common.share_out(range(WORLD), lambda _: [list(numbers)])
     return [sum(column) for column in zip(*of_process)]
 
@@ -253,6 +255,7 @@ def count_supervised(micro_batches):
 
 def prepared_ahead(data, steps):
     """The micro-batches of steps 0, 1, ..., read and encoded by a second process, two ahead."""
+    # A step is an item of its own (no batching), and stays the list that it is.
     settings = {"batch_size": None, "collate_fn": list, "num_workers": 1}
     for micro_batches in DataLoader(data, sampler=range(steps), **settings):
         if isinstance(micro_batches[0], SystemExit):
@@ -291,7 +294,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
         n_critique, n_correct = total(count_supervised(micro_batches))
         sums = {"critique": 0.0, "correct": 0.0, "bradley_terry": 0.0}  # in nats, for the log
         for i, (kind, rows, inputs, labels) in enumerate(micro_batches):
-            # Processes exchange their gradients once, after the step's last micro-batch.
+            # Several processes exchange their gradients once, after the step's last micro-batch.
             parallel.require_backward_grad_sync = i + 1 == len(micro_batches)
             inputs = {name: x.to(device) for name, x in inputs.items()}
             logits, labels = forward(parallel, inputs, labels)  # (B,R+1,V), (B,R+1)
@@ -318,6 +321,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
         nll_critique, nll_correct, bt_sum = total(sums.values())
         line = {
             "step": step + 1,
+            # L_IFT, without the Bradley-Terry part, which has a column of its own
             "loss": ift_loss(nll_critique, n_critique, nll_correct, n_correct, lam),
             "critique": nll_critique / n_critique,  # nats per token
             "correct": nll_correct / n_correct if lam else None,
@@ -370,8 +374,9 @@ def judge(
     """Judgement rows of questions (from both_orders), in their order, by `votes` critiques each.
 
     They are kept as they come by writer, a RowWriter with the key ("condition", "question"), and
-    taken from there where an interrupted run left them. A question's "picture" (PIL), if there is
-    one, is shown instead of its image. sampling: as for common.sample; temperature 0 by default.
+    taken from there where an interrupted run left them. A question's "picture" (PIL or path), if
+    there is one, is shown instead of its image. sampling: as for common.sample, but greedy unless
+    it says otherwise.
     """
     sampling = {"temperature": 0.0, **sampling}
 
@@ -544,7 +549,7 @@ def main(args):
         first["model"], device=args.device, max_image_tokens=first["max_image_tokens"]
     )
     torch.manual_seed(args.seed)  # of the adapter's first weights
-    model = add_lora(model, args.lora_rank)
+    model = make_trainable(model, args.lora_rank)
     data, counts = training_steps(critiques, processor, first["image_root"], args.seed, args)
     for name in ("metrics.jsonl", "validation.jsonl"):  # an interrupted training starts anew
         (folder / name).unlink(missing_ok=True)

@@ -141,6 +141,7 @@ def margins_of_pairs(pair_ids, questions):
     return margins, passing
 
 
+# Rules, each with one signature for its kind (see RULES), whether or not it uses every argument.
 def pairs_by_margin(margins, eligible, threshold, retention, seed):
     """The pairs with the largest margins.
 
@@ -271,7 +272,7 @@ def parse_args(argv=None):
 def main(args):
     first = common.args_of(args.run, "01_preferences")
     style = common.args_of(args.run, "02_critiques")["style"]
-    common.args_of(args.run, "03_ift")  # complete, too
+    common.args_of(args.run, "03_ift")  # stops where stage 03 is not complete
     control = "" if args.select == "margin" else f"_{args.select}"
     folder = common.start_stage(args, f"04_rejection{control}")
     if folder is None:
@@ -284,7 +285,9 @@ def main(args):
     pairs = read_jsonl(source, ("id", "image", "chosen", "rejected", "split", "evidence"))
     validation = ift.validation_pairs(run)
     pool = [pair for pair in pairs if pair["split"] == "pool"]
-    pools = cut_pools(pool, args.pool, args.iterations)
+    pools = []
+    if args.select != "continue":  # which needs none
+        pools = cut_pools(pool, args.pool, args.iterations)
     old = read_jsonl(run / "02_critiques" / "critiques.jsonl", ("id", "pair_id", "critique"))
     results, checkpoint = {}, common.find_checkpoint(run / "03_ift")
     for t in range(1, args.iterations + 1):
@@ -296,12 +299,13 @@ def main(args):
         first["model"], checkpoint, args.device, first["max_image_tokens"], trainable=True
     )
     if checkpoint.name == "model":
-        model = ift.add_lora(model, 0)
+        model = ift.make_trainable(model, 0)
     judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
     judging["max_new_tokens"] = args.max_new_tokens
 
     # 2. iterate -----------------------------------------------------------------------------------
-    for t in range(len(results) + 1, args.iterations + 1):
+    n_done = len(results)
+    for t in range(n_done + 1, args.iterations + 1):
         here = folder / f"iter{t}"
         here.mkdir(exist_ok=True)
         for name in ("metrics.jsonl", "validation.jsonl"):  # an interrupted training starts anew

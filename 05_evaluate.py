@@ -124,7 +124,8 @@ def check_rates(rows, pairs, vocabulary):
     """How the judge's checks stand to the evidence of the pairs; {} without any.
 
     Of the checks of present objects the share that says yes, of absent ones the share that says
-    no, and their mean (balanced): a judge that trusts every text has 1, 0 and .5.
+    no, and their mean (balanced): a judge that trusts every text has 1, 0 and .5. One critique of a
+    question is read, the first of several votes.
     """
     said = {"present": [], "absent": []}  # what is unsure has no right answer
     for row in rows:
@@ -206,7 +207,7 @@ def official_scores(rows, pairs):
 
 
 def paired_differences(judged, last, others, pairs):
-    """{"last - other": (mean, low, high)} of accuracy, paired by question; judged: {name: rows}."""
+    """{"last - other": (mean, low, high)} of accuracy, paired by pair; judged: {name: rows}."""
     right = right_per_pair(judged[last])
     images = [pair["image"] for pair in pairs.values()]
     differences = {}
@@ -369,7 +370,7 @@ def best_of_n(rows, candidates, judge):
             questions += both_orders({**row_of[key], **texts, "id": f"{key}/{a}-{b}"})
         for_a = Counter()  # P(a is better), summed over both orders: a wins from 1 on
         for row in judge(questions):
-            a_is_first = row["label"] == "A"
+            a_is_first = row["label"] == "A"  # the "label" is the place of "chosen", which is a
             for_a[row["id"]] += row["probability_a"] if a_is_first else 1 - row["probability_a"]
         return [for_a[f"{key}/{a}-{b}"] >= 1 for key, a, b in games]
 
@@ -495,7 +496,7 @@ RATES = ("present_said_yes", "absent_said_no", "balanced")
 
 
 def table_lines(results, note):
-    """All tables, from what metrics.json holds; note: a sentence on the first."""
+    """All tables of the results (see main); note: a sentence on the first."""
     table = results["table"]
     lines = markdown("judge", COLUMNS, {"chance": CHANCE, **table}) + ["", note]
     if results["differences"]:
@@ -561,9 +562,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("how it is judged").add_argument
     add("--votes", type=int, default=1, help="1 is greedy, more: the majority of sampled critiques")
     ways = ("blank", "other")
-    shown = (
-        "the last judge also sees blank pictures, other rows', or both; a bare --withhold: neither"
-    )
+    shown = "what the last judge also sees instead of the pictures; nothing after it turns both off"
     add("--withhold", nargs="*", choices=ways, default=list(ways), help=shown)
     add("--max-new-tokens", type=int, default=512, help="longest critique or response, tokens")
     add("--best-of", type=int, default=1, help="llava-wild: N responses a question, a power of 2")
@@ -629,7 +628,8 @@ def main(args):
     official = args.protocol == "official"
     take_settings(args)
     conditions = find_conditions(run)
-    args.conditions = list(conditions)  # a newly trained judge is a reason to evaluate anew
+    # Among the arguments, so that a judge trained since then is a reason to evaluate anew.
+    args.conditions = list(conditions)
     last = last_judge(conditions)
     folder = common.start_stage(args, FOLDERS[args.benchmark, args.protocol])
     if folder is None:
@@ -642,9 +642,9 @@ def main(args):
     votes = {"votes": args.votes, "temperature": args.temperature}
     if args.benchmark == "llava-wild":
         rows = read_questions(args.pairs, args.image_root)
-        judge = (last, conditions[last])
-        voting = judging | votes
-        counts = answer_in_the_wild(rows, *judge, load, folder, args.best_of, voting, sampling)
+        checkpoint, judging = conditions[last], judging | votes
+        n = args.best_of
+        counts = answer_in_the_wild(rows, last, checkpoint, load, folder, n, judging, sampling)
         finish(folder, args, counts, ["", WILD_NOTE])
         return
 
@@ -661,7 +661,7 @@ def main(args):
     if args.truth and not expert:
         stop(f"--truth {args.truth} holds no picture of the findings in {run}/01_preferences")
     questions = ask(pairs, official, args.seed)
-    shown = {name: {name: questions} for name in conditions}
+    shown = {name: {name: questions} for name in conditions}  # {judge: {condition: questions}}
     for how in args.withhold:
         changed = withheld(questions, how, args.image_root, args.seed)
         shown[last][f"{last}, {how} image"] = changed

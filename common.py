@@ -76,10 +76,10 @@ _VERDICT_LINE = re.compile(  # "Verdict: ...", "**Final verdict**: ...", "3. Ver
     rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}:(.*)$", re.IGNORECASE | re.MULTILINE
 )
 _VERDICT = re.compile(rf"^{_MARK}(?:response +)?([ab]){_MARK}$", re.IGNORECASE)  # what follows it
-# A check is "[A:] claim: yes|no". A line is cut after each yes or no, but not after one that begins
-# a claim ("A: no people: yes"); then each clause is read from its start to its first yes or no.
+# A check is "[A:] claim: yes|no"; a line may hold several. It is cut after each ": yes" or ": no",
+# unless the side's letter stands right before it: the "no" of "A: no people: yes" is the claim's.
 _CLAUSE_END = re.compile(
-    r";|(?:(?<=: yes)(?<![AB]: yes)|(?<=: no)(?<![AB]: no))[.,]? +", re.IGNORECASE
+    r";|(?:(?<=: yes)(?<!\b[AB]: yes)|(?<=: no)(?<!\b[AB]: no))[.,]? +", re.IGNORECASE
 )
 _CLAIM_START = re.compile(  # "A:", "2. Response B:", "-", or nothing
     r"[\W_]*(?:\d+[\W_]+)?(?:(?:response +)?([AB])\b[^\w:]*:)?", re.IGNORECASE
@@ -185,8 +185,8 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     if max_image_tokens:
         vision = processor.image_processor  # a token covers merge_size x merge_size patches
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
-        # The processor enlarges smaller pictures to shortest_edge pixels and rounds both sides up,
-        # at worst to twice their length: a quarter keeps the result within the bound.
+        # Both "edges" are areas, in pixels. The processor enlarges smaller pictures to the first
+        # and rounds their sides up, each at worst to twice its length: the area to four times.
         smallest = min(vision.size["shortest_edge"], pixels // 4)
         vision.size = {"shortest_edge": smallest, "longest_edge": pixels}
     gib = sum(weight.nbytes for weight in model.parameters()) / 2**30
@@ -236,8 +236,8 @@ def encode_prompts(processor, texts, images):
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         chats.append(chat)
-    # A strip one image token high takes as many tokens as it is long, whatever the bound on pixels:
-    # so the bound on tokens is one on the ratio of the sides, too.
+    # The short side takes at least one token, and the long one as many more as it is longer: so
+    # the bound on tokens is one on the ratio of the sides, too.
     vision = processor.image_processor
     most_tokens = vision.size["longest_edge"] / (vision.patch_size * vision.merge_size) ** 2
     return processor(
@@ -320,7 +320,10 @@ class SharedPrompt:
         return x.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)[self.slots]
 
     def reorder_cache(self, keep):
-        """Only the samples `keep` (a rising index into S) go on; prompts without any leave, too."""
+        """Only the samples `keep` (a rising index into S) go on; prompts without any leave, too.
+
+        The name is transformers': its cache hands the call on to each layer.
+        """
         keep = keep.to(self.slots.device)
         self.own_keys, self.own_values = self.own_keys[keep], self.own_values[keep]
         slots = self.slots[keep]
@@ -361,7 +364,7 @@ class Decoding:
             self.cache.layers = [SharedPrompt(x, mask, n, room) for x in self.cache.layers]
         else:  # other layers, such as linear attention: each sample gets a copy of its prompt's
             index = torch.arange(len(mask), device=mask.device).repeat_interleave(n)  # (S,)
-            self.cache.reorder_cache(index)
+            self.cache.reorder_cache(index)  # repeats each row n times
             self.mask = mask[index]  # (S, P)
 
     def keep(self, index):
@@ -380,7 +383,7 @@ class Decoding:
         if not self.is_shared:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
         config = self.inner.language_model.config
-        usual = config._attn_implementation
+        usual = config._attn_implementation  # by which all other calls of the model attend
         try:
             config._attn_implementation = "shared_prompt" if self.is_shared else usual
             self.logits = self.model(
@@ -412,8 +415,9 @@ def sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     """Encode B prompts once, decode n samples of each -> token ids (S, R) padded with -1, log-odds
     (S, R, 2) in nats at temperature 1 for both spellings of the verdict.
 
-    uniforms (B, n, R) in [0, 1): the only randomness, one per token. What follows a sample's stop
-    token means nothing: it goes on writing until it leaves the batch.
+    uniforms (B, n, R) in [0, 1): the only randomness, one per token; verdict_ids: (ids of A, ids of
+    B) from verdict_token_ids. What follows a sample's stop token means nothing: it goes on writing
+    until it leaves the batch.
     """
     B, n, R = uniforms.shape
     decoding = Decoding(model, inputs, n, R)
@@ -454,7 +458,8 @@ def verdict_token_ids(tokenizer):
 def find_verdict_token(tokenizer, ids, verdict_ids):
     """(text, verdict, place, spelling) of a response's token ids; the last three may be None.
 
-    ids[place] is the token that holds the verdict's letter; spelling: its index in verdict_ids.
+    ids[place] is the token that holds the verdict's letter; spelling: 1 where that is the bare
+    letter, else 0, the letter after a space, whose log-odds also stand for other tokens.
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     verdict, index = find_verdict(text)
@@ -468,12 +473,12 @@ def find_verdict_token(tokenizer, ids, verdict_ids):
 
 def finish_sample(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
     """The answer of common.sample from one sample's tokens (R,) and log-odds (R, 2)."""
-    ends = torch.isin(tokens, stop_ids.cpu()).nonzero()
-    length = int(ends[0]) if len(ends) else int((tokens >= 0).sum())
+    stops = torch.isin(tokens, stop_ids.cpu()).nonzero()  # places of stop tokens
+    length = int(stops[0]) if len(stops) else len(tokens)
     ids = tokens[:length].tolist()
     text, verdict, place, spelling = find_verdict_token(tokenizer, ids, verdict_ids)
     r = None if verdict is None else log_odds[place, spelling].item()
-    return {"text": text, "complete": len(ends) > 0, "verdict": verdict, "log_odds": r}
+    return {"text": text, "complete": len(stops) > 0, "verdict": verdict, "log_odds": r}
 
 
 def row_seed(seed, *keys):
@@ -501,10 +506,10 @@ def sample(
     together; out of memory halves it.
     """
     tokenizer, device = processor.tokenizer, unwrap(model).device
-    ends = model.generation_config.eos_token_id or []
-    ends = [ends] if isinstance(ends, int) else ends
+    listed = model.generation_config.eos_token_id or []
+    listed = [listed] if isinstance(listed, int) else listed
     # generation_config's stop tokens, and the one that stage 03 teaches
-    stop_ids = torch.tensor([*ends, tokenizer.eos_token_id], device=device)
+    stop_ids = torch.tensor([*listed, tokenizer.eos_token_id], device=device)
     verdict_ids = verdict_token_ids(tokenizer)
     size = max(1, batch_size // n)  # prompts encoded together
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # pads little
@@ -515,7 +520,9 @@ def sample(
         return torch.rand(n, max_new_tokens, generator=generator)  # (n, R)
 
     def answer(batch):
-        """Lists of n answers to the requests of a batch, in pieces where it doesn't fit memory."""
+        """Lists of n answers to the requests of a batch, `size` prompts at a time: where they do
+        not fit into memory, size is halved, for the later batches as well.
+        """
         nonlocal size
         answers = []
         while len(answers) < len(batch):
@@ -696,7 +703,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def stage_parser(doc):
-    """(parser, add function of its group "the run") with what all stages take."""
+    """A script's parser with what all stages take, and add_argument of its group "the run"."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument_group("the run").add_argument
     add("--run", default="runs/default", help="run directory, shared by all stages")

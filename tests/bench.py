@@ -251,7 +251,7 @@ def true_critiques(pairs, preamble=""):
 def with_adapter(model):
     """A copy of the model with a fresh adapter, the same each time."""
     torch.manual_seed(0)
-    return ift.add_lora(copy.deepcopy(model), 16)
+    return ift.make_trainable(copy.deepcopy(model), 16)
 
 
 def train_ours(model, data, steps, lr):

@@ -195,7 +195,7 @@ def test_logged_learning_rate_is_the_one_of_that_step(tiny, pictures, tmp_path, 
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
-    model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+    model = three.make_trainable(copy.deepcopy(tiny[0]), 2)
     lines = train(model, tiny[1], pictures, tmp_path, steps=4, lr=1e-4)
     assert [line["lr"] for line in lines] == used and len(set(used)) == 3
     assert used == pytest.approx([three.learning_rate(k, 4, 1e-4) for k in range(4)])
@@ -205,7 +205,7 @@ def test_logged_learning_rate_is_the_one_of_that_step(tiny, pictures, tmp_path, 
 def test_missing_image_ends_training_with_one_line(tiny, pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "some")
     (tmp_path / "some" / "2.png").unlink()
-    model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+    model = three.make_trainable(copy.deepcopy(tiny[0]), 2)
     with pytest.raises(SystemExit, match=r"^error: image \S+2\.png: "):
         train(model, tiny[1], tmp_path / "some", tmp_path / "log", steps=2)
 
@@ -236,7 +236,7 @@ def test_gradient_is_the_same_for_all_micro_batches(
     model, processor = tiny
 
     # the definition, row by row
-    slow = three.add_lora(copy.deepcopy(model), 0)
+    slow = three.make_trainable(copy.deepcopy(model), 0)
     mean_nll, bt = {}, 0.0
     for kind, kind_rows in (("critique", judged_rows()), ("correct", correct_rows())):
         nll, n = 0.0, 0
@@ -256,7 +256,7 @@ def test_gradient_is_the_same_for_all_micro_batches(
     expected = torch.cat([grad.flatten() for grad in grads])
 
     for micro_batch in (1, 3, 4):
-        changed = three.add_lora(copy.deepcopy(model), 0)
+        changed = three.make_trainable(copy.deepcopy(model), 0)
         settings = {"lr": 1.0, "lam": lam, "bt_weight": bt_weight, "micro_batch": micro_batch}
         folder = tmp_path / str(micro_batch)
         (line,) = train(changed, processor, pictures, folder, **settings)
@@ -272,7 +272,7 @@ def test_gradient_is_the_same_for_all_micro_batches(
 
 
 def test_a_small_step_lowers_the_loss(tiny, pictures, tmp_path):
-    model = three.add_lora(copy.deepcopy(tiny[0]), 0)
+    model = three.make_trainable(copy.deepcopy(tiny[0]), 0)
     before, after = train(model, tiny[1], pictures, tmp_path, steps=2, lr=1e-4)
     assert after["loss"] < before["loss"] and after["critique"] < before["critique"]
 
@@ -282,7 +282,7 @@ def test_gradient_that_is_no_number_stops_with_the_rows(tiny, pictures, tmp_path
         return (logits * torch.inf).sum(), None
 
     monkeypatch.setattr(three, "nll_sum", overflow)
-    model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+    model = three.make_trainable(copy.deepcopy(tiny[0]), 2)
     with pytest.raises(SystemExit, match="step 1: gradient norm nan on rows .*2-ab-0.*lower --lr"):
         train(model, tiny[1], pictures, tmp_path)
 
@@ -293,7 +293,7 @@ def adapter(tiny, pictures, tmp_path_factory):
     """(PEFT model after one step, folder with its adapter/)."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
-    model = three.add_lora(copy.deepcopy(tiny[0]), 4)
+    model = three.make_trainable(copy.deepcopy(tiny[0]), 4)
     train(model, tiny[1], pictures, folder, lr=1e-2)
     three.save_checkpoint(model, tiny[1], folder)
     return model, folder / "adapter"
@@ -330,7 +330,7 @@ def test_adapter_that_does_not_fit_is_refused(tiny, adapter, tmp_path):
 
 @torch.no_grad()
 def test_full_fine_tuning_is_saved_as_an_ordinary_model(tiny, pictures, rows, tmp_path):
-    model = three.add_lora(copy.deepcopy(tiny[0]), 0)
+    model = three.make_trainable(copy.deepcopy(tiny[0]), 0)
     with torch.enable_grad():
         train(model, tiny[1], pictures, tmp_path, lr=1e-3)
     three.save_checkpoint(model, tiny[1], tmp_path)
@@ -347,7 +347,7 @@ def test_full_fine_tuning_is_saved_as_an_ordinary_model(tiny, pictures, rows, tm
 def test_saving_replaces_what_was_there(tiny, tmp_path):
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+        model = three.make_trainable(copy.deepcopy(tiny[0]), 2)
         three.save_checkpoint(model, tiny[1], tmp_path)
         (tmp_path / "adapter" / f"left by {seed}").touch()
     assert not (tmp_path / "adapter" / "left by 0").exists()
@@ -401,7 +401,7 @@ def test_console_names_only_what_was_computed(tiny, pictures, tmp_path, capsys, 
             written.append("closed")
 
     monkeypatch.setattr(common, "progress_bar", lambda *args: Bar())
-    model = three.add_lora(copy.deepcopy(tiny[0]), 2)
+    model = three.make_trainable(copy.deepcopy(tiny[0]), 2)
     train(model, tiny[1], pictures, tmp_path, lam=0.0)
     step, said, closed = written
     assert (step, closed) == (1, "closed") and "critique " in said

@@ -231,7 +231,7 @@ from conftest import requests_of, judged_rows, stage, train
 def main(args):
     pictures, folder = pathlib.Path({pictures!r}), pathlib.Path({folder!r})
     model, processor = common.load_judge({model!r}, device="cpu")
-    model = stage("03_train_ift").add_lora(model, 4)
+    model = stage("03_train_ift").make_trainable(model, 4)
     train(model, processor, pictures, folder, checkpoint_activations=True)
     stage("03_train_ift").save_checkpoint(model, processor, folder)
     model, processor = common.load_judge({model!r}, folder / "adapter", device="cpu")

@@ -219,7 +219,7 @@ def test_padded_batch_gives_what_single_rows_give(judge, pictures):
 
 def test_small_steps_lower_the_loss(judge, pictures, tmp_path):
     _, _, model, processor = judge
-    learner = three.add_lora(copy.deepcopy(model), 4)
+    learner = three.make_trainable(copy.deepcopy(model), 4)
     lines = train(learner, processor, pictures, tmp_path, steps=3, lr=1e-3)
     assert lines[-1]["loss"] < lines[0]["loss"]
 
@@ -247,14 +247,14 @@ def test_lora_touches_the_language_model_only(judge):
     vision = {name for name in linear if name.startswith("model.visual.")}
     assert linear == expected | vision | {"lm_head"}  # the list is whole: there is no other
     assert any("proj" in name for name in vision)  # which the pattern must not take for its own
-    model = three.add_lora(copy.deepcopy(base), 4)
+    model = three.make_trainable(copy.deepcopy(base), 4)
     trained = {name for name, w in model.named_parameters() if w.requires_grad}
     adapters = set()
     for name in expected:
         for side in "AB":
             adapters.add(f"base_model.model.{name}.lora_{side}.default.weight")
     assert trained == adapters
-    full = three.add_lora(copy.deepcopy(base), 0)
+    full = three.make_trainable(copy.deepcopy(base), 0)
     trained = {name for name, w in full.named_parameters() if w.requires_grad}
     of_language = {name for name, _ in base.named_parameters() if "visual" not in name}
     assert trained == of_language
@@ -264,7 +264,7 @@ def test_lora_touches_the_language_model_only(judge):
 def adapter(judge, pictures, tmp_path_factory):
     """(PEFT model after one step, folder with its adapter)."""
     _, _, base, processor = judge
-    folder, model = tmp_path_factory.mktemp("adapter"), three.add_lora(copy.deepcopy(base), 4)
+    folder, model = tmp_path_factory.mktemp("adapter"), three.make_trainable(copy.deepcopy(base), 4)
     train(model, processor, pictures, folder, lr=1e-2)
     three.save_checkpoint(model, processor, folder)
     return model, folder / "adapter"
@@ -322,7 +322,7 @@ def test_checkpointed_activations_give_the_same_gradients(
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
     for is_on in (False, True):
         torch.manual_seed(0)
-        model = three.add_lora(copy.deepcopy(base), rank)
+        model = three.make_trainable(copy.deepcopy(base), rank)
         settings = {"bt_weight": 0.5, "micro_batch": 3, "checkpoint_activations": is_on}
         train(model, processor, pictures, tmp_path / f"{is_on}", **settings)
         assert bool(recomputed) == is_on
@@ -345,7 +345,7 @@ def bf16_copy(model):
 def test_what_is_trained_is_float32_on_a_bf16_model(judge, pictures, tmp_path, monkeypatch, rank):
     _, _, base, processor = judge
     torch.manual_seed(0)
-    model = three.add_lora(bf16_copy(base), rank)
+    model = three.make_trainable(bf16_copy(base), rank)
     dtypes, step = set(), torch.optim.AdamW.step
 
     def recorded_step(self, *args):

@@ -174,7 +174,7 @@ def stages(monkeypatch, run):
     monkeypatch.setattr(common, "load_judge", load_judge)
     monkeypatch.setattr(common.importlib.metadata, "distributions", list)  # slow
     monkeypatch.setattr(four, "draw_margins", draw_margins)
-    monkeypatch.setattr(ift, "add_lora", lambda model, rank: model)
+    monkeypatch.setattr(ift, "make_trainable", lambda model, rank: model)
     monkeypatch.setattr(ift, "train", train)
     monkeypatch.setattr(ift, "save_checkpoint", save_checkpoint)
     return start
