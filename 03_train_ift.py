@@ -111,6 +111,7 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
     inputs, tokenizer = common.encode_prompts(processor, texts, images), processor.tokenizer
     rows = []
     for response in responses:
+        response = common.as_words(response, tokenizer)
         ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         rows.append(torch.tensor(ids[:max_response_tokens]))
     pad = torch.nn.utils.rnn.pad_sequence

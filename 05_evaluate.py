@@ -300,8 +300,8 @@ def withheld(questions, how, image_root, seed):
             other = others[row_seed(seed, "other", name) % len(others)]
             pictures[name] = Path(image_root) / other
         else:
-            with Image.open(Path(image_root) / name) as picture:
-                blank = Image.new("RGB", picture.size, (128, 128, 128))
+            size = common.load_image(Path(image_root) / name).size
+            blank = Image.new("RGB", size, (128, 128, 128))
             pictures[name] = blank_of_size.setdefault(blank.size, blank)
     return [{**question, "picture": pictures[question["image"]]} for question in questions]
 

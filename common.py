@@ -17,12 +17,14 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -174,14 +176,18 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     dtype = torch.bfloat16 if has_bf16 and not is_full else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
             weights,
+            output_loading_info=True,
             dtype=dtype,
             attn_implementation="sdpa",
             device_map="auto" if device == "auto" else target,
         )
     except (OSError, ValueError) as error:
         stop(f"--model {weights}: {str(error).splitlines()[0]}")
+    absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
+    if absent:  # transformers fills them with random numbers
+        stop(f"--model {weights} lacks {len(absent)} of its weights, such as {absent[0]}")
     if max_image_tokens:
         vision = processor.image_processor  # a token covers merge_size x merge_size patches
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
@@ -213,6 +219,20 @@ def load_adapter(model, folder, trainable=False):
 
 
 # ---- Encoding ------------------------------------------------------------------------------------
+def as_seen(picture):
+    """RGB as a person sees it: upright by its EXIF tag, deep greys in 8 bits, alpha on white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode[0] in "IF":  # 16 or 32 bits or floats: convert would clip them
+        grey = np.asarray(picture, dtype=float)
+        whites = [65535] if picture.mode.startswith("I;16") else [1, 255, 65535, grey.max()]
+        white = next(white for white in whites if grey.max() <= white)
+        picture = Image.fromarray((grey.clip(0) * (255 / white)).round().astype("uint8"))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
 def load_image(image, aspect=200):
     """RGB picture from a path or a PIL image.
 
@@ -221,18 +241,30 @@ def load_image(image, aspect=200):
     """
     try:
         picture = image if isinstance(image, Image.Image) else Image.open(image)
-        picture = picture.convert("RGB")
-    except OSError as error:  # missing, or not a picture
-        stop(f"image {image}: {error}")
+        picture = as_seen(picture)
+    except Exception as error:  # missing, no picture, cut: each decoder has its own kind
+        stop(f"image {image}: {type(error).__name__}: {error}")
     shortest = math.ceil(max(picture.size) / aspect)
     size = tuple(max(side, shortest) for side in picture.size)
     return picture if size == picture.size else ImageOps.pad(picture, size)
+
+
+def as_words(text, tokenizer):
+    """The text with special tokens spelled apart, "<|im_end|>" as "< |im_end|>": what a prompt, a
+    response or a critique says never ends a turn and never counts as an image.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special}
+    for token in sorted(special.union(tokenizer.all_special_tokens), key=len, reverse=True):
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def encode_prompts(processor, texts, images):
     """Left-padded model inputs for one user turn (image, then text) per row; input_ids (B, P)."""
     chats = []
     for text in texts:
+        text = as_words(text, processor.tokenizer)
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         chats.append(chat)
@@ -591,9 +623,15 @@ def run(main, args):
             torch.cuda.set_device(local)
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     with open(os.devnull, "w") as silence:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             with contextlib.redirect_stdout(silence if RANK else sys.stdout):  # process 0 speaks
                 main(args)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on from here")
+            sys.exit(130)
+        except OSError as error:  # a missing file, a full disk, a folder that may not be read
+            stop(f"{type(error).__name__}: {error}")
         except torch.OutOfMemoryError:
             stop(
                 "out of memory: lower --micro-batch or --batch-size (which change no result), "
