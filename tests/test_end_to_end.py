@@ -100,7 +100,7 @@ def test_reports_name_what_was_done(finished):
     for name in ("base", "after 03", "margin, iteration 2", "random, iteration 2"):
         assert name in report
     for first, script in (("01", "02_generate_critiques.py"), ("02", "03_train_ift.py")):
-        assert f"next: python {script}" in said[first]
+        assert f"python {script} --run" in said[first].rsplit("next: ")[-1]
     for t in (1, 2):
         share = re.search(rf"iteration {t}: kept \d+ of \d+ pairs = ([\d.]+)%", said["04"])
         assert 10 <= float(share[1]) <= 45
