@@ -70,6 +70,18 @@ PROMPTS = [
 
 # ---- The method: verification and pairing --------------------------------------------------------
 # "Needs:" in a docstring, here and in later scripts, names what to copy along with a function.
+def known_classes(classes, finding, all_names):
+    """What the expert could have found in a picture, of which `finding` is what it has found.
+
+    classes: its own, None for an open expert and for findings that are given.
+    """
+    if classes is not None:
+        return classes
+    if "asked" in finding:  # an open expert finds what it is asked about
+        return finding["asked"]
+    return all_names
+
+
 def verify(mentions, detections, present, absent, known):
     """{object: "present" | "absent" | "unsure"} of the mentions, from each one's best detection.
 
@@ -182,7 +194,8 @@ def build_pair(item, texts, mentions, swaps, detections, status, vocabulary, see
     named = find_mentions(chosen, vocabulary), find_mentions(rejected, vocabulary)
     evidence = gather_evidence(*named, detections, status)
     hallucinated = [found["object"] for found in evidence if found["status"] == "absent"]
-    if not hallucinated:  # "dog" swapped in behind "hot" is a hot dog, which nobody verified
+    # The swapped text was read anew: "dog" swapped in behind "hot" is a hot dog, never verified.
+    if not hallucinated:
         return None, "the swap names nothing absent"
     row = {"id": item["id"], "image": item["image"], "prompt": item["prompt"]}
     row |= {"chosen": chosen, "rejected": rejected, "source": source}
@@ -241,36 +254,39 @@ NOT_OBJECTS = dict.fromkeys(build_vocabulary(WORDS["nothing"]))
 COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
 
 # A denial is a cue and the words after it, up to one that opens another thought: "a man with no
-# shirt eating a donut" has a donut, "not eating a donut" has none. Of the three groups below, the
-# first holds the cues, the second what ends the denial, the third what may stand in it.
-DENIED = re.compile(
-    r"""
-    \b(?: # cues that also deny what is definite: "without the dog"
-        (?: without | instead\ of | rather\ than | lack(?:s|ing)
-          | (?:absence|devoid|free|lack|no\ (?:signs?|traces?|evidence))\ of
-        )(?:\ (?:the|its|his|her|their))?
-        # "no dog", but not "No, a dog" or "no fewer than two dogs"
-      | no (?!\ (?:doubt|more|less|fewer|longer|matter|wonder|problem|one)\b) (?=\ \w)
-      | neither | never | nor (?:\ (?:is|are|was|were)\ there)?
-        # "is not a dog", but not "not only a dog" or "not far from a dog"
-      | (?:\w+n't|not|cannot)
-        (?!\ (?:only|just|merely|simply|to\ mention|far|too|very|sure|clear|necessarily|all|every
-             |many|much|yet|fully|entirely|completely|quite|directly)\b)
-    )\b
-    (?: (?! \b(?: # word by word, up to another clause
-            but|with|while|although|though|however|except|besides|that|which|who|where|because
-          | since|so|as|is|are|was|were|has|can|there|it|he|she|they|you|we|just|only
-          | instead (?!\ of)
-            # what is definite exists: "not looking at the dog"; and a place: "no dog on a bench"
-          | the|this|these|those|his|her|their|its|on|in|at|near|behind|under|beside|next|around
-          | along|between|from|by|over|through|for|into|to (?!\ (?:be|have|contain|include|show)\b)
-            # another thing: "no dog and a cat"; what is done: "no shirt eating a donut"
-          | and\ (?:an?|one|two|three|some|several)
-          | (?<!not\ )(?<!n't\ )(?<!be\ )(?<!without\ ) \w+ing\ an?
-        )\b (?!\ any\b) )  # "not in any car" goes on
-      (?: \w+ | [^\w,.;:!?\n()—] | , (?!\ nor\b) (?= [^.;:]{0,60} \bor\b) )  # "no cars, buses or"
-    )*
-    """,
+# shirt eating a donut" has a donut, "not eating a donut" has none.
+CUE = r"""
+    # these deny what is definite, too: "without the dog"
+    (?: without | instead\ of | rather\ than | lack(?:s|ing)
+      | (?:absence|devoid|free|lack|no\ (?:signs?|traces?|evidence))\ of
+    )(?:\ (?:the|its|his|her|their))?
+    # "no dog", but not "No, a dog" or "no fewer than two dogs"
+  | no (?!\ (?:doubt|more|less|fewer|longer|matter|wonder|problem|one)\b) (?=\ \w)
+  | neither | never | nor (?:\ (?:is|are|was|were)\ there)?
+    # "is not a dog", but not "not only a dog" or "not far from a dog"
+  | (?:\w+n't|not|cannot)
+    (?!\ (?:only|just|merely|simply|to\ mention|far|too|very|sure|clear|necessarily|all|every
+         |many|much|yet|fully|entirely|completely|quite|directly)\b)
+"""
+OTHER_THOUGHT = r"""
+    # another clause
+    but|with|while|although|though|however|except|besides|that|which|who|where|because
+  | since|so|as|is|are|was|were|has|can|there|it|he|she|they|you|we|just|only
+  | instead (?!\ of)
+    # what is definite exists: "not looking at the dog"
+  | the|this|these|those|his|her|their|its
+    # a place: "no dog on a bench"
+  | on|in|at|near|behind|under|beside|next|around|along|between|from|by|over|through|for|into
+  | to (?!\ (?:be|have|contain|include|show)\b)
+    # another thing: "no dog and a cat"
+  | and\ (?:an?|one|two|three|some|several)
+    # what is done: "no shirt eating a donut", but not "not eating", "can't be eating"
+  | (?<!not\ )(?<!n't\ )(?<!be\ )(?<!without\ ) \w+ing\ an?
+"""
+# A word, or what stands between words; a comma only in a list with "or": "no cars, buses or vans".
+STILL_DENIED = r"\w+ | [^\w,.;:!?\n()—] | , (?!\ nor\b) (?= [^.;:]{0,60} \bor\b)"
+DENIED = re.compile(  # "not in any car" goes on, in spite of "in"
+    rf"\b(?:{CUE})\b (?: (?! \b(?:{OTHER_THOUGHT})\b (?!\ any\b) ) (?:{STILL_DENIED}) )*",
     re.VERBOSE,
 )
 # The same after the mention: "a cat and a dog are not visible", but "a bus is missing a wheel"
@@ -287,8 +303,8 @@ NOT_THERE = re.compile(
     """,
     re.VERBOSE,
 )
-# "orange" or "football" is an object only after an article or a fruit, and only if no noun and no
-# second colour follows it: "an orange", "an apple or orange", but no "orange cat".
+# "orange" or "football" is an object only after an article or a fruit, and before the end, a
+# punctuation mark or one of the words below: "an orange", "an apple or orange", no "orange cat".
 RARELY_THINGS = ("orange", "baseball", "basketball", "football", "volleyball")
 AS_A_THING = re.compile(
     rf"""
@@ -338,7 +354,7 @@ def mention_spans(text, vocabulary):
             continue
         if phrase in RARELY_THINGS and start not in things:
             continue
-        # (in text, since of what is said "is not visible" may be blotted out already)
+        # (matched in `text`: in `said`, "not visible" may be blotted out already)
         if phrases[phrase] is not None and not NOT_THERE.match(text, end):
             mentions.append((start, end, phrases[phrase]))
     return mentions
@@ -347,13 +363,14 @@ def mention_spans(text, vocabulary):
 def swap_object(text, old, new, vocabulary):
     """The text with every mention of class `old` replaced by `new`: in the plural where the
     mention is, with "a" or "an" and a capital as needed."""
+    # surely plural: "skis" is both, and counts as singular
     plurals = {plural(phrase) for phrase in vocabulary if plural(phrase) != phrase}
     for start, end, name in reversed(mention_spans(text, vocabulary)):
         if name != old:
             continue
         before = text[:start]
         word = new
-        if text[start:end].lower() in plurals:
+        if spaced(text[start:end]) in plurals:
             word = plural(new)
         elif article := re.search(r"\b(an?) $", before, re.IGNORECASE):
             n = "n" if new[0] in "aeiou" else ""
@@ -1023,9 +1040,7 @@ def main(args):
     for item in items:
         key, finding = item["id"], findings[item["image"]]
         found, named = finding["detections"], set().union(*mentions[key])
-        # An expert without classes of its own finds what it is asked; findings that are given may
-        # not say what that was.
-        known = finding.get("asked", all_names) if classes is None else classes
+        known = known_classes(classes, finding, all_names)
         status = verify(named.union(swaps[key]), found, args.present, args.absent, known)
         statuses.update(f"mentions {status[name]}" for name in named)
         row, reason = build_pair(

@@ -13,7 +13,7 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      the checks are held against each other and the expert. They must be complete, or stage 04 would
      prefer critiques that skip what is hard to see;
   3) pairs without findings (reasoning, general questions; 01 makes none, but a preferences.jsonl
-     from elsewhere may) are kept on verdict, leak and their own checks, and counted apart.
+     from elsewhere may) are kept on verdict, leak and their own checks.
 
 Reads  01_preferences/preferences.jsonl (split "train"), vocabulary.json.
 Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped), critiques.jsonl:
@@ -91,7 +91,9 @@ def contradicts_expert(checks, said, status, vocabulary):
         if supported:
             wrong = any(status.get(name) == "absent" for name in named)
         else:  # only the bare object: "a dog with a hat: no" may be right where a dog is present
-            name = vocabulary.get(bare_phrase(claim))  # None where the claim says more
+            name = vocabulary.get(
+                bare_phrase(claim)
+            )  # None, of no status, where the claim says more
             wrong = status.get(name) == "present"
         if wrong:
             return "contradicts the expert"
@@ -121,11 +123,10 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
     if verdict != question["label"]:
         return "wrong verdict"
     if checks:
-        by_checks = verdict_of_checks(checks)
-        # With findings one response names an absent object, so the checks must decide; without,
-        # they may come out even, and the verdict rest on something else.
-        decide_nothing = by_checks is None and not status
-        if by_checks != verdict and not decide_nothing:
+        follows = verdict_of_checks(checks) == verdict
+        if verdict_of_checks(checks) is None:  # even: the verdict rests on something else, which is
+            follows = not status  # all right where no response is known to name an absent object
+        if not follows:
             return "verdict does not follow from its checks"
     responses = {"A": question["response_a"], "B": question["response_b"]}
     if LEAK.search(critique) and not LEAK.search("\n".join(responses.values())):
@@ -143,8 +144,8 @@ def write_critiques(
     """n critiques per pair and order, with the reference in the prompt (guided) or without (04).
 
     sampling: temperature, max_new_tokens, seed, batch_size of common.sample. Kept in path as they
-    come -> its rows: a question of both_orders, its id with -k, and {critique, style, verdict,
-    log_odds: r in nats or None, dropped: the reason against it or None}.
+    come -> all rows of the file: the question's fields, its id with -k, and {critique, style,
+    verdict, log_odds: r in nats or None, dropped: the reason against it or None}.
     """
     status_of, evidence_of, questions = {}, {}, []
     for pair in pairs:

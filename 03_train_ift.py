@@ -232,11 +232,8 @@ def make_trainable(model, rank):
 
 
 def total(numbers):
-    """Each number's sum over all processes. (share_out of one batch for each process, which answers
-    with its own numbers, gathers them.)
-    """
-    of_process = common.share_out(range(WORLD), lambda _: [list(numbers)])
-    return [sum(column) for column in zip(*of_process)]
+    """Each number's sum over all processes."""
+    return [sum(column) for column in zip(*common.gather(list(numbers)))]
 
 
 def learning_rate(step, steps, lr):
@@ -256,7 +253,7 @@ def count_supervised(micro_batches):
 
 def prepared_ahead(data, steps):
     """The micro-batches of steps 0, 1, ..., read and encoded by a second process, two ahead."""
-    # A step is an item of its own (no batching), and stays the list that it is.
+    # An item is a step, so no batching, and it stays a list; torch's default is two items ahead.
     settings = {"batch_size": None, "collate_fn": list, "num_workers": 1}
     for micro_batches in DataLoader(data, sampler=range(steps), **settings):
         if isinstance(micro_batches[0], SystemExit):

@@ -145,8 +145,8 @@ def margins_of_pairs(pair_ids, questions):
 def pairs_by_margin(margins, eligible, threshold, retention, seed):
     """The pairs with the largest margins.
 
-    A share counts the whole pool: pairs that are not eligible have margin 0 and are never kept. A
-    threshold of 0 would let them in, so it is asked of the eligible alone.
+    A share counts the whole pool: pairs that are not eligible have margin 0 and are never kept.
+    With --margin 0 they would pass, so a threshold sees only the eligible ones.
     """
     if threshold is None:
         return select_by_margin(margins, retention=retention)
@@ -298,7 +298,7 @@ def main(args):
     model, processor = common.load_judge(
         first["model"], checkpoint, args.device, first["max_image_tokens"], trainable=True
     )
-    if checkpoint.name == "model":
+    if checkpoint.name == "model":  # load_judge unfreezes adapters alone
         model = ift.make_trainable(model, 0)
     judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
     judging["max_new_tokens"] = args.max_new_tokens

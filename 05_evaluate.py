@@ -127,23 +127,23 @@ def check_rates(rows, pairs, vocabulary):
     no, and their mean (balanced): a judge that trusts every text has 1, 0 and .5. One critique of a
     question is read, the first of several votes.
     """
-    said = {"present": [], "absent": []}  # what is unsure has no right answer
+    answers = {"present": [], "absent": []}  # what is unsure has no right answer
     for row in rows:
         evidence = pairs[row["id"]].get("evidence") or ()
         status = {finding["object"]: finding["status"] for finding in evidence}
         for _, claim, supported in parse_checks(row["critique"]):
             for name in one.find_mentions(claim, vocabulary):
-                if status.get(name) in said:
-                    said[status[name]].append(supported)
-    if not said["present"] or not said["absent"]:
+                if status.get(name) in answers:
+                    answers[status[name]].append(supported)
+    if not answers["present"] or not answers["absent"]:
         return {}
-    yes = float(np.mean(said["present"]))
-    no = 1 - float(np.mean(said["absent"]))
+    yes = float(np.mean(answers["present"]))
+    no = 1 - float(np.mean(answers["absent"]))
     return {
         "present_said_yes": yes,
         "absent_said_no": no,
         "balanced": (yes + no) / 2,
-        "n_checks": len(said["present"]) + len(said["absent"]),
+        "n_checks": len(answers["present"]) + len(answers["absent"]),
     }
 
 
@@ -410,7 +410,8 @@ def read_questions(folder, image_root):
 
 def answer_in_the_wild(rows, name, checkpoint, load, folder, n, judging, sampling):
     """answers_first.jsonl, one response of the policy, and answers_judge.jsonl, the pick of the
-    judge `name` among n -> counts. Responses and games are kept, the review reads row by row.
+    judge `name` among n -> counts. Responses and games are kept for a resumed run; answers are in
+    the order of the questions, since the review goes by line.
     """
     writer = RowWriter(folder / "best_of_n.jsonl")
     candidates = write_candidates(rows, load, writer, n, judging["image_root"], sampling)
@@ -562,7 +563,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("how it is judged").add_argument
     add("--votes", type=int, default=1, help="1 is greedy, more: the majority of sampled critiques")
     ways = ("blank", "other")
-    shown = "what the last judge also sees instead of the pictures; nothing after it turns both off"
+    shown = "what the last judge also sees instead of the pictures; for neither give no value"
     add("--withhold", nargs="*", choices=ways, default=list(ways), help=shown)
     add("--max-new-tokens", type=int, default=512, help="longest critique or response, tokens")
     add("--best-of", type=int, default=1, help="llava-wild: N responses a question, a power of 2")
@@ -628,7 +629,7 @@ def main(args):
     official = args.protocol == "official"
     take_settings(args)
     conditions = find_conditions(run)
-    # Among the arguments, so that a judge trained since then is a reason to evaluate anew.
+    # Among the arguments, so that start_stage asks for --overwrite where there is a new judge.
     args.conditions = list(conditions)
     last = last_judge(conditions)
     folder = common.start_stage(args, FOLDERS[args.benchmark, args.protocol])

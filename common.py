@@ -170,7 +170,7 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
     weights = model_path if checkpoint is None or is_adapter else str(checkpoint)
     target = pick_device(device)
-    # bf16 on the GPUs that have it; what was trained in full goes on in float32 (see 03)
+    # bf16 on the GPUs that have it; but 04, going on with a full fine-tuning, loads its float32
     has_bf16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     is_full = trainable and checkpoint is not None and not is_adapter
     dtype = torch.bfloat16 if has_bf16 and not is_full else torch.float32
@@ -191,8 +191,8 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     if max_image_tokens:
         vision = processor.image_processor  # a token covers merge_size x merge_size patches
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
-        # Both "edges" are areas, in pixels. The processor enlarges smaller pictures to the first
-        # and rounds their sides up, each at worst to twice its length: the area to four times.
+        # Both "edges" are areas, in pixels. Pictures below the first are enlarged to it and their
+        # sides rounded up, each at worst to twice its length: so it may be a quarter of the bound.
         smallest = min(vision.size["shortest_edge"], pixels // 4)
         vision.size = {"shortest_edge": smallest, "longest_edge": pixels}
     gib = sum(weight.nbytes for weight in model.parameters()) / 2**30
@@ -208,7 +208,7 @@ def load_adapter(model, folder, trainable=False):
     """PeftModel; refuses an adapter whose keys do not fit, where PEFT itself only warns."""
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights  # slow to import
 
-    with warnings.catch_warnings(action="ignore"):  # what it warns of ends the script below
+    with warnings.catch_warnings(action="ignore"):  # of keys that do not fit: see below
         model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     found = set(load_peft_weights(str(folder), device="cpu"))
     expected = set(get_peft_model_state_dict(model))
@@ -268,8 +268,7 @@ def encode_prompts(processor, texts, images):
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         chats.append(chat)
-    # The short side takes at least one token, and the long one as many more as it is longer: so
-    # the bound on tokens is one on the ratio of the sides, too.
+    # A picture x times as long as high takes at least x tokens: where it may take N, x may be N.
     vision = processor.image_processor
     most_tokens = vision.size["longest_edge"] / (vision.patch_size * vision.merge_size) ** 2
     return processor(
@@ -383,8 +382,9 @@ class Decoding:
         self.logits = out.logits[:, -1].repeat_interleave(n, 0)  # (S, V)
         mask = inputs["attention_mask"]  # (B, P)
         self.position = mask.sum(1, keepdim=True)  # (B, 1), of the next token
-        # Image tokens take fewer positions than places: position = length + delta. The model keeps
-        # its deltas and would add them in its next call, with other prompts: taken and cleared.
+        # The tokens of an image share position numbers, so the next position is the number of
+        # tokens + delta (<= 0). The model keeps its deltas and would add them in its next call,
+        # which has other prompts: they are taken and cleared.
         self.has_deltas = getattr(self.inner, "rope_deltas", None) is not None
         if self.has_deltas:
             self.position = self.position + self.inner.rope_deltas
@@ -408,7 +408,10 @@ class Decoding:
             self.mask = self.mask[index]
 
     def step(self, tokens):
-        """Append one token (S,) to each sample."""
+        """Append one token (S,) to each sample.
+
+        Positions and mask are given, so that transformers asks the cache for nothing but update.
+        """
         position = self.position  # (S, 1), or (3, S, 1) for time, height and width
         if self.has_deltas:
             position = position.expand(3, -1, -1)
@@ -444,8 +447,8 @@ def pick_tokens(logits, uniforms, temperature):
 
 @torch.no_grad()
 def sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
-    """Encode B prompts once, decode n samples of each -> token ids (S, R) padded with -1, log-odds
-    (S, R, 2) in nats at temperature 1 for both spellings of the verdict.
+    """Encode B prompts once, decode n samples of each -> token ids (B*n, R), log-odds (B*n, R, 2)
+    in nats at temperature 1 for both spellings of the verdict.
 
     uniforms (B, n, R) in [0, 1): the only randomness, one per token; verdict_ids: (ids of A, ids of
     B) from verdict_token_ids. What follows a sample's stop token means nothing: it goes on writing
@@ -490,23 +493,23 @@ def verdict_token_ids(tokenizer):
 def find_verdict_token(tokenizer, ids, verdict_ids):
     """(text, verdict, place, spelling) of a response's token ids; the last three may be None.
 
-    ids[place] is the token that holds the verdict's letter; spelling: 1 where that is the bare
-    letter, else 0, the letter after a space, whose log-odds also stand for other tokens.
+    ids[place] is the token that holds the verdict's letter; spelling: 1 where it is the bare
+    letter, else 0, the letter after a space, which also stands in for rarer ones such as ":A".
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     verdict, index = find_verdict(text)
     if verdict is None:
         return text, None, None, None
-    place = len(ids) - 1
+    place = len(ids) - 1  # backwards, to the last token before which the letter is not written yet
     while len(tokenizer.decode(ids[:place], skip_special_tokens=True)) > index:
-        place -= 1  # the text before this token already reaches beyond the letter
+        place -= 1
     return text, verdict, place, int(ids[place] in (verdict_ids[0][1], verdict_ids[1][1]))
 
 
 def finish_sample(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
     """The answer of common.sample from one sample's tokens (R,) and log-odds (R, 2)."""
     stops = torch.isin(tokens, stop_ids.cpu()).nonzero()  # places of stop tokens
-    length = int(stops[0]) if len(stops) else len(tokens)
+    length = int(stops[0]) if len(stops) else len(tokens)  # without a stop token all are written
     ids = tokens[:length].tolist()
     text, verdict, place, spelling = find_verdict_token(tokenizer, ids, verdict_ids)
     r = None if verdict is None else log_odds[place, spelling].item()
@@ -558,7 +561,8 @@ def sample(
         nonlocal size
         answers = []
         while len(answers) < len(batch):
-            rows = [requests[i] for i in batch[len(answers) :][:size]]
+            waiting = batch[len(answers) :]
+            rows = [requests[i] for i in waiting[:size]]
             uniforms = torch.stack([numbers(row) for row in rows])  # (B, n, R)
             texts, images = [row["text"] for row in rows], [row["image"] for row in rows]
             inputs = encode_prompts(processor, texts, images).to(device)
@@ -575,7 +579,7 @@ def sample(
                 continue
             finished = [finish_sample(tokenizer, *x, stop_ids, verdict_ids) for x in zip(*written)]
             answers += [finished[i : i + n] for i in range(0, len(finished), n)]
-        if bar is not None:  # as if all processes were as far as this one
+        if bar is not None:  # as if each process had done a batch, too
             bar.update(min(len(batch) * WORLD, bar.total - bar.n))
         return answers
 
@@ -587,14 +591,19 @@ def sample(
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def gather(value):
+    """[the value of process 0, of process 1, ...], in every process."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def share_out(batches, work):
     """The lists work(batch) of all batches, joined. Process r of K does batches r, r + K, ... and
     gets the others' results; so the batches, and every number, are those of a single process.
     """
-    own = [work(batch) for batch in batches[RANK::WORLD]]
-    of_process = [own] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(of_process, own)
+    of_process = gather([work(batch) for batch in batches[RANK::WORLD]])
     results = []
     for i in range(len(batches)):
         results += of_process[i % WORLD][i // WORLD]
@@ -623,7 +632,7 @@ def run(main, args):
             torch.cuda.set_device(local)
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     with open(os.devnull, "w") as silence:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # 128 + 15; files are closed
         try:
             with contextlib.redirect_stdout(silence if RANK else sys.stdout):  # process 0 speaks
                 main(args)
