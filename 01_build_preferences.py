@@ -7,7 +7,8 @@
     rejected: at least one absent mention, and the most present ones
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
-  1) "not detected" is weak evidence, so nothing is decided in the band between present and absent;
+  1) "not detected" is weak evidence, so nothing is decided in the band between present and absent
+     (what the detector misses altogether is absent all the same: --truth in 05 counts such errors);
   2) where no candidate hallucinates, a rejected response is made by swapping one present object of
      the chosen text for a verified absent one (source: "swapped"), preferably one that co-occurs
      with the scene's objects in this corpus;

@@ -213,7 +213,7 @@ def count(samples, kept):
 def parse_args(argv=None):
     parser, _ = common.stage_parser(__doc__)
     add = parser.add_argument_group("critiques").add_argument
-    add("--pairs", type=int, help="use only the first so many training pairs")
+    add("--limit", type=int, help="use only the first so many training pairs")
     add("--critiques", type=int, default=4, help="M, critiques per pair and order")
     add(
         "--style",
@@ -222,7 +222,7 @@ def parse_args(argv=None):
         help="checks of the claims, a description first, or the verdict alone",
     )
     add("--temperature", type=float, default=1.0, help="of sampling")
-    add("--max-new-tokens", type=int, default=512, help="longest critique; longer are dropped")
+    add("--max-new-tokens", type=int, default=512, help="tokens of a critique; longer are dropped")
     return parser.parse_args(argv)
 
 
@@ -236,7 +236,7 @@ def main(args):
     source = Path(args.run) / "01_preferences" / "preferences.jsonl"
     vocabulary = json.loads(source.with_name("vocabulary.json").read_text(encoding="utf-8"))
     fields = ("id", "image", "prompt", "chosen", "rejected", "split", "evidence")
-    pairs = [pair for pair in read_jsonl(source, fields) if pair["split"] == "train"][: args.pairs]
+    pairs = [pair for pair in read_jsonl(source, fields) if pair["split"] == "train"][: args.limit]
     if not pairs:
         common.stop(f"{source} has no pair in split 'train': lower --validation in stage 01")
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")

@@ -467,7 +467,7 @@ def add_training_arguments(parser, steps, lr):
         "--bt-weight",
         type=float,
         default=0.0,
-        help="weight of the Bradley-Terry loss, in critiques",
+        help="of the Bradley-Terry loss",
     )
     add("--train-batch", type=int, default=32, help="critiques, and correct responses, per step")
     add("--micro-batch", type=int, default=8, help="rows per forward and backward pass")
@@ -482,7 +482,7 @@ def add_training_arguments(parser, steps, lr):
         default=1024,
         help="longer critiques are dropped, answers cut",
     )
-    add("--max-new-tokens", type=int, default=512, help="longest critique that is written")
+    add("--max-new-tokens", type=int, default=512, help="tokens of a critique that is written")
 
 
 def training_steps(critiques, processor, image_root, seed, args):
@@ -526,7 +526,7 @@ def training_settings(args):
 def parse_args(argv=None):
     parser, _ = common.stage_parser(__doc__)
     add = parser.add_argument_group("the model").add_argument
-    add("--lora-rank", type=int, default=16, help="0: full fine-tuning of the language model")
+    add("--lora-rank", type=int, default=16, help="of the adapter; 0: full fine-tuning")
     add_training_arguments(parser, steps=300, lr=1e-4)
     return parser.parse_args(argv)
 

@@ -101,7 +101,7 @@ def cut_pools(pairs, size, iterations):
         if end - start < 2:
             common.stop(
                 f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool or "
-                "--iterations, or give stage 01 more images"
+                "--iterations, or in stage 01 --train, or give it more images or pairs"
             )
         pools.append(pairs[start:end])
         start = end
@@ -253,7 +253,7 @@ def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judg
 def parse_args(argv=None):
     parser, _ = common.stage_parser(__doc__)
     add = parser.add_argument_group("sampling and selection").add_argument
-    add("--iterations", type=int, default=3, help="T")
+    add("--iterations", type=int, default=3, help="T, each with --steps steps of training")
     add("--pool", type=int, default=5000, help="fresh pairs per iteration")
     add("--samples", type=int, default=8, help="N, critiques per pair and order")
     add("--temperature", type=float, default=1.0, help="of sampling")

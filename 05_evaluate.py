@@ -28,7 +28,8 @@ Writes  05_evaluation[_BENCHMARK[_official]]/: report.md, metrics.json, reliabil
          "probability_a": 0.031, "critique": "A: green cross: no\\n...\\nVerdict: B"}
 
     python 05_evaluate.py --run runs/demo --pairs runs/demo/world/heldout.jsonl
-    python 05_evaluate.py --run runs/7b --benchmark vl-rewardbench --model Qwen/Qwen2-VL-7B-Instruct
+    python 05_evaluate.py --run runs/7b --benchmark vl-rewardbench
+    python 05_evaluate.py --run runs/x --benchmark vl-rewardbench --model Qwen/Qwen2-VL-7B-Instruct
 """
 
 import json
@@ -629,7 +630,7 @@ def main(args):
     official = args.protocol == "official"
     take_settings(args)
     conditions = find_conditions(run)
-    # Among the arguments, so that start_stage asks for --overwrite where there is a new judge.
+    # Among the arguments, so that start_stage asks for --overwrite where there is another judge.
     args.conditions = list(conditions)
     last = last_judge(conditions)
     folder = common.start_stage(args, FOLDERS[args.benchmark, args.protocol])

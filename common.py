@@ -209,7 +209,11 @@ def load_adapter(model, folder, trainable=False):
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights  # slow to import
 
     with warnings.catch_warnings(action="ignore"):  # of keys that do not fit: see below
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        try:
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        except Exception as error:  # of another width, cut, without weights: each its own kind
+            reason = str(error).splitlines()[0]
+            stop(f"the adapter {folder} does not load: {type(error).__name__}: {reason}")
     found = set(load_peft_weights(str(folder), device="cpu"))
     expected = set(get_peft_model_state_dict(model))
     if found != expected:
@@ -533,12 +537,13 @@ def sample(
     batch_size=256,
     bar=None,
 ):
-    """n samples per request: the one function that generates text, and the seam for a server.
+    """n samples per request: the one function that generates text; write it anew to use a server.
 
     requests: [{"id", "image": path or PIL, "text"}] -> in their order, lists of n answers {"text",
     "complete": it wrote the stop token, "verdict": "A" | "B" | None, "log_odds": r at the verdict
-    in nats or None}. A row's randomness comes from (seed, id) alone. batch_size: sequences decoded
-    together; out of memory halves it.
+    in nats, None only without one (a server's log-probabilities of the tokens A and B give it)}. A
+    row's randomness comes from (seed, id) alone. batch_size: sequences decoded together; out of
+    memory halves it.
     """
     tokenizer, device = processor.tokenizer, unwrap(model).device
     listed = model.generation_config.eos_token_id or []

@@ -209,7 +209,7 @@ def test_02_writes_about_training_pairs_in_both_orders(stages, run):
     expected = [f"t{i}-ab" for i in range(4)] + [f"t{i}-ba" for i in range(4)]
     assert sorted(ids) == sorted(expected)
     few = Judge(always_right)
-    stages(2, few, "--critiques", "1", "--pairs", "2", "--overwrite")
+    stages(2, few, "--critiques", "1", "--limit", "2", "--overwrite")
     assert len(asked(few.calls)) == 2
 
 
