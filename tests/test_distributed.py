@@ -63,7 +63,7 @@ def test_numbers_are_summed_over_the_processes(monkeypatch):
     assert three.total([1.5, 2]) == [1.5, 2]
 
     def gather(of_process, own):
-        of_process[:] = own, [[[10.0, 20]]]
+        of_process[:] = own, [10.0, 20]
 
     monkeypatch.setattr(common, "WORLD", 2)
     monkeypatch.setattr(three, "WORLD", 2)
