@@ -418,7 +418,9 @@ def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
             raise Skip("no response", field)
         contexts.append(turns[:-1])
         responses.append(turns[-1][1])
-    questions = [[text for role, text in turns if role == "user"] for turns in contexts]
+    questions = []
+    for turns in contexts:
+        questions.append([text for role, text in turns if role == "user"])
     if questions[0] != questions[1]:
         raise Skip("chosen and rejected answer different questions", rejected)
     text = "\n".join(f"{role}: {text}" for role, text in contexts[0])

@@ -251,6 +251,13 @@ def count_supervised(micro_batches):
     return n["critique"], n["correct"]
 
 
+def ids_of(micro_batches):
+    ids = []
+    for _, rows, _, _ in micro_batches:
+        ids += [row["id"] for row in rows]
+    return ids
+
+
 def prepared_ahead(data, steps):
     """The micro-batches of steps 0, 1, ..., read and encoded by a second process, two ahead."""
     # An item is a step, so no batching, and it stays a list; torch's default is two items ahead.
@@ -270,6 +277,12 @@ def show(bar, line, steps):
         bar.write(f"step {line['step']:>5}/{steps} | {' | '.join(numbers)}")
 
 
+def recompute_activations(language_model):
+    """In training each layer keeps its input alone, and computes the rest again when needed."""
+    language_model.activation_checkpointing_enable()
+    language_model.disable_input_require_grads()  # enabling also hooks the embeddings: no need here
+
+
 def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activations):
     """Minimise L_IFT on data (a TrainingSteps) for `steps` optimizer steps, in place.
 
@@ -279,10 +292,8 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     device, tokenizer = common.unwrap(model).device, data.processor.tokenizer
     parallel = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    if checkpoint_activations:  # a layer keeps its input alone and computes the rest again
-        layers = common.unwrap(model).model.language_model
-        layers.activation_checkpointing_enable()
-        layers.disable_input_require_grads()  # enabling also hooks the embeddings: no need here
+    if checkpoint_activations:
+        recompute_activations(common.unwrap(model).model.language_model)
     log = RowWriter(folder / "metrics.jsonl", key=("step", "validation"))
     bar = common.progress_bar(steps, "train", "step")
     started, n_total = time.time(), 0
@@ -310,7 +321,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
             (loss * WORLD).backward()  # processes average gradients, but the loss is their sum
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
         if not math.isfinite(grad_norm):
-            ids = [row["id"] for _, rows, _, _ in micro_batches for row in rows]
+            ids = ids_of(micro_batches)
             common.stop(f"step {step + 1}: gradient norm {grad_norm} on rows {ids}; lower --lr")
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
         optimizer.step()
@@ -434,7 +445,9 @@ def validate(model, processor, pairs, folder, name, **judging):
     judging: image_root, style, max_new_tokens, batch_size of judge. -> the measures.
     """
     writer = RowWriter(folder / "validation.jsonl", key=("condition", "question"))
-    questions = [question for pair in pairs for question in both_orders(pair)]
+    questions = []
+    for pair in pairs:
+        questions += both_orders(pair)
     rows = judge(model, processor, questions, writer, name, **judging)
     result = {**accuracy_by_order(rows), "bradley_terry_loss": mean_bradley_terry(rows)}
     names = ("accuracy", "both", "agreement", "bradley_terry_loss", "unparseable")

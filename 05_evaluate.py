@@ -376,8 +376,11 @@ def best_of_n(rows, candidates, judge):
         return [for_a[f"{key}/{a}-{b}"] >= 1 for key, a, b in games]
 
     # Played with places, not texts: they name a game ("row/3-5"), and equal texts would collide.
-    picks = knockout({key: range(len(texts)) for key, texts in candidates.items()}, prefer)
-    return {key: [candidates[key][k] for k in winners] for key, winners in picks.items()}
+    places = knockout({key: range(len(texts)) for key, texts in candidates.items()}, prefer)
+    picks = {}
+    for key, winners in places.items():
+        picks[key] = [candidates[key][k] for k in winners]
+    return picks
 
 
 def write_candidates(rows, load, writer, n, image_root, sampling):

@@ -526,6 +526,12 @@ def row_seed(seed, *keys):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def row_uniforms(seed, row_id, n, length):
+    """(n, length) numbers in [0, 1) that depend on the seed and the row alone."""
+    generator = torch.Generator().manual_seed(row_seed(seed, row_id))
+    return torch.rand(n, length, generator=generator)
+
+
 def sample(
     model,
     processor,
@@ -555,10 +561,6 @@ def sample(
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # pads little
     batches = [order[i : i + size] for i in range(0, len(order), size)]
 
-    def numbers(row):
-        generator = torch.Generator().manual_seed(row_seed(seed, row["id"]))
-        return torch.rand(n, max_new_tokens, generator=generator)  # (n, R)
-
     def answer(batch):
         """Lists of n answers to the requests of a batch, `size` prompts at a time: where they do
         not fit into memory, size is halved, for the later batches as well.
@@ -568,7 +570,8 @@ def sample(
         while len(answers) < len(batch):
             waiting = batch[len(answers) :]
             rows = [requests[i] for i in waiting[:size]]
-            uniforms = torch.stack([numbers(row) for row in rows])  # (B, n, R)
+            numbers = [row_uniforms(seed, row["id"], n, max_new_tokens) for row in rows]
+            uniforms = torch.stack(numbers)  # (B, n, R)
             texts, images = [row["text"] for row in rows], [row["image"] for row in rows]
             inputs = encode_prompts(processor, texts, images).to(device)
             try:
@@ -708,12 +711,15 @@ class RowWriter:
         if whole != data and RANK == 0:
             path.write_bytes(whole)
         self.rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
-        self.done = {tuple(row.get(name) for name in key) for row in self.rows}
+        self.done = {self.key_of(row) for row in self.rows}
         self.file = open(os.devnull if RANK else path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def key_of(self, row):
+        return tuple(row.get(name) for name in self.key)
 
     def is_done(self, row):
         """Was a row with this key there before this run?"""
-        return tuple(row.get(name) for name in self.key) in self.done
+        return self.key_of(row) in self.done
 
     def write(self, row):
         """Append the row, unless it was there before this run."""
