@@ -25,7 +25,9 @@ Writes  05_evaluation[_BENCHMARK[_official]]/: report.md, metrics.json, reliabil
         best_of_n.jsonl and its judgements, answers_*.jsonl (LLaVA-Bench), judgements.jsonl:
         {"id": "toy-00000-0", "question": "toy-00000-0-ba", "condition": "after 03", "order": "ba",
          "image": "heldout/00000.png", "category": "shape", "label": "B", "verdict": "B",
-         "probability_a": 0.031, "critique": "A: green cross: no\\n...\\nVerdict: B"}
+         "probability_a": 0.0292, "critique": "A: yellow ring: yes\\nA: purple square: yes\\nA:
+         green cross: no\\nB: yellow ring: yes\\nB: green triangle: yes\\nB: purple square:
+         yes\\nVerdict: B"}
 
     python 05_evaluate.py --run runs/demo --pairs runs/demo/world/heldout.jsonl
     python 05_evaluate.py --run runs/7b --benchmark vl-rewardbench

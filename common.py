@@ -645,7 +645,7 @@ def run(main, args):
             with contextlib.redirect_stdout(silence if RANK else sys.stdout):  # process 0 speaks
                 main(args)
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on from here")
+            print("interrupted: without --overwrite the same command goes on with the rows kept")
             sys.exit(130)
         except OSError as error:  # a missing file, a full disk, a folder that may not be read
             stop(f"{type(error).__name__}: {error}")

@@ -113,4 +113,4 @@ def test_an_interrupted_script_says_so_and_ends_with_130(capsys):
 
     with pytest.raises(SystemExit) as ended:
         common.run(fails, None)
-    assert ended.value.code == 130 and "goes on from here" in capsys.readouterr().out
+    assert ended.value.code == 130 and "goes on with the rows kept" in capsys.readouterr().out
