@@ -33,6 +33,7 @@ Writes 01_preferences/: candidates.jsonl, detections.jsonl, vocabulary.json, con
         --exclude MMInstruction/VL-RewardBench               # given pairs are checked instead
 """
 
+import binascii
 import hashlib
 import io
 import json
@@ -42,7 +43,6 @@ import re
 import shlex
 import textwrap
 import tomllib
-import warnings
 from collections import Counter, defaultdict
 from contextlib import suppress
 from functools import partial
@@ -55,6 +55,7 @@ import transformers
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+from pyarrow import ipc
 from pyarrow.parquet import ParquetFile
 
 import common
@@ -171,7 +172,7 @@ def gather_evidence(chosen, rejected, detections, status):
         best = max(found, key=lambda detection: detection["confidence"], default=nothing)
         # A swap may form a name that nobody asked about: "hot cat" -> "hot dog".
         row = {"object": name, "claimed_by": claimed_by, "status": status.get(name, "unsure")}
-        evidence.append({**row, "confidence": best["confidence"], "box": best["box"]})
+        evidence.append({**row, "confidence": best["confidence"], "box": best.get("box")})
     return evidence
 
 
@@ -472,7 +473,10 @@ def rows_of_file(file):
     """The rows of a parquet file, of a JSON array, or of JSON lines. (`datasets` streams such files
     too, but keeps six row groups, and takes JSON's types from the first rows, whatever follows.)
     """
-    if file.suffix == ".parquet":
+    if file.suffix == ".arrow":  # as datasets' save_to_disk leaves them
+        for batch in ipc.open_stream(file):
+            yield from batch.to_pylist()
+    elif file.suffix == ".parquet":
         # 16 rows at a time and without readahead: pictures are large
         for batch in ParquetFile(file, buffer_size=2**20, pre_buffer=False).iter_batches(16):
             yield from batch.to_pylist()
@@ -483,13 +487,19 @@ def rows_of_file(file):
 
 
 def read_rows(source):
-    """((file, number from 1), row) of a parquet, json or jsonl file, of a folder of such, or of a
-    hub id[:config]; embedded pictures as {"bytes", "path"}. Stops at what cannot be read."""
-    suffixes = (".parquet", ".json", ".jsonl")
+    """((file, number from 1), row) of a parquet, json, jsonl or arrow file, of a folder of such (of
+    those with "train" in their names, if there are any), or of a hub id[:config]; embedded pictures
+    as {"bytes", "path"}. Stops at what cannot be read."""
+    suffixes = (".parquet", ".json", ".jsonl", ".arrow")
     file = Path(source)
     files = [file]
     if file.is_dir():
         files = sorted(inner for inner in file.rglob("*") if inner.suffix in suffixes)
+        files = [inner for inner in files if inner.suffix == ".arrow"] or files  # no dataset_info
+        of_train = [inner for inner in files if is_of_train(inner.relative_to(file))]
+        if of_train and of_train != files:
+            print(f"{source}: of {len(files)} files these of split train are read: {len(of_train)}")
+            files = of_train
     elif file.suffix not in suffixes and not file.exists():
         files = hub_files(str(source))
     number = 0
@@ -503,6 +513,11 @@ def read_rows(source):
         stop(f"{file} after row {number}: {type(error).__name__}: {why}")
 
 
+def is_of_train(path):
+    """ "train-00000-of-00002.parquet", "train/x.json": as hub data sets name the split."""
+    return re.search(r"(^|[\W_])train([\W_]|$)", path.as_posix()) is not None
+
+
 def find_picture(name, root):
     """The file of a picture's name: as it is, its base name, or COCO's of 2014 and 2017."""
     names = [name, Path(name).name]
@@ -511,24 +526,33 @@ def find_picture(name, root):
         names += [file, f"train2017/{file}", f"val2017/{file}"]
         for split in ("train2014", "val2014"):
             names += [f"COCO_{split}_{file}", f"{split}/COCO_{split}_{file}"]
-    for candidate in names:
-        if (root / candidate).is_file():
-            return root / candidate
+    if re.match("https?://", name):
+        raise Skip("image that is to be downloaded first", "image")
+    with suppress(OSError, ValueError):  # a name that no file can have
+        for candidate in names:
+            if (root / candidate).is_file():
+                return root / candidate
     raise Skip("missing image", "image")
 
 
 def place_image(image, image_root, folder):
-    """The path, from image_root or absolute, of a row's picture: a path, a COCO id, {"bytes",
-    "path"}, or a list of one. Bytes are written as they are to folder/images/<hash>.<format>."""
+    """The path, from image_root or absolute, of a row's picture: a path, a COCO id, bytes, base64,
+    {"bytes", "path"} of these, or a list of one. Bytes are written as they are to
+    folder/images/<hash>.<format>."""
     if isinstance(image, list):
         if len(image) > 1:
             raise Skip("more than one image", "images")
         image = image[0] if image else None
-    if not isinstance(image, dict):
-        image = {"path": image}
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    data = image if isinstance(image, bytes) else None
+    # base64, alone or in a data URI: no file's name is so long and without a dot
+    is_text = isinstance(image, str)
+    if is_text and (found := re.fullmatch(r"(data:[^,]*,)?([\w+/\s]{99,}=*)", image, re.ASCII)):
+        with suppress(binascii.Error):  # else it is looked for as a file, and missing
+            data = binascii.a2b_base64(found[2])
     root = Path(image_root).resolve()
-    data = image.get("bytes")
-    file = io.BytesIO(data) if data else find_picture(str(image.get("path") or ""), root)
+    file = io.BytesIO(data) if data else find_picture(str(image or ""), root)
     try:
         with Image.open(file) as picture:
             kind = picture.format.lower().replace("jpeg", "jpg")
@@ -562,6 +586,9 @@ def pair_of(row):
         if pair["chosen"].strip() == pair["rejected"].strip():
             raise Skip("identical responses", "rejected")
         pair["prompt"] = re.sub(r"<image>\n?|\n<image>", "", pair["prompt"] or "")
+        names = ("prompt", "chosen", "rejected", "category", "evidence", "hallucinated")
+        if wrong := common.misfit({name: pair.get(name) for name in names}):
+            raise Skip(wrong[1].partition(", not")[0], wrong[0])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Skip(f"not a row of {name}", f"? ({error!r})") from None
     return name, pair
@@ -646,6 +673,8 @@ class Detector:
 
         Image.open = pillow_open  # the import has put its own there, for the whole process
         self.model, self.floor, self.device = YOLO(weights), floor, device
+        if self.model.task not in ("detect", "segment", "pose"):
+            raise ValueError(f"its weights are for the task {self.model.task!r}")
         if hasattr(self.model, "set_classes"):
             self.model.set_classes(classes)
         self.names = coco_names(self.model.names)
@@ -794,9 +823,13 @@ def read_images(images, image_root, prompts, limit, seed, folder):
     """(rows {id, image, prompt}, Counter) of the first `limit` pictures under the folder `images`;
     a picture's name decides which of the prompts it gets.
     """
-    kinds = (".png", ".jpg", ".jpeg", ".webp")
-    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in kinds)
+    if not images.is_dir():
+        stop(f"--images {images} is no folder")
+    kinds = {kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files = sorted(path for path in images.rglob("*") if path.is_file())
+    paths = [path for path in files if path.suffix.lower() in kinds]
     rows, counts, of_stem = [], Counter(), Counter()
+    counts["skipped: not a picture by its suffix"] = len(files) - len(paths)
     for path in paths[:limit]:
         counts["rows read"] += 1
         try:
@@ -812,12 +845,21 @@ def read_images(images, image_root, prompts, limit, seed, folder):
 
 
 def load_items(args, folder):
-    """(rows to verify {id, image, prompt[, chosen, rejected]}, Counter of what was read)."""
+    """(rows to verify {id, image, prompt[, chosen, rejected]}, Counter of what was read). Where all
+    pictures were unpacked, args.image_root becomes the folder.
+    """
     if args.pairs:
         _, items, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)
+        unpacked = (folder / "images").resolve()
+        if all(Path(item["image"]).is_relative_to(unpacked) for item in items):
+            args.image_root = str(folder.resolve())  # so that the run directory can be moved
+            for item in items:
+                item["image"] = f"images/{Path(item['image']).name}"
     else:
-        lines = Path(args.prompts).read_text("utf-8").split("\n") if args.prompts else PROMPTS
+        lines = common.read_text(args.prompts).split("\n") if args.prompts else PROMPTS
         prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            stop(f"--prompts {args.prompts} holds no prompt")
         images = Path(args.images).resolve()
         items, counts = read_images(images, args.image_root, prompts, args.limit, args.seed, folder)
     for source in args.exclude or ():
@@ -841,6 +883,7 @@ def write_candidates(items, model, processor, image_root, path, sampling):
         answers = common.sample(model, processor, requests, bar=bar, **sampling)
         for item, samples in zip(chunk, answers):
             texts = [answer["text"].strip() for answer in samples if answer["complete"]]
+            texts = [text for text in texts if len(text) <= common.SHORT]
             unfinished = len(samples) - len(texts)
             writer.write({**item, "candidates": texts, "unfinished": unfinished})
     return writer.rows
@@ -890,13 +933,7 @@ def read_detections(path, images, vocabulary):
     for image in images:
         if image not in of_image:
             stop(f"{path} has no row for image {image!r}")
-        for found in of_image[image]["detections"]:
-            if (
-                not {"object", "box", "confidence"} <= set(found)
-                or not 0 <= found["confidence"] <= 1
-            ):
-                stop(f"{path} row {image!r}: expected object, box, confidence in [0, 1]: {found}")
-            names.add(found["object"])
+        names |= {found["object"] for found in of_image[image]["detections"]}
     if names and not names & known:  # spelled otherwise, everything would count as absent
         stop(f"{path}: no class ({sorted(names)[:5]}) is of the vocabulary ({sorted(known)[:5]})")
     return of_image
@@ -928,7 +965,7 @@ def draw_pair(axis, row, picture):
     axis.text(0, -0.04, text, transform=axis.transAxes, va="top", **style)
 
 
-def draw_contact_sheet(rows, image_root, path):
+def draw_contact_sheet(path, rows, image_root):
     """The first 12 pairs. One that cannot be drawn is named: the pairs are worth more than this."""
     figure = Figure((14, 15))
     axes = figure.subplots(3, 4)
@@ -940,8 +977,7 @@ def draw_contact_sheet(rows, image_root, path):
         except (Exception, SystemExit) as error:
             print(f"not in {path}: {row['image']}: {error}")
     figure.subplots_adjust(0.01, 0.12, 0.99, 0.98, wspace=0.06, hspace=0.5)
-    with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
-        figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=80)
 
 
 # ---- Arguments and main --------------------------------------------------------------------------
@@ -976,31 +1012,44 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.exclude and args.images:
         parser.error("--exclude compares given responses: it goes with --pairs")
-    if not 0 <= args.absent <= args.present <= 1:
-        parser.error(f"need 0 <= --absent {args.absent} <= --present {args.present} <= 1")
+    if args.absent > args.present:
+        parser.error(f"need --absent {args.absent} <= --present {args.present}")
     near = Path(args.images or args.pairs)
     near = near if near.is_dir() else near.parent
     args.image_root = str(Path(args.image_root or near).resolve())
     return args
 
 
+# Lowest confidence that an expert is asked for, whatever --absent: this may be changed afterwards.
+FLOOR = 0.01
+
+
 def set_up_expert(args, model, processor):
     """(expert, or None where findings are given; vocabulary {phrase: class})."""
     vocabulary = COCO_VOCABULARY
     if args.vocabulary:
-        given = json.loads(Path(args.vocabulary).read_text("utf-8"))
-        vocabulary = {spaced(phrase): name for phrase, name in given.items()}
+        vocabulary = {}
+        for phrase, name in common.read_json(args.vocabulary).items():
+            if not isinstance(name, str) or not spaced(phrase):
+                stop(f"--vocabulary {args.vocabulary}: {phrase!r}: {name!r} is no phrase: class")
+            vocabulary[spaced(phrase)] = name
+        if not vocabulary:
+            stop(f"--vocabulary {args.vocabulary} is empty")
     if args.detections:
         return None, vocabulary
     device, wanted = common.pick_device(args.device), sorted(set(vocabulary.values()))
-    expert = load_expert(args.expert, args.absent, device, wanted, model, processor)
+    expert = load_expert(args.expert, FLOOR, device, wanted, model, processor)
     if expert.classes and not args.vocabulary:
         vocabulary = build_vocabulary(expert.classes, SYNONYMS)
     return expert, vocabulary
 
 
 def main(args):
-    folder = common.start_stage(args, "01_preferences")
+    inputs = [args.pairs, args.detections, args.vocabulary, args.prompts, args.expert]
+    inputs = [path for path in inputs if path and Path(path).is_file()]
+    sampled = ["candidates.jsonl", "detections.jsonl", "images/*"]
+    choosing = dict.fromkeys(("present", "absent", "validation", "train"), sampled)
+    folder = common.start_stage(args, "01_preferences", inputs, choosing)
     if folder is None:
         return
 
@@ -1060,15 +1109,15 @@ def main(args):
     common.write_jsonl(folder / "preferences.jsonl", rows)
     common.write_json(folder / "vocabulary.json", vocabulary)
     sheet = folder / "contact_sheet.png"
-    if common.RANK == 0:
-        draw_contact_sheet(rows, args.image_root, sheet)
+    common.draw(draw_contact_sheet, sheet, rows, args.image_root)
     counts.update(f"  {row['source']} pairs" for row in rows)
     counts.update(f"  in split {row['split']}" for row in rows)
     counts.update(statuses)
-    inputs = [args.pairs, args.detections, args.vocabulary, args.prompts]
-    inputs = [path for path in inputs if path and Path(path).is_file()]
+    if counts["  in split pool"] < 2:
+        print("warning: no pairs are left for the pool of 04: lower --train or give more")
     command = f"python 02_generate_critiques.py --run {shlex.quote(args.run)}"
-    common.finish_stage(folder, args, counts, inputs, f"look at {sheet}, then {command}")
+    outputs = [folder / "preferences.jsonl", folder / "vocabulary.json"]
+    common.finish_stage(folder, args, counts, outputs, f"look at {sheet}, then {command}")
 
 
 if __name__ == "__main__":

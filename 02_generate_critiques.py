@@ -28,7 +28,6 @@ Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped), cr
 """
 
 import importlib
-import json
 import re
 import shlex
 from collections import Counter
@@ -228,13 +227,14 @@ def parse_args(argv=None):
 
 def main(args):
     first = common.args_of(args.run, "01_preferences")
-    folder = common.start_stage(args, "02_critiques")
+    inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl", "vocabulary.json")
+    folder = common.start_stage(args, "02_critiques", inputs)
     if folder is None:
         return
 
     # 1. load --------------------------------------------------------------------------------------
-    source = Path(args.run) / "01_preferences" / "preferences.jsonl"
-    vocabulary = json.loads(source.with_name("vocabulary.json").read_text(encoding="utf-8"))
+    _, source, vocabulary_file = inputs
+    vocabulary = common.read_json(vocabulary_file)
     fields = ("id", "image", "prompt", "chosen", "rejected", "split", "evidence")
     pairs = [pair for pair in read_jsonl(source, fields) if pair["split"] == "train"][: args.limit]
     if not pairs:
@@ -269,7 +269,8 @@ def main(args):
     common.write_jsonl(folder / "critiques.jsonl", kept)
     print(f"\nthe first kept critique, {kept[0]['id']}:\n{kept[0]['critique']}\n")
     next_command = f"python 03_train_ift.py --run {shlex.quote(args.run)}"
-    finish_stage(folder, args, count(samples, kept), [source], next_command)
+    outputs = [folder / "critiques.jsonl"]
+    finish_stage(folder, args, count(samples, kept), outputs, next_command)
 
 
 if __name__ == "__main__":

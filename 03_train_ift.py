@@ -14,9 +14,10 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
 
 Reads  02_critiques/critiques.jsonl; 01_preferences/preferences.jsonl (split "validation").
 Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), validation.jsonl (judgements before
-       and after), metrics.jsonl, one line for each step, such as
-    {"step": 1, "loss": 0.1839, "critique": 0.1032, "correct": 0.2422, "bradley_terry": null,
-     "grad_norm": 0.3713, "lr": 0.0004286, "tokens_per_s": 1923.7}
+       and after), until it is done training.safetensors (from which an interrupted training goes
+       on), and metrics.jsonl, one line for each step, such as
+    {"step": 1, "loss": 0.1839, "loss_critique": 0.1032, "loss_correct": 0.2422,
+     "bradley_terry": null, "grad_norm": 0.3713, "lr": 0.0004286, "tokens_per_s": 1923.7}
 
     python 03_train_ift.py --run runs/demo --steps 150 --lr 3e-3
     python 03_train_ift.py                                       # one GPU
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 import common
@@ -259,20 +261,55 @@ def ids_of(micro_batches):
 
 
 def prepared_ahead(data, steps):
-    """The micro-batches of steps 0, 1, ..., read and encoded by a second process, two ahead."""
+    """(step, its micro-batches) of a range; a second process reads and encodes, two ahead."""
     # An item is a step, so no batching, and it stays a list; torch's default is two items ahead.
     settings = {"batch_size": None, "collate_fn": list, "num_workers": 1}
-    for micro_batches in DataLoader(data, sampler=range(steps), **settings):
+    for step, micro_batches in zip(steps, DataLoader(data, sampler=steps, **settings)):
         if isinstance(micro_batches[0], SystemExit):
             raise micro_batches[0]
-        yield micro_batches
+        yield step, micro_batches
+
+
+def save_training(path, n_steps, weights, optimizer):
+    """All that training changes, after n_steps: {name: weight} and AdamW's state of each weight,
+    which is its step and two moving averages. Whole or not at all.
+    """
+    if RANK != 0:
+        return
+    state = {"n_steps": torch.tensor(n_steps)}
+    for name, weight in weights.items():
+        state[name] = weight.data
+        for part, value in optimizer.state[weight].items():
+            state[f"{name}/{part}"] = value
+    partial = path.with_suffix(".partial")
+    save_file(state, partial)
+    partial.replace(path)
+
+
+def resume_training(path, weights, optimizer):
+    """Set weights and optimizer, in place, to what save_training has saved; returns n_steps, or 0
+    where there is no such file.
+    """
+    if not path.exists():
+        return 0
+    state = load_file(path)
+    n_steps = int(state.pop("n_steps"))
+    for key, value in state.items():
+        name, _, part = key.partition("/")
+        if not part:
+            weights[name].data.copy_(value)
+        else:  # AdamW keeps its step on the CPU
+            device = "cpu" if part == "step" else weights[name].device
+            optimizer.state[weights[name]][part] = value.to(device)
+    print(f"training goes on after step {n_steps}")
+    return n_steps
 
 
 def show(bar, line, steps):
     """Move the bar by a step; every tenth part of them leaves its line on the screen."""
     bar.update()
     if line["step"] % max(1, steps // 10) == 0:
-        names = ("loss", "critique", "correct", "bradley_terry", "grad_norm", "tokens_per_s")
+        names = ("loss", "loss_critique", "loss_correct", "bradley_terry", "grad_norm", "tokens_per_s")
         numbers = [f"{name} {line[name]:.4g}" for name in names if line[name] is not None]
         bar.write(f"step {line['step']:>5}/{steps} | {' | '.join(numbers)}")
 
@@ -283,22 +320,26 @@ def recompute_activations(language_model):
     language_model.disable_input_require_grads()  # enabling also hooks the embeddings: no need here
 
 
-def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activations):
+def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activations, save_every):
     """Minimise L_IFT on data (a TrainingSteps) for `steps` optimizer steps, in place.
 
-    One line a step goes to folder/metrics.jsonl. Stage 04 trains by this function, too.
+    One line a step goes to folder/metrics.jsonl. Every save_every steps, and at the end, all that
+    goes on from there is saved in folder/training.safetensors; who calls deletes it when the
+    trained model is safe. Stage 04 trains by this function, too.
     """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
+    checkpoint = folder / "training.safetensors"
+    done = resume_training(checkpoint, weights, optimizer)
     device, tokenizer = common.unwrap(model).device, data.processor.tokenizer
     parallel = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     if checkpoint_activations:
         recompute_activations(common.unwrap(model).model.language_model)
     log = RowWriter(folder / "metrics.jsonl", key=("step", "validation"))
-    bar = common.progress_bar(steps, "train", "step")
+    bar = common.progress_bar(steps, "train", "step", done)
     started, n_total = time.time(), 0
     model.train()
-    for step, micro_batches in enumerate(prepared_ahead(data, steps)):
+    for step, micro_batches in prepared_ahead(data, range(done, steps)):
         # Every token of the step weighs the same, so they are counted before the first backward.
         n_critique, n_correct = total(count_supervised(micro_batches))
         sums = {"critique": 0.0, "correct": 0.0, "bradley_terry": 0.0}  # in nats, for the log
@@ -319,7 +360,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
                     sums["bradley_terry"] += bt.item()
                     loss = loss + bt_weight * bt / data.train_batch
             (loss * WORLD).backward()  # processes average gradients, but the loss is their sum
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, 1.0).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).item()
         if not math.isfinite(grad_norm):
             ids = ids_of(micro_batches)
             common.stop(f"step {step + 1}: gradient norm {grad_norm} on rows {ids}; lower --lr")
@@ -332,8 +373,8 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
             "step": step + 1,
             # L_IFT, without the Bradley-Terry part, which has a column of its own
             "loss": ift_loss(nll_critique, n_critique, nll_correct, n_correct, lam),
-            "critique": nll_critique / n_critique,  # nats per token
-            "correct": nll_correct / n_correct if lam else None,
+            "loss_critique": nll_critique / n_critique,  # nats per token
+            "loss_correct": nll_correct / n_correct if lam else None,
             "bradley_terry": bt_sum / data.train_batch if bt_weight else None,
             "grad_norm": grad_norm,
             "lr": learning_rate(step, steps, lr),
@@ -341,6 +382,8 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
         }
         log.write(line)
         show(bar, line, steps)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            save_training(checkpoint, step + 1, weights, optimizer)
     bar.close()
     model.eval()
 
@@ -442,8 +485,12 @@ def mean_bradley_terry(rows):
 def validate(model, processor, pairs, folder, name, **judging):
     """Judge the validation pairs in both orders; print and keep how well, and show one critique.
 
-    judging: image_root, style, max_new_tokens, batch_size of judge. -> the measures.
+    judging: image_root, style, max_new_tokens, batch_size of judge. -> the measures, {} without
+    pairs.
     """
+    if not pairs:
+        print(f"validation, {name}: none, since stage 01 was told --validation 0")
+        return {}
     writer = RowWriter(folder / "validation.jsonl", key=("condition", "question"))
     questions = []
     for pair in pairs:
@@ -460,14 +507,26 @@ def validate(model, processor, pairs, folder, name, **judging):
 
 
 # ---- Arguments and main --------------------------------------------------------------------------
+def verdict_is_label(row):
+    """None for a critique to train on; else (field, what is wrong with it) for read_jsonl."""
+    verdict = common.parse_verdict(row["critique"])
+    if verdict == row["label"]:
+        return None
+    return "critique", f"its verdict, {verdict}, is not the label, {row['label']}"
+
+
+def read_critiques(run):
+    """Stage 02's critiques (03, 04)."""
+    source = Path(run) / "02_critiques" / "critiques.jsonl"
+    fields = ("id", "pair_id", "image", "prompt", "response_a", "response_b", "label", "critique")
+    return read_jsonl(source, (*fields, "style"), verdict_is_label)
+
+
 def validation_pairs(run):
     """Stage 01's pairs that are set aside to watch training by (03, 04)."""
     source = Path(run) / "01_preferences" / "preferences.jsonl"
     pairs = read_jsonl(source, ("id", "image", "prompt", "chosen", "rejected", "split"))
-    validation = [pair for pair in pairs if pair["split"] == "validation"]
-    if not validation:
-        common.stop(f"{source} has no pair in split 'validation': raise --validation in stage 01")
-    return validation
+    return [pair for pair in pairs if pair["split"] == "validation"]
 
 
 def add_training_arguments(parser, steps, lr):
@@ -479,6 +538,7 @@ def add_training_arguments(parser, steps, lr):
     add("--bt-weight", type=float, default=0.0, help="of the verdicts' Bradley-Terry loss")
     add("--train-batch", type=int, default=32, help="critiques, and correct responses, per step")
     add("--micro-batch", type=int, default=8, help="rows per forward and backward pass")
+    add("--save-every", type=int, default=50, help="steps: what an interruption costs at most")
     add(
         "--checkpoint-activations",
         action=argparse.BooleanOptionalAction,
@@ -527,7 +587,8 @@ def training_settings(args):
     """What train takes of the arguments above."""
     on_gpu = common.pick_device(args.device).type == "cuda"
     chosen = args.checkpoint_activations
-    settings = {name: getattr(args, name) for name in ("steps", "lr", "lam", "bt_weight")}
+    names = ("steps", "lr", "lam", "bt_weight", "save_every")
+    settings = {name: getattr(args, name) for name in names}
     return {**settings, "checkpoint_activations": on_gpu if chosen is None else chosen}
 
 
@@ -542,14 +603,14 @@ def parse_args(argv=None):
 def main(args):
     first = common.args_of(args.run, "01_preferences")
     style = common.args_of(args.run, "02_critiques")["style"]
-    folder = common.start_stage(args, "03_ift")
+    inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl")
+    inputs += common.files_of(args.run, "02_critiques", "critiques.jsonl")
+    folder = common.start_stage(args, "03_ift", inputs)
     if folder is None:
         return
 
     # 1. load --------------------------------------------------------------------------------------
-    source = Path(args.run) / "02_critiques" / "critiques.jsonl"
-    fields = ("id", "pair_id", "image", "prompt", "response_a", "response_b", "label", "critique")
-    critiques = read_jsonl(source, (*fields, "style"))
+    critiques = read_critiques(args.run)
     validation = validation_pairs(args.run)
     model, processor = common.load_judge(
         first["model"], device=args.device, max_image_tokens=first["max_image_tokens"]
@@ -557,8 +618,6 @@ def main(args):
     torch.manual_seed(args.seed)  # of the adapter's first weights
     model = make_trainable(model, args.lora_rank)
     data, counts = training_steps(critiques, processor, first["image_root"], args.seed, args)
-    for name in ("metrics.jsonl", "validation.jsonl"):  # an interrupted training starts anew
-        (folder / name).unlink(missing_ok=True)
 
     # 2. train -------------------------------------------------------------------------------------
     judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
@@ -572,7 +631,8 @@ def main(args):
     counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}
     next_command = f"python 04_rejection_sampling.py --run {shlex.quote(args.run)}"
     measures = {"validation": {"before": before, "after": after}}
-    common.finish_stage(folder, args, counts, [source], next_command, **measures)
+    common.finish_stage(folder, args, counts, (), next_command, **measures)
+    (folder / "training.safetensors").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

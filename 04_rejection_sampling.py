@@ -34,7 +34,6 @@ Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), margins
 """
 
 import importlib
-import json
 import random
 import shlex
 from collections import Counter
@@ -115,7 +114,7 @@ def confident_rows(samples):
     """
     questions = {}
     for row in samples:
-        if row["verdict"] is not None:
+        if row["log_odds"] is not None:
             r = torch.tensor([row["log_odds"]])  # (1,)
             s = confidence_in_label(r, torch.tensor([row["label"] == "A"])).item()
             row = {**row, "confidence_in_label": s}
@@ -197,7 +196,7 @@ def mix_in(kept, old, replay, seed):
     return kept + [row for row in old if row["id"] in chosen]
 
 
-def draw_margins(margins, kept_ids, path, title):
+def draw_margins(path, margins, kept_ids, title):
     """Histogram of the pool's margins, the kept ones in front."""
     figure = Figure((6, 3.2), layout="tight")
     axis = figure.subplots()
@@ -237,9 +236,8 @@ def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judg
     common.write_jsonl(folder / "kept.jsonl", kept)
     kept_ids = list(dict.fromkeys(row["pair_id"] for row in kept))
     share, smallest = len(kept_ids) / len(pool), min(margins[key] for key in kept_ids)
-    if common.RANK == 0:
-        title = f"iteration {t}, {args.select}: {share:.0%} kept"
-        draw_margins(margins, kept_ids, folder / "margins.png", title)
+    title = f"iteration {t}, {args.select}: {share:.0%} kept"
+    common.draw(draw_margins, folder / "margins.png", margins, kept_ids, title)
     print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {share:.1%}")
     print(f"smallest kept margin {smallest:.3f}")
     if not 0.3 <= share <= 0.5:
@@ -263,10 +261,12 @@ def parse_args(argv=None):
     add("--select", choices=rules, default="margin", help="the rule, or a control")
     add("--replay", type=float, default=0.25, help="share of an epoch that is stage 03's rows")
     ift.add_training_arguments(parser, steps=125, lr=5e-5)
-    args = parser.parse_args(argv)
-    if not 0 < args.retention <= 1 or not 0 <= args.replay < 1:
-        parser.error("need 0 < --retention <= 1 and 0 <= --replay < 1")
-    return args
+    return parser.parse_args(argv)
+
+
+# The arguments that the first iteration's samples depend on. All others may change from one start
+# to the next: these samples stay, the rest is made anew.
+SAMPLING = ("pool", "samples", "temperature", "max_new_tokens", "seed")
 
 
 def main(args):
@@ -274,26 +274,31 @@ def main(args):
     style = common.args_of(args.run, "02_critiques")["style"]
     common.args_of(args.run, "03_ift")  # stops where stage 03 is not complete
     control = "" if args.select == "margin" else f"_{args.select}"
-    folder = common.start_stage(args, f"04_rejection{control}")
+    inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl", "vocabulary.json")
+    _, source, vocabulary_file = inputs
+    inputs += common.files_of(args.run, "02_critiques", "critiques.jsonl")
+    inputs += common.files_of(args.run, "03_ift")
+    choosing = {key: ["iter1/samples.jsonl"] for key in vars(args) if key not in SAMPLING}
+    choosing["iterations"] = ["*"]  # of which there may be more or fewer
+    folder = common.start_stage(args, f"04_rejection{control}", inputs, choosing)
     if folder is None:
         return
 
     # 1. load --------------------------------------------------------------------------------------
     run = Path(args.run)
-    source = run / "01_preferences" / "preferences.jsonl"
-    vocabulary = json.loads(source.with_name("vocabulary.json").read_text(encoding="utf-8"))
+    vocabulary = common.read_json(vocabulary_file)
     pairs = read_jsonl(source, ("id", "image", "chosen", "rejected", "split", "evidence"))
     validation = ift.validation_pairs(run)
     pool = [pair for pair in pairs if pair["split"] == "pool"]
     pools = []
     if args.select != "continue":  # which needs none
         pools = cut_pools(pool, args.pool, args.iterations)
-    old = read_jsonl(run / "02_critiques" / "critiques.jsonl", ("id", "pair_id", "critique"))
+    old = ift.read_critiques(run)
     results, checkpoint = {}, common.find_checkpoint(run / "03_ift")
     for t in range(1, args.iterations + 1):
         done = folder / f"iter{t}" / "done.json"
         if done.exists():
-            results[f"iteration {t}"] = json.loads(done.read_text())
+            results[f"iteration {t}"] = common.read_json(done)
             checkpoint = common.find_checkpoint(done.parent)
     model, processor = common.load_judge(
         first["model"], checkpoint, args.device, first["max_image_tokens"], trainable=True
@@ -308,8 +313,6 @@ def main(args):
     for t in range(n_done + 1, args.iterations + 1):
         here = folder / f"iter{t}"
         here.mkdir(exist_ok=True)
-        for name in ("metrics.jsonl", "validation.jsonl"):  # an interrupted training starts anew
-            (here / name).unlink(missing_ok=True)
         critiques, counts = old, {}
         if args.select != "continue":
             kept, counts = select_critiques(
@@ -323,13 +326,14 @@ def main(args):
         result = ift.validate(model, processor, validation, here, f"iteration {t}", **judging)
         results[f"iteration {t}"] = {"counts": {**counts, **more}, "validation": result}
         common.write_json(here / "done.json", results[f"iteration {t}"])
+        (here / "training.safetensors").unlink(missing_ok=True)
 
     # 3. report ------------------------------------------------------------------------------------
     counts = {}
     for name, result in results.items():
         counts |= {f"{name}, {line}": n for line, n in result["counts"].items()}
     next_command = f"python 05_evaluate.py --run {shlex.quote(args.run)} --pairs HELD_OUT.jsonl"
-    common.finish_stage(folder, args, counts, [source], next_command, iterations=results)
+    common.finish_stage(folder, args, counts, (), next_command, iterations=results)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ first B * n), H key-value heads, G query heads to each of them, D head size.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import DynamicLayer
@@ -46,10 +48,15 @@ INSTRUCTIONS = {
 def build_judge_prompt(prompt, response_a, response_b, style="critique", reference=None):
     """The one text that asks for a judgement; it follows the image.
 
-    reference: the expert's findings and the label, as the lines that a critique would hold. Only
-    stage 02 gives it, to get good critiques; what is trained on and evaluated has none.
+    Further lines of what is asked and answered are indented: no response has a line that reads as
+    one of the prompt's own ("Response B: ..."). reference: the expert's findings and the label, as
+    the lines that a critique would hold. Only stage 02 gives it, to get good critiques; what is
+    trained on and evaluated has none.
     """
-    question = f"Question: {prompt}\nResponse A: {response_a}\nResponse B: {response_b}\n"
+    question = ""
+    parts = {"Question": prompt, "Response A": response_a, "Response B": response_b}
+    for name, text in parts.items():
+        question += "\n  ".join(f"{name}: {text}".splitlines()) + "\n"
     if reference is not None:
         question += f"Known to be true, never to be mentioned:\n{reference}\n"
     return question + INSTRUCTIONS[style]
@@ -91,7 +98,7 @@ _ANSWER = re.compile(r":(?:[^\w\n:]|_)*(yes|no)\b", re.IGNORECASE)
 
 def find_verdict(text):
     """(verdict, index of its letter in text) of the last line "Verdict: ...", or (None, -1)."""
-    lines = list(_VERDICT_LINE.finditer(text))
+    lines = list(_VERDICT_LINE.finditer(text.replace("：", ":")))
     if not lines:
         return None, -1
     match = _VERDICT.match(lines[-1].group(1))
@@ -103,7 +110,7 @@ def find_verdict(text):
 def parse_verdict(text):
     """ "A", "B", or None where the last verdict line names neither or both.
 
-    Case, markdown and trailing punctuation are tolerated.
+    Case, markdown, trailing punctuation and the full-width colon ("Verdict：A") are tolerated.
     """
     return find_verdict(text)[0]
 
@@ -115,7 +122,7 @@ def parse_checks(text):
     [('A', 'red circle', True), ('A', 'a star', False), ('B', 'a dog', True)]
     """
     checks = []
-    for line in text.splitlines():
+    for line in text.replace("：", ":").splitlines():
         side = ""  # a clause without a letter speaks of the response that its line named last
         for clause in _CLAUSE_END.split(line):
             start = _CLAIM_START.match(clause)
@@ -144,12 +151,21 @@ def stop(message):
     raise SystemExit(f"error: {message}")
 
 
+def one_line(error):
+    """An exception as a short line: its kind and what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def pick_device(name=None):
     """The torch.device that inputs go to: the one named, else this process's GPU, Apple's, the CPU.
 
     "auto" spreads the model over all GPUs; inputs go to the first.
     """
     if name and name != "auto":
+        try:
+            torch.zeros(1, device=name).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # by kind of device
+            stop(f"--device {name}: {one_line(error)}")
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -183,8 +199,9 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
             attn_implementation="sdpa",
             device_map="auto" if device == "auto" else target,
         )
-    except (OSError, ValueError) as error:
-        stop(f"--model {weights}: {str(error).splitlines()[0]}")
+        check_processor(processor)
+    except Exception as error:  # no such model, cut weights, no tokenizer: each its own kind
+        stop(f"--model {weights}: {one_line(error)}")
     absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
     if absent:  # transformers fills them with random numbers
         stop(f"--model {weights} lacks {len(absent)} of its weights, such as {absent[0]}")
@@ -201,19 +218,37 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     model.requires_grad_(False)
     if is_adapter:
         model = load_adapter(model, checkpoint, trainable)
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            stop(f"{checkpoint or weights}: the weight {name} is not finite (nan or infinity)")
     return model.eval(), processor
 
 
+def check_processor(processor):
+    """ValueError, by which load_judge stops, where it cannot show a picture in a chat."""
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(processor, part):
+            raise ValueError(f"it has no {part}: is it a vision-language model?")
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
+    if processor.image_token not in processor.apply_chat_template(chat, tokenize=False):
+        raise ValueError("its chat template leaves out the image")
+
+
 def load_adapter(model, folder, trainable=False):
-    """PeftModel; refuses an adapter whose keys do not fit, where PEFT itself only warns."""
+    """PeftModel; refuses an adapter whose keys do not fit, where PEFT itself only warns, and one
+    that was trained on a model of another name.
+    """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights  # slow to import
 
+    base = model.config._name_or_path
     with warnings.catch_warnings(action="ignore"):  # of keys that do not fit: see below
         try:
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         except Exception as error:  # of another width, cut, without weights: each its own kind
-            reason = str(error).splitlines()[0]
-            stop(f"the adapter {folder} does not load: {type(error).__name__}: {reason}")
+            stop(f"the adapter {folder} does not load: {one_line(error)}")
+    trained_on = model.peft_config["default"].base_model_name_or_path or base
+    if Path(trained_on).name != Path(base).name:  # the folder may have moved
+        stop(f"the adapter {folder} was trained on {trained_on}, not on {base}")
     found = set(load_peft_weights(str(folder), device="cpu"))
     expected = set(get_peft_model_state_dict(model))
     if found != expected:
@@ -275,7 +310,7 @@ def encode_prompts(processor, texts, images):
     # A picture x times as long as high takes at least x tokens: where it may take N, x may be N.
     vision = processor.image_processor
     most_tokens = vision.size["longest_edge"] / (vision.patch_size * vision.merge_size) ** 2
-    return processor(
+    inputs = processor(
         text=chats,
         images=[[load_image(image, min(200, most_tokens))] for image in images],
         padding=True,
@@ -283,6 +318,10 @@ def encode_prompts(processor, texts, images):
         return_tensors="pt",
         return_mm_token_type_ids=True,
     )
+    length, bound = inputs["input_ids"].shape[1], processor.tokenizer.model_max_length
+    if length > bound:
+        stop(f"a prompt of {length} tokens, more than the model's {bound}: {texts[0][:60]!r} ...")
+    return inputs
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -628,7 +667,8 @@ def run(main, args):
     """main(args), as every script ends with: libraries are quiet, torchrun's processes join."""
     transformers.logging.set_verbosity_error()  # what matters about a model, load_judge checks
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # PEFT asks for it
+    warnings.simplefilter("ignore")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show every letter
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # stage 03's DataLoader forks this process
     if WORLD > 1:
         if args.device == "auto":
@@ -647,9 +687,15 @@ def run(main, args):
         except KeyboardInterrupt:
             print("interrupted: without --overwrite the same command goes on with the rows kept")
             sys.exit(130)
-        except OSError as error:  # a missing file, a full disk, a folder that may not be read
-            stop(f"{type(error).__name__}: {error}")
-        except torch.OutOfMemoryError:
+        # a missing file, a full disk, a folder that may not be read
+        except (OSError, SafetensorError) as error:
+            stop(one_line(error))
+        except (RuntimeError, MemoryError) as error:
+            if WORLD > 1 and "Connection" in str(error):  # another process has said why
+                sys.exit(1)
+            is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not is_memory and "can't allocate memory" not in str(error):  # so says the CPU
+                raise
             stop(
                 "out of memory: lower --micro-batch or --batch-size (which change no result), "
                 "--max-new-tokens or, in stage 01, --max-image-tokens; in training, "
@@ -658,28 +704,125 @@ def run(main, args):
 
 
 # ---- Run directories: rows that survive an interruption, meta.json as the sign of completion -----
-def read_jsonl(path, fields=()):
-    """Rows of a jsonl file; stops at a malformed line or a missing field, naming file and line."""
+SHORT = 10_000  # most characters of a prompt or a response: three of them stay below 8,000 tokens
+LONG = 1_000_000
+# What a field holds, wherever it stands: text of at most so many characters, one word of a set, a
+# number within (low, high), a [list of these] or a {record that has these}.
+FIELDS = {
+    **dict.fromkeys(("id", "pair_id", "image", "prompt", "chosen", "rejected"), SHORT),
+    **dict.fromkeys(("response_a", "response_b", "category", "text"), SHORT),
+    "critique": LONG,
+    "order": {"ab", "ba"},
+    "label": {"A", "B"},
+    "verdict": {"A", "B"},
+    "style": set(INSTRUCTIONS),
+    "split": {"validation", "train", "pool"},
+    "log_odds": (-1e4, 1e4),
+    "probability_a": (0, 1),
+    "hallucinated": [SHORT],
+    "candidates": [LONG],
+    "asked": [SHORT],
+    "objects": [{"object": SHORT}],
+    "detections": [{"object": SHORT, "confidence": (0, 1)}],
+    "evidence": [
+        {
+            "object": SHORT,
+            "status": {"present", "absent", "unsure"},
+            "claimed_by": {"chosen", "rejected", "both"},
+        }
+    ],
+}
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
+
+
+def fits(value, kind):
+    """Is the value of this kind (see FIELDS)?"""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(item, kind[0]) for item in value)
+    if isinstance(kind, dict):
+        is_record = isinstance(value, dict)
+        return is_record and all(fits(value.get(name), kind[name]) for name in kind)
+    if isinstance(kind, set):
+        return isinstance(value, str) and value in kind
+    if isinstance(kind, tuple):
+        return type(value) in (int, float) and kind[0] <= value <= kind[1]
+    return isinstance(value, str) and len(value) <= kind and not SURROGATE.search(value)
+
+
+def in_words(kind):
+    """What a value of this kind (see FIELDS) has to be."""
+    if isinstance(kind, list):
+        return f"a list of {in_words(kind[0])}"
+    if isinstance(kind, dict):
+        return "records of " + ", ".join(f"{name} ({in_words(kind[name])})" for name in kind)
+    if isinstance(kind, set):
+        return f"one of {', '.join(sorted(kind))}"
+    if isinstance(kind, tuple):
+        return f"a number from {kind[0]} to {kind[1]}"
+    return f"text of at most {kind} characters"
+
+
+def misfit(row, needed=()):
+    """None, or (field, what is wrong with it): needed and not there, or not as FIELDS says."""
+    for name in needed:
+        if row.get(name) is None:
+            return name, "it is missing"
+    for name, value in row.items():
+        if value is not None and name in FIELDS and not fits(value, FIELDS[name]):
+            return name, f"{in_words(FIELDS[name])} is expected, not {str(value)[:40]!a}"
+    return None
+
+
+def read_text(path):
+    """The text of a file, without a byte order mark."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        stop(f"{path} is not UTF-8: {error}")
+
+
+def read_json(path):
+    """The object in a JSON file."""
+    try:
+        return dict(**json.loads(read_text(path)))  # TypeError where it is no object
+    except (ValueError, TypeError, RecursionError) as error:
+        stop(f"{path}: a JSON object is expected ({one_line(error)})")
+
+
+def read_jsonl(path, fields=(), check=None):
+    """Rows of a jsonl file, which have these fields; each field is as FIELDS says, and check(row),
+    if given, is None or says what is wrong. Stops at what does not fit, naming line and field.
+    """
     if not Path(path).exists():
         stop(f"{path} does not exist: run the stage that writes it first, or name another file")
     rows, ids = [], set()
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = dict(**json.loads(line))  # TypeError where it is no object
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             stop(f"{path} line {number}: a JSON object is expected, not {line[:40]!r} ({error})")
-        missing = [field for field in fields if row.get(field) is None]
-        if missing:
-            stop(f"{path} line {number}: field {missing[0]!r} is missing")
+        wrong = misfit(row, fields) or (check and check(row))
+        if wrong:
+            stop(f"{path} line {number}, field {wrong[0]!r}: {wrong[1]}")
         if "id" in fields and row["id"] in ids:
-            stop(f"{path} line {number}: id {row['id']!r} occurs twice")
+            stop(f"{path} line {number}, field 'id': {row['id']!r} occurs twice")
         ids.add(row.get("id"))
         rows.append(row)
     if fields and not rows:
         stop(f"{path} is empty: nothing to work on")
     return rows
+
+
+def draw(function, path, *content):
+    """function(path, *content), in the first process. Where that fails, the stage goes on."""
+    if RANK == 0:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
+                function(path, *content)
+        except Exception as error:
+            print(f"{path} is not drawn: {one_line(error)}")
 
 
 def write_text(path, text):
@@ -710,7 +853,8 @@ class RowWriter:
         barrier()  # all have read before one writes
         if whole != data and RANK == 0:
             path.write_bytes(whole)
-        self.rows = [json.loads(line) for line in whole.decode().split("\n")[:-1]]
+        barrier()
+        self.rows = read_jsonl(path) if whole else []
         self.done = {self.key_of(row) for row in self.rows}
         self.file = open(os.devnull if RANK else path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -745,10 +889,43 @@ def in_chunks(rows, is_done, size, describe):
                 yield chunk, bar
 
 
-def progress_bar(total, describe, unit="row"):
+def progress_bar(total, describe, unit="row", done=0):
     """A bar on stdout, with rate and time left; none where stdout is no terminal."""
-    settings = {"dynamic_ncols": True, "disable": None, "file": sys.stdout}
+    settings = {"dynamic_ncols": True, "disable": None, "file": sys.stdout, "initial": done}
     return tqdm(total=total, desc=describe, unit=unit, **settings)
+
+
+# Smallest and largest value of every flag that is a number.
+BOUNDS = {
+    **dict.fromkeys(("batch_size", "train_batch", "micro_batch"), (1, 100_000)),
+    **dict.fromkeys(("candidates", "critiques", "samples", "votes", "best_of"), (1, 1000)),
+    **dict.fromkeys(("max_new_tokens", "max_image_tokens", "iterations"), (1, 100_000)),
+    **dict.fromkeys(("limit", "steps", "save_every"), (1, math.inf)),
+    **dict.fromkeys(("validation", "train"), (0, math.inf)),
+    **dict.fromkeys(("present", "margin"), (0, 1)),
+    **dict.fromkeys(("temperature", "lam", "bt_weight"), (0, 100)),
+    "absent": (0.01, 1),
+    "seed": (0, 2**63 - 1),
+    "pool": (2, math.inf),
+    "max_response_tokens": (2, 100_000),
+    "lora_rank": (0, 1024),
+    "lr": (1e-9, 1),
+    "retention": (0.001, 1),
+    "replay": (0, 0.99),
+}
+
+
+class StageParser(argparse.ArgumentParser):
+    """Refuses numbers out of BOUNDS."""
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(args, name, None)
+            if value is not None and not low <= value <= high:  # nor is nan
+                flag = f"--{name.replace('_', '-')}"
+                self.error(f"{flag} {value}: a number from {low} to {high} is expected")
+        return args
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -762,7 +939,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def stage_parser(doc):
     """A script's parser with what all stages take, and add_argument of its group "the run"."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0], formatter_class=HelpFormatter)
+    parser = StageParser(description=doc.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument_group("the run").add_argument
     add("--run", default="runs/default", help="run directory, shared by all stages")
     add("--device", help="cuda, mps, cpu, or auto: one model over all GPUs; else the best one here")
@@ -780,34 +957,135 @@ FREE_ARGUMENTS = {
     "batch_size",
     "micro_batch",
     "checkpoint_activations",
+    "save_every",
 }
 
 
-def start_stage(args, name):
-    """The stage's folder, ready to be written or resumed; None where it is complete already."""
-    folder = Path(args.run) / name
-    wanted = {key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS}
-    if args.overwrite and folder.exists() and RANK == 0:
-        shutil.rmtree(folder)
-    barrier()
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "args.json").exists():
-        old = json.loads((folder / "args.json").read_text())
-        changed = [key for key in wanted if old.get(key) != wanted[key]]
-        for key in changed:
-            print(f"--{key.replace('_', '-')} was {old.get(key)}, is {wanted[key]}")
-        if changed:
+# The arguments that are paths.
+PATHS = {"model", "image_root", "images", "pairs", "exclude", "prompts", "expert", "detections"}
+PATHS |= {"vocabulary", "truth"}
+LOCKS = []  # files whose locks this process holds to its end
+STARTED = time.time()
+
+
+def lock(folder, inputs):
+    """Hold the stage's folder, to write in it alone, and those of its inputs, to read what does not
+    change. (These locks are the process's own: the kernel frees them when it dies, whatever it has
+    forked.)
+    """
+    of_stages = {Path(path).parent for path in inputs if Path(path).parent.parent == folder.parent}
+    for path in (folder, *sorted(of_stages)):
+        file = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if path == folder else fcntl.LOCK_SH))
+        except (BlockingIOError, PermissionError):
+            stop(f"another process is at work in {path}: wait until it has ended")
+        LOCKS.append(file)
+
+
+def portable(path, run):
+    """How a run directory, which may be moved, remembers a path: from itself if it lies inside,
+    else absolute; a hub id, which does not exist here, as it is.
+    """
+    if not Path(path).exists():
+        return path
+    path, run = Path(path).resolve(), Path(run).resolve()
+    return str(path.relative_to(run) if path.is_relative_to(run) else path)
+
+
+def remembered(args):
+    """The arguments on which a stage's files depend, as args.json and meta.json keep them."""
+    kept = {key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS}
+    for key in PATHS:
+        if isinstance(kept.get(key), list):
+            kept[key] = [portable(path, args.run) for path in kept[key]]
+        elif kept.get(key):
+            kept[key] = portable(kept[key], args.run)
+    return kept
+
+
+def digests(paths, run):
+    """{path: digest of the file}; stops where it is not what the stage that wrote it has left."""
+    found = {}
+    for path in map(Path, paths):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        meta = path.with_name("meta.json")
+        outputs = read_json(meta).get("outputs", {}) if meta.exists() else {}
+        if outputs.get(path.name, digest) != digest:
             stop(
-                f"{folder} was begun with other arguments: use them, another --run, or --overwrite"
+                f"{path} was changed after its stage had finished: run that stage with --overwrite "
+                f"or, where the change is meant, take {path.name} out of the outputs in {meta}"
             )
-        if (folder / "meta.json").exists():
-            print(f"{folder} is complete: nothing to do; --overwrite makes it anew")
-            return None
+        found[portable(path, run)] = digest
+    return found
+
+
+def clear(folder, patterns=()):
+    """Delete the folder's files; patterns: lists, in each of which one fits a file that stays."""
+    (folder / "meta.json").unlink(missing_ok=True)  # first: it says that all is there
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder, then the folder
+        of_argument = [any(path.match(pattern) for pattern in kept) for kept in patterns]
+        if path.is_dir():
+            with contextlib.suppress(OSError):  # it holds what stays
+                path.rmdir()
+        elif path.name != "args.json" and not (patterns and all(of_argument)):
+            path.unlink()
+
+
+def start_stage(args, name, inputs=(), choosing=None):
+    """The stage's folder, ready to be written or resumed; None where it is complete already.
+
+    inputs: the files it reads; they must not change from one start to the next. choosing: the
+    arguments that may, as {argument: patterns of the files that stay}: what is not listed is made
+    anew. "inputs" among them: further files may be read.
+    """
+    folder, choosing = Path(args.run) / name, choosing or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        lock(folder, inputs)
+    now = {"args": remembered(args), "inputs": digests(inputs, args.run)}
+    record, meta = folder / "args.json", folder / "meta.json"
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and path != record]
+    was = now
+    if record.exists() and any(sizes) and not args.overwrite:  # nothing binds before the first row
+        was = read_json(record)
+    changed = differences(was, now, folder)
+    forbidden = [key for key in changed if key not in choosing]
+    if forbidden:
+        stop(f"{folder} was begun with other arguments: use them, another --run, or --overwrite")
+    is_complete = meta.exists() and not args.overwrite and not changed
+    barrier()  # all have read before one writes
+    if is_complete:
+        print(f"{folder} is complete: nothing to do; --overwrite makes it anew")
+        return None
+    if args.overwrite or changed:
+        if RANK == 0:
+            clear(folder, [choosing[key] for key in changed])
+        later = [path.name for path in folder.parent.glob("0*_*") if path.name[:2] > name[:2]]
+        if later:
+            print(f"stale from now on, make anew with --overwrite: {', '.join(sorted(later))}")
+    elif any(sizes):
         print(f"resuming {folder}")
+    write_json(record, now)
     barrier()
-    write_json(folder / "args.json", wanted)
-    args.started = time.time()
     return folder
+
+
+def differences(was, now, folder):
+    """The arguments that differ, each said, and "inputs" where other files are read; stops where
+    one of the same files has changed.
+    """
+    for path, digest in now["inputs"].items():
+        if was["inputs"].get(path, digest) != digest:
+            stop(f"{path} has changed since {folder} was made: make it anew with --overwrite")
+    old, new = was["args"], now["args"]
+    changed = [key for key in new if old.get(key) != new[key]]
+    for key in changed:
+        print(f"--{key.replace('_', '-')} was {old.get(key)}, is {new[key]}")
+    if set(was["inputs"]) != set(now["inputs"]):
+        changed.append("inputs")
+    return changed
 
 
 def args_of(run, stage):
@@ -815,7 +1093,16 @@ def args_of(run, stage):
     path = Path(run) / stage / "meta.json"
     if not path.exists():
         stop(f"{path} does not exist: {stage} is not complete; run its script first")
-    return json.loads(path.read_text())["args"]
+    args = read_json(path)["args"]
+    for key in PATHS:  # as portable has left them
+        if isinstance(args.get(key), str) and (Path(run) / args[key]).exists():
+            args[key] = str(Path(run) / args[key])
+    return args
+
+
+def files_of(run, stage, *names):
+    """Paths of a stage's meta.json and of these of its files: what a later stage reads."""
+    return [Path(run) / stage / name for name in ("meta.json", *names)]
 
 
 def find_checkpoint(folder):
@@ -826,25 +1113,25 @@ def find_checkpoint(folder):
     stop(f"{folder} holds neither adapter/ nor model/: run the stage that writes it first")
 
 
-def finish_stage(folder, args, counts, inputs, next_command, **extra):
-    """Say what was made and dropped; write meta.json last: its presence means "complete"."""
+def finish_stage(folder, args, counts, outputs, next_command, **extra):
+    """Say what was made and dropped; write meta.json last: its presence means "complete".
+
+    outputs: the files that later stages read, by which they see whether these have changed.
+    """
     commit = None
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    hashes = {}
-    for path in inputs:
-        with open(path, "rb") as file:
-            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     used = ("torch", "transformers", "peft", "datasets", "ultralytics", "numpy", "pillow")
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in used}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on a Mac
     meta = {
-        "args": json.loads((folder / "args.json").read_text()),
+        "args": remembered(args),
         "counts": counts,
         **extra,
-        "inputs": hashes,
-        "seconds": round(time.time() - args.started, 1),
+        "inputs": read_json(folder / "args.json")["inputs"],
+        "outputs": {Path(path).name: digest for path, digest in digests(outputs, folder).items()},
+        "seconds": round(time.time() - STARTED, 1),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "peak_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2),
         "git_commit": commit,

@@ -257,7 +257,7 @@ def with_adapter(model):
 def train_ours(model, data, steps, lr):
     """(seconds, loss of each step) of stage 03's train with lambda 0: TRL knows one kind of row."""
     model = with_adapter(model)
-    settings = {"steps": steps, "lr": lr, "lam": 0.0, "bt_weight": 0.0}
+    settings = {"steps": steps, "lr": lr, "lam": 0.0, "bt_weight": 0.0, "save_every": steps}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder)
         seconds, _ = timed(ift.train, model, data, path, checkpoint_activations=False, **settings)

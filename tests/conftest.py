@@ -146,7 +146,7 @@ def steps_of(processor, pictures, **changed):
 def train(model, processor, pictures, folder, **changed):
     """Stage 03's train on the four rows, in place -> rows of metrics.jsonl."""
     settings = {"steps": 1, "lr": 1e-3, "lam": 0.5, "bt_weight": 0.0}
-    settings |= {"checkpoint_activations": False}
+    settings |= {"checkpoint_activations": False, "save_every": 1000}
     of_train = {name: value for name, value in changed.items() if name in settings}
     of_data = {name: value for name, value in changed.items() if name not in settings}
     settings |= of_train

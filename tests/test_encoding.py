@@ -263,9 +263,9 @@ def test_gradient_is_the_same_for_all_micro_batches(
         difference = changes(model, changed) - expected
         assert difference.norm() < 1e-3 * expected.norm()
         assert line["loss"] == pytest.approx(ift.item(), rel=1e-3)
-        assert line["critique"] == pytest.approx(mean_nll["critique"].item(), rel=1e-3)
+        assert line["loss_critique"] == pytest.approx(mean_nll["critique"].item(), rel=1e-3)
         correct = pytest.approx(mean_nll["correct"].item(), rel=1e-3)
-        assert line["correct"] == (correct if lam else None)
+        assert line["loss_correct"] == (correct if lam else None)
         assert line["bradley_terry"] == (pytest.approx(bt.item(), rel=1e-3) if bt_weight else None)
         assert line["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
         assert not changed.training  # ready to be sampled from
@@ -274,7 +274,7 @@ def test_gradient_is_the_same_for_all_micro_batches(
 def test_a_small_step_lowers_the_loss(tiny, pictures, tmp_path):
     model = three.make_trainable(copy.deepcopy(tiny[0]), 0)
     before, after = train(model, tiny[1], pictures, tmp_path, steps=2, lr=1e-4)
-    assert after["loss"] < before["loss"] and after["critique"] < before["critique"]
+    assert after["loss"] < before["loss"] and after["loss_critique"] < before["loss_critique"]
 
 
 def test_gradient_that_is_no_number_stops_with_the_rows(tiny, pictures, tmp_path, monkeypatch):
@@ -306,7 +306,11 @@ def test_saved_adapter_loads_with_plain_peft(tiny, pictures, rows, adapter):
     expected = trained(**inputs).logits
     assert not torch.allclose(tiny[0](**inputs).logits, expected, atol=1e-2)
     assert common.find_checkpoint(folder.parent) == folder
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter", "metrics.jsonl"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        "adapter",
+        "metrics.jsonl",
+        "training.safetensors",
+    ]
     fresh, again = copy.deepcopy(tiny[0]), copy.deepcopy(tiny[0])
     plain = PeftModel.from_pretrained(fresh, str(folder)).eval()
     loaded = common.load_judge(tiny[0].config._name_or_path, folder, "cpu")[0]
@@ -382,8 +386,8 @@ def test_too_long_critiques_are_dropped_and_counted_and_answers_cut(tiny, capsys
     assert (
         f"2 steps of 32 critiques: {64 / n_kept:.1f} epochs of {n_kept}" in capsys.readouterr().out
     )
-    args = three.parse_args(["--max-response-tokens", "1"])
-    with pytest.raises(SystemExit, match="--max-response-tokens 1: raise it"):
+    args = three.parse_args(["--max-response-tokens", "2"])
+    with pytest.raises(SystemExit, match="--max-response-tokens 2: raise it"):
         three.training_steps(critique_rows(), tiny[1], "images", 0, args)
 
 
@@ -406,4 +410,4 @@ def test_console_names_only_what_was_computed(tiny, pictures, tmp_path, capsys, 
     step, said, closed = written
     assert (step, closed) == (1, "closed") and "critique " in said
     assert "correct" not in said and "bradley_terry" not in said
-    assert read_rows(tmp_path / "metrics.jsonl")[0]["correct"] is None
+    assert read_rows(tmp_path / "metrics.jsonl")[0]["loss_correct"] is None

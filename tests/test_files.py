@@ -22,7 +22,7 @@ from common import RowWriter, read_jsonl, start_stage
 # ---- Rows ----------------------------------------------------------------------------------------
 def test_row_writer_cuts_a_half_written_line_and_goes_on(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [{"id": i, "text": "é\nx"} for i in range(3)]
+    rows = [{"id": str(i), "text": "é\nx"} for i in range(3)]
     writer = RowWriter(path)
     for row in rows:
         writer.write(row)
@@ -82,12 +82,15 @@ def test_rows_come_back_as_written(tmp_path, text):
     [
         (None, ["does not exist", "run the stage that writes it"]),
         ("", ["empty"]),
-        ('{"id": 1, "image": "x"}\n{"id": 2, "ima\n', ["line 2", "JSON object is expected"]),
-        ('{"id": 1, "image": "x"}\n"text"\n', ["line 2", "JSON object is expected"]),
-        ('{"id": 1, "image": "x"}\n\n{"id": 2}\n', ["line 3", "field 'image'"]),
-        ('{"id": 1, "image": null}\n', ["line 1", "field 'image'"]),
-        ('{"id": 1, "image": 2}\n{"id": 1, "image": 3}\n', ["line 2", "id 1 occurs twice"]),
-        ('{"id": 1, "image": "x"}\n[1, 2]\n', ["line 2", "JSON object"]),
+        ('{"id": "1", "image": "x"}\n{"id": "2", "ima\n', ["line 2", "JSON object is expected"]),
+        ('{"id": "1", "image": "x"}\n"text"\n', ["line 2", "JSON object is expected"]),
+        ('{"id": "1", "image": "x"}\n\n{"id": "2"}\n', ["line 3, field 'image': it is missing"]),
+        ('{"id": "1", "image": null}\n', ["line 1, field 'image': it is missing"]),
+        (
+            '{"id": "1", "image": "y"}\n{"id": "1", "image": "z"}\n',
+            ["line 2, field 'id': '1' occurs twice"],
+        ),
+        ('{"id": "1", "image": "x"}\n[1, 2]\n', ["line 2", "JSON object"]),
     ],
 )
 def test_read_jsonl_names_file_line_and_field(tmp_path, content, words):
@@ -102,8 +105,8 @@ def test_read_jsonl_names_file_line_and_field(tmp_path, content, words):
 
 def test_read_jsonl_takes_empty_lines_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"id": 1, "zero": 0}\n\n{"id": 2, "zero": ""}\n')
-    assert [row["id"] for row in read_jsonl(path, ("id", "zero"))] == [1, 2]
+    path.write_bytes(b'\xef\xbb\xbf{"id": "1", "zero": 0}\n\n{"id": "2", "zero": ""}\n')
+    assert [row["id"] for row in read_jsonl(path, ("id", "zero"))] == ["1", "2"]
     path.write_text("")
     assert read_jsonl(path) == []  # nothing is asked for
 
@@ -159,21 +162,24 @@ def test_start_stage_resumes_by_the_same_arguments_only(tmp_path, capsys):
 
 def test_finish_stage_makes_it_complete(tmp_path, capsys):
     args = arguments(tmp_path)
-    folder = start_stage(args, "03_ift")
-    with pytest.raises(SystemExit, match="03_ift is not complete; run its script first"):
-        common.args_of(tmp_path, "03_ift")
     source = tmp_path / "rows.jsonl"
     source.write_text("x")
-    common.finish_stage(folder, args, {"rows": 3}, [source], "python 04.py", best=0.5)
+    folder = start_stage(args, "03_ift", [source])
+    with pytest.raises(SystemExit, match="03_ift is not complete; run its script first"):
+        common.args_of(tmp_path, "03_ift")
+    made = folder / "made.jsonl"
+    made.write_text("x")
+    common.finish_stage(folder, args, {"rows": 3}, [made], "python 04.py", best=0.5)
     said = capsys.readouterr().out
     assert "next: python 04.py" in said and re.search(r"rows +3\n", said)
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["counts"] == {"rows": 3} and meta["best"] == 0.5 and meta["seconds"] >= 0
-    assert meta["inputs"] == {str(source): "2d711642b726b044"}  # of sha256("x")
+    assert meta["inputs"] == {"rows.jsonl": "2d711642b726b044"}  # of sha256("x")
+    assert meta["outputs"] == {"made.jsonl": "2d711642b726b044"}
     assert {"torch", "transformers", "python"} <= set(meta["versions"])
     assert common.args_of(tmp_path, "03_ift") == meta["args"] and meta["args"]["lr"] == 0.1
     assert "batch_size" not in meta["args"]  # what may change leaves the rows as they are
-    assert start_stage(arguments(tmp_path), "03_ift") is None
+    assert start_stage(arguments(tmp_path), "03_ift", [source]) is None
     assert "is complete: nothing to do" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         start_stage(arguments(tmp_path, lr=0.2), "03_ift")
@@ -308,7 +314,7 @@ def test_every_flag_is_read_and_stands_under_a_heading(name, monkeypatch):
     flags = flags_of(parser)
     alternatives = [len(group._group_actions) for group in parser._mutually_exclusive_groups]
     n_flags = len(flags) - sum(alternatives) + len(alternatives)  # of alternatives one is given
-    assert 8 < n_flags <= 22
+    assert 8 < n_flags <= 23
     read = names_read(source_of(name)) | names_read(source_of("common"))
     if name.startswith("04"):
         read |= names_read(source_of("03_train_ift"))  # by 03's functions of arguments

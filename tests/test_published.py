@@ -13,6 +13,8 @@ from PIL import Image
 
 one = importlib.import_module("01_build_preferences")
 
+FINDING = {"object": "cat", "status": "absent", "claimed_by": "rejected"}
+
 
 # ---- Files as they are published -----------------------------------------------------------------
 def picture(seed, size=(96, 72), kind="PNG"):
@@ -114,7 +116,7 @@ def own_row(i, **changed):
         "prompt": "Q?",
         "chosen": f"good {i}",
         "rejected": "bad",
-        "evidence": [{"box": None}],
+        "evidence": [{**FINDING, "box": None}],
         "source": "sampled",
     }
     return {**row, **changed}
@@ -293,7 +295,7 @@ def test_trl_files(file, tmp_path, photos):
 
 def test_own_preferences_come_back(tmp_path, photos):
     """With their evidence; a column that is null in the first rows is no trouble."""
-    rows = [own_row(0), own_row(1, image="1.png", evidence=[{"box": [1, 2.5, 3, 4]}])]
+    rows = [own_row(0), own_row(1, image="1.png", evidence=[{**FINDING, "box": [1, 2.5, 3, 4]}])]
     source = write(tmp_path / "preferences.jsonl", rows)
     assert one.read_pairs(source, photos, tmp_path)[:2] == ("preferences.jsonl", rows)
 

@@ -167,7 +167,7 @@ def stages(monkeypatch, run):
         script.main(script.parse_args(["--run", str(run), *flags]))
         return list(trained)
 
-    def draw_margins(margins, kept_ids, path, title):  # the real one takes a second
+    def draw_margins(path, margins, kept_ids, title):  # the real one takes a second
         path.write_text(title)
 
     start.loaded = []
@@ -338,6 +338,7 @@ def test_03_hands_its_flags_to_the_training(critiqued, run):
         "lam": pytest.approx(1 / 3),
         "bt_weight": 0.25,
         "checkpoint_activations": False,
+        "save_every": 50,
     }
     assert (data.train_batch, data.micro_batch, data.seed) == (6, 3, 9)
     assert str(data.image_root) == "pictures"
@@ -691,7 +692,7 @@ def test_04_continue_trains_on_stage_03s_own_rows(trained, run):
 
 
 def test_margins_are_drawn(tmp_path):
-    four.draw_margins({"a": 0.0, "b": 0.4, "c": 0.7}, ["b", "c"], tmp_path / "margins.png", "x")
+    four.draw_margins(tmp_path / "margins.png", {"a": 0.0, "b": 0.4, "c": 0.7}, ["b", "c"], "x")
     assert common.load_image(tmp_path / "margins.png").size == (660, 352)
 
 
