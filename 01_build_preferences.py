@@ -974,7 +974,7 @@ def draw_contact_sheet(path, rows, image_root):
     for row, axis in zip(rows, axes.flat):
         try:
             draw_pair(axis, row, common.load_image(Path(image_root) / row["image"]))
-        except (Exception, SystemExit) as error:
+        except (Exception, common.Stop) as error:
             print(f"not in {path}: {row['image']}: {error}")
     figure.subplots_adjust(0.01, 0.12, 0.99, 0.98, wspace=0.06, hspace=0.5)
     figure.savefig(path, dpi=80)

@@ -24,17 +24,18 @@ Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), validation.jsonl
 """
 
 import argparse
+import copy
 import math
 import random
 import shlex
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
 
 import common
 from common import RANK, WORLD, RowWriter, both_orders, build_judge_prompt, read_jsonl, row_seed
@@ -131,12 +132,12 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
     return inputs, torch.cat([masked, targets], 1)
 
 
-class TrainingSteps(Dataset):
+class TrainingSteps:
     """Step k -> its micro-batches [(kind, rows, inputs, labels)], read and encoded; kind is
     "critique" or "correct".
 
-    Each step stands for itself, so that another process can prepare it and training can go on at
-    any step. A step holds train_batch critiques and, if lam > 0, as many correct responses; of
+    Each step stands for itself, so that another thread can prepare it and training can go on at any
+    step. A step holds train_batch critiques and, if lam > 0, as many correct responses; of
     several processes each takes its share of them.
     """
 
@@ -161,13 +162,6 @@ class TrainingSteps(Dataset):
         self.max_response_tokens = max_response_tokens
 
     def __getitem__(self, step):
-        """The step's micro-batches; [SystemExit] where common.stop says why there are none."""
-        try:
-            return self.prepare(step)
-        except SystemExit as error:  # handed over: it would only end the process that prepares
-            return [error]
-
-    def prepare(self, step):
         encoded = []
         for kind, all_rows in self.rows_of_kind.items():
             rows = rows_of_step(all_rows, step, self.train_batch, self.seed)[RANK::WORLD]
@@ -261,13 +255,13 @@ def ids_of(micro_batches):
 
 
 def prepared_ahead(data, steps):
-    """(step, its micro-batches) of a range; a second process reads and encodes, two ahead."""
-    # An item is a step, so no batching, and it stays a list; torch's default is two items ahead.
-    settings = {"batch_size": None, "collate_fn": list, "num_workers": 1}
-    for step, micro_batches in zip(steps, DataLoader(data, sampler=steps, **settings)):
-        if isinstance(micro_batches[0], SystemExit):
-            raise micro_batches[0]
-        yield step, micro_batches
+    """(step, its micro-batches) of a range; a second thread reads and encodes, two steps ahead."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        futures = [thread.submit(data.__getitem__, step) for step in steps[:2]]
+        for step in steps:
+            if step + 2 in steps:
+                futures.append(thread.submit(data.__getitem__, step + 2))
+            yield step, futures.pop(0).result()
 
 
 def save_training(path, n_steps, weights, optimizer):
@@ -309,8 +303,10 @@ def show(bar, line, steps):
     """Move the bar by a step; every tenth part of them leaves its line on the screen."""
     bar.update()
     if line["step"] % max(1, steps // 10) == 0:
-        names = ("loss", "loss_critique", "loss_correct", "bradley_terry", "grad_norm", "tokens_per_s")
-        numbers = [f"{name} {line[name]:.4g}" for name in names if line[name] is not None]
+        shown = {
+            name: x for name, x in line.items() if x is not None and name not in ("step", "lr")
+        }
+        numbers = [f"{name} {x:.4g}" for name, x in shown.items()]
         bar.write(f"step {line['step']:>5}/{steps} | {' | '.join(numbers)}")
 
 
@@ -331,7 +327,8 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
     checkpoint = folder / "training.safetensors"
     done = resume_training(checkpoint, weights, optimizer)
-    device, tokenizer = common.unwrap(model).device, data.processor.tokenizer
+    device = common.unwrap(model).device
+    tokenizer = copy.deepcopy(data.processor.tokenizer)  # the other thread is using that one
     parallel = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     if checkpoint_activations:
         recompute_activations(common.unwrap(model).model.language_model)
@@ -623,16 +620,19 @@ def main(args):
     judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
     judging["max_new_tokens"] = args.max_new_tokens
     before = validate(model, processor, validation, folder, "before", **judging)
-    train(model, data, folder, **training_settings(args))
+    is_saved = (folder / "adapter").exists() or (folder / "model").exists()
+    if not is_saved:  # else only the report is missing
+        train(model, data, folder, **training_settings(args))
     after = validate(model, processor, validation, folder, "after 03", **judging)
 
     # 3. save and report ---------------------------------------------------------------------------
-    save_checkpoint(model, processor, folder)
+    if not is_saved:
+        save_checkpoint(model, processor, folder)
+    (folder / "training.safetensors").unlink(missing_ok=True)
     counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}
     next_command = f"python 04_rejection_sampling.py --run {shlex.quote(args.run)}"
     measures = {"validation": {"before": before, "after": after}}
     common.finish_stage(folder, args, counts, (), next_command, **measures)
-    (folder / "training.safetensors").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

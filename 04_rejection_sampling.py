@@ -300,6 +300,7 @@ def main(args):
         if done.exists():
             results[f"iteration {t}"] = common.read_json(done)
             checkpoint = common.find_checkpoint(done.parent)
+            (done.parent / "training.safetensors").unlink(missing_ok=True)
     model, processor = common.load_judge(
         first["model"], checkpoint, args.device, first["max_image_tokens"], trainable=True
     )

@@ -146,9 +146,13 @@ def verdict_log_odds(logits, id_a, id_b):
 
 
 # ---- Models --------------------------------------------------------------------------------------
+class Stop(SystemExit):
+    """The end of the script by one readable line; a signal ends it by another SystemExit."""
+
+
 def stop(message):
     """End the script with one readable line: what is wrong, where, and what to do."""
-    raise SystemExit(f"error: {message}")
+    raise Stop(f"error: {message}")
 
 
 def one_line(error):
@@ -669,7 +673,6 @@ def run(main, args):
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show every letter
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # stage 03's DataLoader forks this process
     if WORLD > 1:
         if args.device == "auto":
             stop("--device auto spreads one process's model over all GPUs: start without torchrun")
@@ -821,6 +824,8 @@ def draw(function, path, *content):
         try:
             with warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
                 function(path, *content)
+        except OSError:  # the disk is full
+            raise
         except Exception as error:
             print(f"{path} is not drawn: {one_line(error)}")
 
@@ -973,8 +978,9 @@ def lock(folder, inputs):
     change. (These locks are the process's own: the kernel frees them when it dies, whatever it has
     forked.)
     """
-    of_stages = {Path(path).parent for path in inputs if Path(path).parent.parent == folder.parent}
-    for path in (folder, *sorted(of_stages)):
+    of_inputs = {Path(path).parent for path in inputs}
+    stages = [path for path in of_inputs if (path / "args.json").exists()]
+    for path in (folder, *stages):
         file = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if path == folder else fcntl.LOCK_SH))
