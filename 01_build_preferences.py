@@ -535,6 +535,20 @@ def find_picture(name, root):
     raise Skip("missing image", "image")
 
 
+def embedded(image):
+    """The bytes of a picture that is not given by its name: as they are, or base64, alone or in a
+    data URI; else None.
+    """
+    if not isinstance(image, str):
+        return image if isinstance(image, bytes) else None
+    # no file's name is so long and without a dot
+    found = re.fullmatch(r"(?:data:[^,]*,)?([\w+/\s]{99,}=*)", image, re.ASCII)
+    try:
+        return binascii.a2b_base64(found[1]) if found else None
+    except binascii.Error:
+        raise Skip("picture that does not decode", "image") from None
+
+
 def place_image(image, image_root, folder):
     """The path, from image_root or absolute, of a row's picture: a path, a COCO id, bytes, base64,
     {"bytes", "path"} of these, or a list of one. Bytes are written as they are to
@@ -545,12 +559,7 @@ def place_image(image, image_root, folder):
         image = image[0] if image else None
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    data = image if isinstance(image, bytes) else None
-    # base64, alone or in a data URI: no file's name is so long and without a dot
-    is_text = isinstance(image, str)
-    if is_text and (found := re.fullmatch(r"(data:[^,]*,)?([\w+/\s]{99,}=*)", image, re.ASCII)):
-        with suppress(binascii.Error):  # else it is looked for as a file, and missing
-            data = binascii.a2b_base64(found[2])
+    data = embedded(image)
     root = Path(image_root).resolve()
     file = io.BytesIO(data) if data else find_picture(str(image or ""), root)
     try:

@@ -233,6 +233,8 @@ def check_processor(processor):
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
             raise ValueError(f"it has no {part}: is it a vision-language model?")
+    if not processor.tokenizer("A").input_ids:  # transformers made an empty one
+        raise ValueError("it has no tokenizer")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
     if processor.image_token not in processor.apply_chat_template(chat, tokenize=False):
         raise ValueError("its chat template leaves out the image")
@@ -1099,7 +1101,9 @@ def args_of(run, stage):
     path = Path(run) / stage / "meta.json"
     if not path.exists():
         stop(f"{path} does not exist: {stage} is not complete; run its script first")
-    args = read_json(path)["args"]
+    args = read_json(path).get("args")
+    if not isinstance(args, dict):
+        stop(f"{path} holds no 'args': run its script with --overwrite")
     for key in PATHS:  # as portable has left them
         if isinstance(args.get(key), str) and (Path(run) / args[key]).exists():
             args[key] = str(Path(run) / args[key])
