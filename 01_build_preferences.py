@@ -859,8 +859,8 @@ def load_items(args, folder):
     """
     if args.pairs:
         _, items, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)
-        unpacked = (folder / "images").resolve()
-        if all(Path(item["image"]).is_relative_to(unpacked) for item in items):
+        root, unpacked = Path(args.image_root), (folder / "images").resolve()
+        if all((root / item["image"]).is_relative_to(unpacked) for item in items):
             args.image_root = str(folder.resolve())  # so that the run directory can be moved
             for item in items:
                 item["image"] = f"images/{Path(item['image']).name}"
