@@ -324,6 +324,9 @@ AS_A_THING = re.compile(
 def find_mentions(text, vocabulary):
     """Classes that the text says are there, by first mention; vocabulary: {phrase: class}.
 
+    The denials are English. Phrases are whole words: in a script that sets no spaces between words
+    one is found only where it stands alone.
+
     >>> find_mentions("No cats, only a dog park, two men with a teddy bear.", COCO_VOCABULARY)
     ['person', 'teddy bear']
     """

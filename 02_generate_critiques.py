@@ -107,10 +107,10 @@ def contradicts_expert(checks, said, status, vocabulary):
 def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
     """None for a critique worth training on, else the first reason against it (02 and 04).
 
-    complete: it wrote its stop token; question: {"response_a", "response_b", "label"}; evidence:
-    the pair's list of {"object", "status", ...}, empty for pairs without findings; vocabulary:
-    {phrase: class}. Needs: parse_verdict, parse_checks, find_mentions, LEAK, verdict_of_checks,
-    contradicts_expert, bare_phrase, spaced.
+    complete: it wrote its stop token; question: {"prompt", "response_a", "response_b", "label"};
+    evidence: the pair's list of {"object", "status", ...}, empty for pairs without findings;
+    vocabulary: {phrase: class}. Needs: parse_verdict, parse_checks, find_mentions, LEAK,
+    verdict_of_checks, contradicts_expert, bare_phrase, spaced.
     """
     verdict = parse_verdict(critique)
     if not complete or verdict is None:
@@ -128,7 +128,8 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
         if not follows:
             return "verdict does not follow from its checks"
     responses = {"A": question["response_a"], "B": question["response_b"]}
-    if LEAK.search(critique) and not LEAK.search("\n".join(responses.values())):
+    given = "\n".join([question["prompt"], *responses.values()])
+    if LEAK.search(critique) and not LEAK.search(given):
         return "cites the reference"
     if checks and status:
         said = {side: find_mentions(text, vocabulary) for side, text in responses.items()}

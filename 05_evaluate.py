@@ -48,6 +48,7 @@ import common
 from common import RowWriter, both_orders, parse_checks, read_jsonl, row_seed, stop
 
 one = import_module("01_build_preferences")
+two = import_module("02_generate_critiques")
 ift = import_module("03_train_ift")
 
 FOLDERS = {
@@ -134,7 +135,9 @@ def check_rates(rows, pairs, vocabulary):
         evidence = pairs[row["id"]].get("evidence") or ()
         status = {finding["object"]: finding["status"] for finding in evidence}
         for _, claim, supported in parse_checks(row["critique"]):
-            for name in one.find_mentions(claim, vocabulary):
+            # "a dog with a hat: no" denies no dog
+            bare = [vocabulary.get(two.bare_phrase(claim))]
+            for name in one.find_mentions(claim, vocabulary) if supported else bare:
                 if status.get(name) in answers:
                     answers[status[name]].append(supported)
     if not answers["present"] or not answers["absent"]:
@@ -336,8 +339,14 @@ def last_judge(names):
 
 
 def judge_with(load, checkpoint, asked, writer, judging):
-    """{condition: judgement rows} of {condition: questions}, by one model, freed on return."""
-    model, processor = load(checkpoint)
+    """{condition: judgement rows} of {condition: questions}, by one model, freed on return; it is
+    not loaded where an earlier start has left all rows.
+    """
+    waiting = []
+    for name, questions in asked.items():
+        rows = [{"condition": name, "question": question["id"]} for question in questions]
+        waiting += [row for row in rows if not writer.is_done(row)]
+    model, processor = load(checkpoint) if waiting else (None, None)
     judged = {}
     for name, questions in asked.items():
         judged[name] = ift.judge(model, processor, questions, writer, name, **judging)
@@ -654,7 +663,9 @@ def main(args):
     take_settings(args)
     conditions = find_conditions(run)
     last = last_judge(conditions)
-    choosing = dict.fromkeys(("withhold", "attack", "best_of", "inputs"), ["judgements.jsonl"])
+    kept = ["judgements.jsonl", "best_of_n*.jsonl"]
+    choosing = dict.fromkeys(("withhold", "attack", "inputs"), kept)
+    choosing["best_of"] = ["judgements.jsonl"]  # its responses are sampled anew
     name = FOLDERS[args.benchmark, args.protocol]
     folder = common.start_stage(args, name, files_read(args, run), choosing)
     if folder is None:

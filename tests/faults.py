@@ -51,7 +51,7 @@ SMALL = {
     "05": "--max-new-tokens 64",
 }
 N_IMAGES, N_HELDOUT = 80, 6
-VOLATILE = ("seconds", "peak_memory_gib", "peak_gpu_gib", "tokens_per_s")
+VOLATILE = ("seconds", "peak_memory_gib", "peak_gpu_gib", "tokens_per_s", "git_commit")
 n_rows = multiprocessing.Value("i")  # written rows and final names, counted in a fork
 n_names = multiprocessing.Value("i")
 

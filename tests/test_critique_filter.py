@@ -17,6 +17,7 @@ VOCABULARY = {
     "hat": "hat",
 }
 QUESTION = {
+    "prompt": "What is there?",
     "response_a": "A puppy and a cat.",
     "response_b": "A dog, a bus and a hat.",
     "label": "A",
@@ -186,13 +187,15 @@ def test_styles_without_checks(style, critique, reason):
     ],
 )
 def test_pairs_without_evidence(critique, reason):
-    question = {"response_a": "Four windows.", "response_b": "Five windows.", "label": "A"}
+    question = {"prompt": "How many?", "response_a": "Four windows.", "label": "A"}
+    question["response_b"] = "Five windows."
     found = two.reason_to_drop(critique, True, question, [], VOCABULARY, "critique")
     assert found == reason
 
 
-def test_leak_phrase_of_a_response_may_be_quoted():
-    question = {**QUESTION, "response_b": "A bus and a smoke detector."}
+@pytest.mark.parametrize("place", ["prompt", "response_b"])
+def test_leak_phrase_of_the_question_may_be_quoted(place):
+    question = {**QUESTION, "response_b": "A bus.", place: "A bus and a smoke detector."}
     critique = "A: a puppy: yes\nA: cat: yes\nB: bus: no\nB: a smoke detector: no\nVerdict: A"
     rest = (EVIDENCE, VOCABULARY, "critique")
     assert two.reason_to_drop(critique, True, question, *rest) is None

@@ -260,7 +260,7 @@ def paste(name, file):
 ONE, TWO, THREE, FOUR, FIVE = SCRIPTS
 VOCABULARY = {"dog": "dog", "cat": "cat", "bus": "bus"}
 STATUS = {"dog": "present", "cat": "absent"}
-QUESTION = {"response_a": "A dog.", "response_b": "A dog and a cat.", "label": "A"}
+QUESTION = {"prompt": "?", "response_a": "A dog.", "response_b": "A dog and a cat.", "label": "A"}
 EVIDENCE = [{"object": name, "status": status} for name, status in STATUS.items()]
 JUDGED = [
     {"id": "1", "order": "ab", "label": "A", "verdict": "A"},

@@ -342,6 +342,39 @@ def test_main_on_findings(tmp_path):
     assert counts["dropped: rejected does not hallucinate by the expert"] == 1
 
 
+def test_thresholds_may_change_without_a_new_detection(tmp_path, monkeypatch, capsys):
+    """Stage 01 advises it; the detector is asked once, for all that it finds at all."""
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    texts = {"prompt": "What is there?", "chosen": "A dog.", "rejected": "A dog and a cat."}
+    pairs = write_rows(tmp_path / "p.jsonl", [{"image": f"{i}.png", **texts} for i in range(2)])
+    asked = []
+
+    class Expert:
+        classes = None
+
+        def find(self, images, questions):
+            asked.append(len(images))
+            return [[found("dog", 0.9), found("cat", c)] for c in (0.03, 0.2)]
+
+    def load_expert(name, floor, *rest):
+        assert floor == one.FLOOR == common.BOUNDS["absent"][0]
+        return Expert()
+
+    monkeypatch.setattr(one, "load_expert", load_expert)
+    given = ("--pairs", pairs, "--validation", 1, "--train", 1)
+    rows, counts = run(tmp_path, *given)
+    assert [row["image"] for row in rows] == ["0.png"]
+    assert rows[0]["evidence"][1]["confidence"] == 0.03
+    assert "warning: no pairs are left for the pool of 04" in capsys.readouterr().out
+    rows, counts = run(tmp_path, *given, "--absent", 0.3)
+    assert sorted(row["image"] for row in rows) == ["0.png", "1.png"] and asked == [2]
+    said = capsys.readouterr().out
+    assert "--absent was 0.05, is 0.3" in said
+    rows, counts = run(tmp_path, *given[:2], "--validation", 0, "--train", 0)
+    assert [row["split"] for row in rows] == ["pool"] and asked == [2]
+
+
 @pytest.mark.parametrize(
     "changed, words",
     [

@@ -8,6 +8,7 @@ import ast
 import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,6 +159,7 @@ def stages(monkeypatch, run):
 
     def save_checkpoint(model, processor, folder):
         (folder / "adapter").mkdir()
+        (folder / "adapter" / "weights").write_text("")
 
     def start(number, judge, *flags):
         trained.clear()
@@ -651,7 +653,7 @@ def test_04_resumes_with_the_adapter_of_the_last_complete_iteration(trained, run
     (folder / "meta.json").unlink()
     (folder / "iter2" / "done.json").unlink()
     (folder / "iter2" / "kept.jsonl").unlink()
-    (folder / "iter2" / "adapter").rmdir()
+    shutil.rmtree(folder / "iter2" / "adapter")
     judge = Judge(pool_judge)
     trainings = trained(4, judge, *FLAGS_04)
     assert trained.loaded == [folder / "iter1" / "adapter"]
@@ -660,6 +662,58 @@ def test_04_resumes_with_the_adapter_of_the_last_complete_iteration(trained, run
     assert {path: path.read_bytes() for path in folder.glob("iter*/*.jsonl")} == before
     meta = json.loads((folder / "meta.json").read_text())
     assert list(meta["iterations"]) == ["iteration 1", "iteration 2"]
+
+
+def test_04_takes_another_choice_from_the_same_samples(trained, run):
+    """The first pool is not sampled again; the second is, by the judge that the choice made."""
+    trained(4, Judge(pool_judge), *FLAGS_04)
+    folder = run / "04_rejection"
+    samples = (folder / "iter1" / "samples.jsonl").read_bytes()
+    judge = Judge(pool_judge)
+    trainings = trained(4, judge, *FLAGS_04, "--margin", str(confidence("p09") - UNSURE - 0.001))
+    assert {row["pair_id"] for row in kept_rows(run, 1)} == {"p09"}
+    assert len(trainings) == 2 and len(judge.sampled()) == 1
+    assert (folder / "iter1" / "samples.jsonl").read_bytes() == samples
+
+
+def test_04_adds_iterations_to_those_that_are_done(trained, run):
+    one_iteration = ["--iterations", "1", *FLAGS_04[2:]]
+    trained(4, Judge(pool_judge), *one_iteration)
+    judge = Judge(pool_judge)
+    assert len(trained(4, judge, *FLAGS_04)) == 1
+    assert trained.loaded == [run / "04_rejection" / "iter1" / "adapter"]
+    meta = json.loads((run / "04_rejection" / "meta.json").read_text())
+    assert list(meta["iterations"]) == ["iteration 1", "iteration 2"]
+
+
+def test_04_does_not_train_again_what_is_saved(trained, run):
+    """Cut in its validation, an iteration goes on with the training that is done."""
+    trained(4, Judge(pool_judge), *FLAGS_04)
+    folder = run / "04_rejection"
+    assert not list(folder.rglob("training.safetensors"))
+    (folder / "meta.json").unlink()
+    (folder / "iter2" / "training.safetensors").write_text("left by a kill after done.json")
+    assert len(trained(4, Judge(pool_judge), *FLAGS_04)) == 0
+    assert not list(folder.rglob("training.safetensors"))
+
+
+def test_03_makes_the_report_alone_where_the_adapter_is_saved(critiqued, run):
+    critiqued(3, Judge(always_right))
+    (run / "03_ift" / "meta.json").unlink()
+    judge = Judge(always_right)
+    assert critiqued(3, judge) == [] and judge.calls == []
+    assert (run / "03_ift" / "meta.json").exists()
+
+
+def test_without_validation_pairs_stages_go_on(stages, run):
+    rows = [row for row in PAIRS if row["split"] != "validation"]
+    common.write_jsonl(run / "01_preferences" / "preferences.jsonl", rows)
+    stages(2, Judge(two_critiques), "--critiques", "2")
+    judge = Judge(always_right)
+    assert len(stages(3, judge)) == 1 and judge.calls == []
+    assert len(stages(4, Judge(pool_judge), *FLAGS_04)) == 2
+    meta = json.loads((run / "03_ift" / "meta.json").read_text())
+    assert meta["validation"] == {"before": {}, "after": {}}
 
 
 @pytest.mark.parametrize("select", ["random", "best"])
