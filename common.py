@@ -859,7 +859,7 @@ class RowWriter:
         whole = data[: data.rfind(b"\n") + 1]
         barrier()  # all have read before one writes
         if whole != data and RANK == 0:
-            path.write_bytes(whole)
+            os.truncate(path, len(whole))
         barrier()
         self.rows = read_jsonl(path) if whole else []
         self.done = {self.key_of(row) for row in self.rows}
