@@ -319,17 +319,6 @@ def test_next_commands_are_quoted(tmp_path):
             assert "{shlex.quote(args.run)}" in command, f"{path.name}: {command}"
 
 
-# ---- Faults, a few for each stage ----------------------------------------------------------------
-@pytest.mark.slow
-def test_faults():
-    command = [sys.executable, "tests/faults.py", "--kills", "3", "--others", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    for stage_number, line in zip(("01", "02", "03", "04", "05"), lines, strict=True):
-        assert line.startswith(f"stage {stage_number}: 5 of 5 identical")
-
-
 def test_a_started_folder_keeps_its_rows(tmp_path):
     """Rows that lie there before the first start, as a study shares them, are gone on with."""
     folder = tmp_path / "04_rejection" / "iter1"
