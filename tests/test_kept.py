@@ -78,6 +78,21 @@ def test_a_training_that_is_done_is_not_done_again(tiny, pictures, tmp_path, cap
     assert all(torch.equal(weight, weights[name]) for name, weight in first.named_parameters())
 
 
+@pytest.mark.parametrize("steps", [range(0), range(1), range(2), range(3, 9)])
+def test_each_step_gets_its_own_micro_batches(steps):
+    prepared = []
+
+    class Data:
+        def __getitem__(self, step):
+            prepared.append(step)
+            return 10 * step
+
+    for step, micro_batches in ift.prepared_ahead(Data(), steps):
+        assert micro_batches == 10 * step
+        assert len(prepared) <= step - steps[0] + 3  # no more than two ahead
+    assert prepared == list(steps)
+
+
 def test_a_missing_picture_in_the_thread_ends_training_with_its_name(tiny, tmp_path):
     with pytest.raises(common.Stop, match="0.png|1.png|2.png|3.png"):
         train(trained_model(tiny), tiny[1], tmp_path, tmp_path)
