@@ -512,8 +512,7 @@ def read_rows(source):
             for number, row in enumerate(rows_of_file(file), 1):
                 yield (file, number), dict(row)
     except Exception as error:  # not JSON, not parquet, no such data set, no connection
-        why = " ".join(str(error).split())[:300]
-        stop(f"{file} after row {number}: {type(error).__name__}: {why}")
+        stop(f"{file} after row {number}: {common.one_line(error)}")
 
 
 def is_of_train(path):
@@ -826,8 +825,8 @@ def load_expert(name, floor, device, classes, model, processor):
             return Detector(name, floor, device, classes)
         return HubDetector(name, floor, device)
     except Exception as error:  # of many kinds: no file, no detector, no connection, no package
-        words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        stop(f"--expert {name}: no *.pt of ultralytics, transformers detector or none; {words}")
+        why = common.one_line(error)
+        stop(f"--expert {name}: no *.pt of ultralytics, transformers detector or none; {why}")
 
 
 # ---- What to verify, candidates, findings --------------------------------------------------------
@@ -883,7 +882,8 @@ def load_items(args, folder):
 
 def write_candidates(items, model, processor, image_root, path, sampling):
     """Rows {**item, candidates: texts of the policy that end in a stop token, unfinished: number of
-    those that do not and are left out}, kept in path; sampling: arguments of common.sample.
+    those that do not, or are too long, and are left out}, kept in path; sampling: arguments of
+    common.sample.
     """
     writer = RowWriter(path)
     size = max(1, common.CHUNK // sampling["n"])
@@ -994,7 +994,7 @@ def draw_contact_sheet(path, rows, image_root):
 
 # ---- Arguments and main --------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser, _ = common.stage_parser(__doc__)
+    parser = common.stage_parser(__doc__)
     data = parser.add_argument_group("the data")
     source = data.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", help="folder of images for which the policy writes responses")
@@ -1026,8 +1026,10 @@ def parse_args(argv=None):
         parser.error("--exclude compares given responses: it goes with --pairs")
     if args.absent > args.present:
         parser.error(f"need --absent {args.absent} <= --present {args.present}")
-    near = Path(args.images or args.pairs)
-    near = near if near.is_dir() else near.parent
+    source = Path(args.images or args.pairs)
+    near = source if source.is_dir() else source.parent
+    if not source.exists():  # a hub id: its pictures will lie in the run directory
+        near = args.run
     args.image_root = str(Path(args.image_root or near).resolve())
     return args
 
@@ -1057,11 +1059,11 @@ def set_up_expert(args, model, processor):
 
 
 def main(args):
-    inputs = [args.pairs, args.detections, args.vocabulary, args.prompts, args.expert]
+    inputs = [args.pairs, args.detections, args.vocabulary, args.prompts]
     inputs = [path for path in inputs if path and Path(path).is_file()]
     sampled = ["candidates.jsonl", "detections.jsonl", "images/*"]
-    choosing = dict.fromkeys(("present", "absent", "validation", "train"), sampled)
-    folder = common.start_stage(args, "01_preferences", inputs, choosing)
+    may_change = dict.fromkeys(("present", "absent", "validation", "train"), sampled)
+    folder = common.start_stage(args, "01_preferences", inputs, may_change)
     if folder is None:
         return
 
@@ -1085,7 +1087,7 @@ def main(args):
         written = write_candidates(items, model, processor, args.image_root, path, sampling)
         texts = {row["id"]: row["candidates"] for row in written}
         counts["candidates written"] = len(items) * args.candidates
-        counts["  dropped: unfinished"] = sum(row["unfinished"] for row in written)
+        counts["  dropped: unfinished or too long"] = sum(row["unfinished"] for row in written)
     else:
         texts = {item["id"]: [item["chosen"], item["rejected"]] for item in items}
     mentions = {}

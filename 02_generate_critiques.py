@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import median
 
 import common
-from common import RowWriter, both_orders, finish_stage, parse_checks, parse_verdict, read_jsonl
+from common import RowWriter, both_orders, finish_stage, parse_checks, parse_verdict
 
 one = importlib.import_module("01_build_preferences")
 find_mentions = one.find_mentions
@@ -90,9 +90,7 @@ def contradicts_expert(checks, said, status, vocabulary):
         if supported:
             wrong = any(status.get(name) == "absent" for name in named)
         else:  # only the bare object: "a dog with a hat: no" may be right where a dog is present
-            name = vocabulary.get(
-                bare_phrase(claim)
-            )  # None, of no status, where the claim says more
+            name = vocabulary.get(bare_phrase(claim))  # None, of no status, where it says more
             wrong = status.get(name) == "present"
         if wrong:
             return "contradicts the expert"
@@ -122,10 +120,9 @@ def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
     if verdict != question["label"]:
         return "wrong verdict"
     if checks:
-        follows = verdict_of_checks(checks) == verdict
-        if verdict_of_checks(checks) is None:  # even: the verdict rests on something else, which is
-            follows = not status  # all right where no response is known to name an absent object
-        if not follows:
+        better = verdict_of_checks(checks)
+        # Even checks (None) decide nothing: fine where no response is known to name what is absent.
+        if better != verdict and (better is not None or status):
             return "verdict does not follow from its checks"
     responses = {"A": question["response_a"], "B": question["response_b"]}
     given = "\n".join([question["prompt"], *responses.values()])
@@ -211,7 +208,7 @@ def count(samples, kept):
 
 # ---- Arguments and main --------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser, _ = common.stage_parser(__doc__)
+    parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("critiques").add_argument
     add("--limit", type=int, help="use only the first so many training pairs")
     add("--critiques", type=int, default=4, help="M, critiques per pair and order")
@@ -234,12 +231,13 @@ def main(args):
         return
 
     # 1. load --------------------------------------------------------------------------------------
-    _, source, vocabulary_file = inputs
-    vocabulary = common.read_json(vocabulary_file)
-    fields = ("id", "image", "prompt", "chosen", "rejected", "split", "evidence")
-    pairs = [pair for pair in read_jsonl(source, fields) if pair["split"] == "train"][: args.limit]
+    vocabulary = common.read_json(Path(args.run) / "01_preferences" / "vocabulary.json")
+    pairs = common.read_preferences(args.run, "train")[: args.limit]
     if not pairs:
-        common.stop(f"{source} has no pair in split 'train': lower --validation in stage 01")
+        common.stop(
+            f"{args.run}/01_preferences has no pair in split 'train': there raise --train, lower "
+            "--validation, or give it more"
+        )
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
     model, processor = common.load_judge(
         first["model"], device=args.device, max_image_tokens=first["max_image_tokens"]

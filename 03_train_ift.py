@@ -71,9 +71,8 @@ def bradley_terry_loss(log_odds, label_is_a):
 
     log_odds: r = log P(A) - log P(B) in nats (B,); label_is_a (B,) bool.
     """
-    return F.softplus(
-        torch.where(label_is_a, -log_odds, log_odds)
-    )  # softplus(-x) = -log sigmoid(x)
+    # softplus(-x) = -log sigmoid(x)
+    return F.softplus(torch.where(label_is_a, -log_odds, log_odds))
 
 
 # ---- What is trained on, and what of it is supervised --------------------------------------------
@@ -203,7 +202,7 @@ def bradley_terry_sum(logits, labels, rows, tokenizer):
         ids = row_labels[row_labels != -100].tolist()
         _, _, place, spelling = common.find_verdict_token(tokenizer, ids, verdict_ids)
         id_a, id_b = verdict_ids[0][spelling], verdict_ids[1][spelling]
-        # labels[0] belongs to the prompt, so logits[place] predict ids[place] = labels[1 + place]
+        # logits[0] are at the last prompt token, so logits[k] predict ids[k]
         r.append(common.verdict_log_odds(row_logits[place][None], id_a, id_b))  # (1,)
     label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
     return bradley_terry_loss(torch.cat(r), label_is_a).sum()
@@ -316,12 +315,18 @@ def recompute_activations(language_model):
     language_model.disable_input_require_grads()  # enabling also hooks the embeddings: no need here
 
 
+def forget_training(folder):
+    """Delete what save_training left: the trained model is safe, and all that depends on it."""
+    if RANK == 0:
+        (folder / "training.safetensors").unlink(missing_ok=True)
+
+
 def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activations, save_every):
     """Minimise L_IFT on data (a TrainingSteps) for `steps` optimizer steps, in place.
 
     One line a step goes to folder/metrics.jsonl. Every save_every steps, and at the end, all that
-    goes on from there is saved in folder/training.safetensors; who calls deletes it when the
-    trained model is safe. Stage 04 trains by this function, too.
+    goes on from there is saved in folder/training.safetensors, until forget_training. Stage 04
+    trains by this function, too.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
@@ -504,7 +509,7 @@ def validate(model, processor, pairs, folder, name, **judging):
 
 
 # ---- Arguments and main --------------------------------------------------------------------------
-def verdict_is_label(row):
+def wrong_verdict(row):
     """None for a critique to train on; else (field, what is wrong with it) for read_jsonl."""
     verdict = common.parse_verdict(row["critique"])
     if verdict == row["label"]:
@@ -516,14 +521,7 @@ def read_critiques(run):
     """Stage 02's critiques (03, 04)."""
     source = Path(run) / "02_critiques" / "critiques.jsonl"
     fields = ("id", "pair_id", "image", "prompt", "response_a", "response_b", "label", "critique")
-    return read_jsonl(source, (*fields, "style"), verdict_is_label)
-
-
-def validation_pairs(run):
-    """Stage 01's pairs that are set aside to watch training by (03, 04)."""
-    source = Path(run) / "01_preferences" / "preferences.jsonl"
-    pairs = read_jsonl(source, ("id", "image", "prompt", "chosen", "rejected", "split"))
-    return [pair for pair in pairs if pair["split"] == "validation"]
+    return read_jsonl(source, (*fields, "style"), wrong_verdict)
 
 
 def add_training_arguments(parser, steps, lr):
@@ -558,6 +556,7 @@ def training_steps(critiques, processor, image_root, seed, args):
     limit, tokenizer = args.max_response_tokens, processor.tokenizer
 
     def is_long(text):
+        text = common.as_words(text, tokenizer)
         return len(tokenizer(text, add_special_tokens=False).input_ids) >= limit
 
     kept = [row for row in critiques if not is_long(row["critique"])]
@@ -590,7 +589,7 @@ def training_settings(args):
 
 
 def parse_args(argv=None):
-    parser, _ = common.stage_parser(__doc__)
+    parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("the model").add_argument
     add("--lora-rank", type=int, default=16, help="of the adapter; 0: full fine-tuning")
     add_training_arguments(parser, steps=300, lr=1e-4)
@@ -608,7 +607,7 @@ def main(args):
 
     # 1. load --------------------------------------------------------------------------------------
     critiques = read_critiques(args.run)
-    validation = validation_pairs(args.run)
+    validation = common.read_preferences(args.run, "validation")
     model, processor = common.load_judge(
         first["model"], device=args.device, max_image_tokens=first["max_image_tokens"]
     )
@@ -620,19 +619,16 @@ def main(args):
     judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
     judging["max_new_tokens"] = args.max_new_tokens
     before = validate(model, processor, validation, folder, "before", **judging)
-    is_saved = (folder / "adapter").exists() or (folder / "model").exists()
-    if not is_saved:  # else only the report is missing
-        train(model, data, folder, **training_settings(args))
+    train(model, data, folder, **training_settings(args))
+    save_checkpoint(model, processor, folder)
     after = validate(model, processor, validation, folder, "after 03", **judging)
 
-    # 3. save and report ---------------------------------------------------------------------------
-    if not is_saved:
-        save_checkpoint(model, processor, folder)
-    (folder / "training.safetensors").unlink(missing_ok=True)
+    # 3. report ------------------------------------------------------------------------------------
     counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}
     next_command = f"python 04_rejection_sampling.py --run {shlex.quote(args.run)}"
     measures = {"validation": {"before": before, "after": after}}
     common.finish_stage(folder, args, counts, (), next_command, **measures)
+    forget_training(folder)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from common import read_jsonl, row_seed
+from common import row_seed
 
 two = importlib.import_module("02_generate_critiques")
 ift = importlib.import_module("03_train_ift")
@@ -249,7 +249,7 @@ def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judg
 
 
 def parse_args(argv=None):
-    parser, _ = common.stage_parser(__doc__)
+    parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("sampling and selection").add_argument
     add("--iterations", type=int, default=3, help="T, each with --steps steps of training")
     add("--pool", type=int, default=5000, help="fresh pairs per iteration")
@@ -264,9 +264,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# The arguments that the first iteration's samples depend on. All others may change from one start
+# What only chooses among the first iteration's samples and trains on them may change from one start
 # to the next: these samples stay, the rest is made anew.
-SAMPLING = ("pool", "samples", "temperature", "max_new_tokens", "seed")
+MAY_CHANGE = ("retention", "margin", "replay", "steps", "lr", "lam", "bt_weight", "train_batch")
+MAY_CHANGE = dict.fromkeys((*MAY_CHANGE, "max_response_tokens"), ["iter1/samples.jsonl"])
+# There may be more; where there are fewer, the others stay.
+MAY_CHANGE["iterations"] = ["iter*/*", "iter*/*/*"]
 
 
 def main(args):
@@ -275,21 +278,17 @@ def main(args):
     common.args_of(args.run, "03_ift")  # stops where stage 03 is not complete
     control = "" if args.select == "margin" else f"_{args.select}"
     inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl", "vocabulary.json")
-    _, source, vocabulary_file = inputs
     inputs += common.files_of(args.run, "02_critiques", "critiques.jsonl")
     inputs += common.files_of(args.run, "03_ift")
-    choosing = {key: ["iter1/samples.jsonl"] for key in vars(args) if key not in SAMPLING}
-    choosing["iterations"] = ["*"]  # of which there may be more or fewer
-    folder = common.start_stage(args, f"04_rejection{control}", inputs, choosing)
+    folder = common.start_stage(args, f"04_rejection{control}", inputs, MAY_CHANGE)
     if folder is None:
         return
 
     # 1. load --------------------------------------------------------------------------------------
     run = Path(args.run)
-    vocabulary = common.read_json(vocabulary_file)
-    pairs = read_jsonl(source, ("id", "image", "chosen", "rejected", "split", "evidence"))
-    validation = ift.validation_pairs(run)
-    pool = [pair for pair in pairs if pair["split"] == "pool"]
+    vocabulary = common.read_json(run / "01_preferences" / "vocabulary.json")
+    validation = common.read_preferences(run, "validation")
+    pool = common.read_preferences(run, "pool")
     pools = []
     if args.select != "continue":  # which needs none
         pools = cut_pools(pool, args.pool, args.iterations)
@@ -298,9 +297,9 @@ def main(args):
     for t in range(1, args.iterations + 1):
         done = folder / f"iter{t}" / "done.json"
         if done.exists():
-            results[f"iteration {t}"] = common.read_json(done)
+            result = common.read_json(done)
+            results[f"iteration {t}"] = {key: result[key] for key in ("counts", "validation")}
             checkpoint = common.find_checkpoint(done.parent)
-            (done.parent / "training.safetensors").unlink(missing_ok=True)
     model, processor = common.load_judge(
         first["model"], checkpoint, args.device, first["max_image_tokens"], trainable=True
     )
@@ -326,8 +325,9 @@ def main(args):
         ift.save_checkpoint(model, processor, here)
         result = ift.validate(model, processor, validation, here, f"iteration {t}", **judging)
         results[f"iteration {t}"] = {"counts": {**counts, **more}, "validation": result}
-        common.write_json(here / "done.json", results[f"iteration {t}"])
-        (here / "training.safetensors").unlink(missing_ok=True)
+        made_with = common.read_json(folder / "args.json")  # by which 05 knows this judge
+        common.write_json(here / "done.json", {**results[f"iteration {t}"], **made_with})
+        ift.forget_training(here)
 
     # 3. report ------------------------------------------------------------------------------------
     counts = {}

@@ -402,7 +402,7 @@ def best_of_n(rows, candidates, judge):
 
 
 def write_candidates(rows, load, writer, n, image_root, sampling):
-    """{row id: n responses of the base model, the policy}, kept in the writer's file."""
+    """{row id: n responses of the base model, the policy, at T = 1}, kept in the writer's file."""
     model, processor = load(None)
     for chunk, bar in common.in_chunks(rows, writer.is_done, common.CHUNK // n, "responses"):
         requests = []
@@ -571,7 +571,7 @@ def before_and_after(judged, names):
 
 # ---- Arguments and main --------------------------------------------------------------------------
 def parse_args(argv=None):
-    parser, _ = common.stage_parser(__doc__)
+    parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("what is judged").add_argument
     benchmarks = ("pairs", "vl-rewardbench", "llava-wild")
     add("--benchmark", choices=benchmarks, default="pairs", help="pairs: any, of any format of 01")
@@ -610,8 +610,10 @@ def parse_args(argv=None):
         if args.benchmark != "vl-rewardbench" or args.votes > 1:
             parser.error("--protocol official is vl-rewardbench's; it votes by itself: no --votes")
     source = Path(args.pairs)
-    root = args.image_root or (source if source.is_dir() else source.parent)
-    args.image_root = str(Path(root).resolve())
+    near = source if source.is_dir() else source.parent
+    if not source.exists():  # a hub id: its pictures will lie in the run directory
+        near = args.run
+    args.image_root = str(Path(args.image_root or near).resolve())
     return args
 
 
@@ -648,7 +650,7 @@ def finish(folder, args, counts, lines):
 
 
 def files_read(args, run):
-    """What the report depends on: the pairs, the truth, and the complete stages of the run."""
+    """What the report depends on: the pairs, the truth, and what the run holds."""
     files = [Path(path) for path in (args.pairs, args.truth) if path]
     for name in ("01_preferences/preferences.jsonl", "01_preferences/vocabulary.json"):
         files.append(run / name)
@@ -664,10 +666,10 @@ def main(args):
     conditions = find_conditions(run)
     last = last_judge(conditions)
     kept = ["judgements.jsonl", "best_of_n*.jsonl"]
-    choosing = dict.fromkeys(("withhold", "attack", "inputs"), kept)
-    choosing["best_of"] = ["judgements.jsonl"]  # its responses are sampled anew
+    may_change = dict.fromkeys(("withhold", "attack", "inputs"), kept)
+    may_change["best_of"] = ["judgements.jsonl"]  # its responses are sampled anew
     name = FOLDERS[args.benchmark, args.protocol]
-    folder = common.start_stage(args, name, files_read(args, run), choosing)
+    folder = common.start_stage(args, name, files_read(args, run), may_change)
     if folder is None:
         return
     bounds = {"device": args.device, "max_image_tokens": args.max_image_tokens}
@@ -718,7 +720,9 @@ def main(args):
     score = official_scores if official else partial(measure, vocabulary=vocabulary)
     everyone = {"shorter response": heuristic_rows(pairs), **judged}
     table = {name: score(rows, by_id) for name, rows in everyone.items()}
-    others = [name for name in judged if name != last and not name.endswith(" image")]
+    others = [name for name in conditions if name != last]
+    if args.attack:
+        others.append(f"{last}, attack")
     if official:
         others = []
     differences = paired_differences(judged, last, others, by_id)

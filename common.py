@@ -48,9 +48,9 @@ INSTRUCTIONS = {
 def build_judge_prompt(prompt, response_a, response_b, style="critique", reference=None):
     """The one text that asks for a judgement; it follows the image.
 
-    Further lines of what is asked and answered are indented: no response has a line that reads as
-    one of the prompt's own ("Response B: ..."). reference: the expert's findings and the label, as
-    the lines that a critique would hold. Only stage 02 gives it, to get good critiques; what is
+    Lines after the first of what is asked and answered are indented, so that no response can fake
+    a line of the prompt's own ("Response B: ..."). reference: the expert's findings and the label,
+    as the lines that a critique would hold. Only stage 02 gives it, to get good critiques; what is
     trained on and evaluated has none.
     """
     question = ""
@@ -147,7 +147,7 @@ def verdict_log_odds(logits, id_a, id_b):
 
 # ---- Models --------------------------------------------------------------------------------------
 class Stop(SystemExit):
-    """The end of the script by one readable line; a signal ends it by another SystemExit."""
+    """The end by one readable line; a class of its own, since SIGTERM's exit is not to be caught."""
 
 
 def stop(message):
@@ -190,7 +190,7 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
     weights = model_path if checkpoint is None or is_adapter else str(checkpoint)
     target = pick_device(device)
-    # bf16 on the GPUs that have it; but 04, going on with a full fine-tuning, loads its float32
+    # bf16 on the GPUs that have it; a fully fine-tuned model that 04 trains further stays float32
     has_bf16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     is_full = trainable and checkpoint is not None and not is_adapter
     dtype = torch.bfloat16 if has_bf16 and not is_full else torch.float32
@@ -212,13 +212,14 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     if max_image_tokens:
         vision = processor.image_processor  # a token covers merge_size x merge_size patches
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
-        # Both "edges" are areas, in pixels. Pictures below the first are enlarged to it and their
-        # sides rounded up, each at worst to twice its length: so it may be a quarter of the bound.
+        # Both "edges" are areas, in pixels. Pictures below the first are enlarged to it; rounding up
+        # may then double both sides: so the first is a quarter of the bound at most.
         smallest = min(vision.size["shortest_edge"], pixels // 4)
         vision.size = {"shortest_edge": smallest, "longest_edge": pixels}
     gib = sum(weight.nbytes for weight in model.parameters()) / 2**30
     where = "all GPUs" if device == "auto" else target
-    print(f"{checkpoint or weights}: {gib:.2f} GiB of {str(model.dtype)[6:]} weights on {where}")
+    kind = str(model.dtype).removeprefix("torch.")
+    print(f"{checkpoint or weights}: {gib:.2f} GiB of {kind} weights on {where}")
     model.requires_grad_(False)
     if is_adapter:
         model = load_adapter(model, checkpoint, trainable)
@@ -229,7 +230,7 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
 
 
 def check_processor(processor):
-    """ValueError, by which load_judge stops, where it cannot show a picture in a chat."""
+    """Raises ValueError, which load_judge reports, if it cannot put a picture into a chat."""
     for part in ("tokenizer", "image_processor"):
         if not hasattr(processor, part):
             raise ValueError(f"it has no {part}: is it a vision-language model?")
@@ -313,7 +314,7 @@ def encode_prompts(processor, texts, images):
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         chats.append(chat)
-    # A picture x times as long as high takes at least x tokens: where it may take N, x may be N.
+    # A picture x times as long as high takes at least x tokens: with N tokens, x is N at most.
     vision = processor.image_processor
     most_tokens = vision.size["longest_edge"] / (vision.patch_size * vision.merge_size) ** 2
     inputs = processor(
@@ -326,7 +327,8 @@ def encode_prompts(processor, texts, images):
     )
     length, bound = inputs["input_ids"].shape[1], processor.tokenizer.model_max_length
     if length > bound:
-        stop(f"a prompt of {length} tokens, more than the model's {bound}: {texts[0][:60]!r} ...")
+        longest = max(texts, key=len)
+        stop(f"a prompt of {length} tokens, more than the model's {bound}: {longest[:60]!r} ...")
     return inputs
 
 
@@ -529,7 +531,7 @@ def sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
 
 
 def verdict_token_ids(tokenizer):
-    """((2,) ids of A, (2,) ids of B): as after "Verdict:" with a space, and bare as in "**A**"."""
+    """[[" A", "A"], [" B", "B"]] as token ids: a letter after a space, and bare as in "**A**"."""
     ids = []
     for letter in "AB":
         spellings = (f"Verdict: {letter}", letter)
@@ -630,9 +632,11 @@ def sample(
                 torch.cuda.empty_cache()
                 print(f"out of memory: going on with {size} prompts at a time")
                 continue
-            finished = [finish_sample(tokenizer, *x, stop_ids, verdict_ids) for x in zip(*written)]
+            finished = []
+            for tokens, log_odds in zip(*written):  # (R,), (R, 2)
+                finished.append(finish_sample(tokenizer, tokens, log_odds, stop_ids, verdict_ids))
             answers += [finished[i : i + n] for i in range(0, len(finished), n)]
-        if bar is not None:  # as if each process had done a batch, too
+        if bar is not None:  # of process 0: the others do a batch at the same time
             bar.update(min(len(batch) * WORLD, bar.total - bar.n))
         return answers
 
@@ -709,8 +713,8 @@ def run(main, args):
 
 
 # ---- Run directories: rows that survive an interruption, meta.json as the sign of completion -----
-SHORT = 10_000  # most characters of a prompt or a response: three of them stay below 8,000 tokens
-LONG = 1_000_000
+SHORT = 10_000  # most characters of a prompt or a response: some 2,500 tokens of English
+LONG = 1_000_000  # of what a model writes, which its number of tokens bounds
 # What a field holds, wherever it stands: text of at most so many characters, one word of a set, a
 # number within (low, high), a [list of these] or a {record that has these}.
 FIELDS = {
@@ -780,44 +784,53 @@ def misfit(row, needed=()):
 
 def read_text(path):
     """The text of a file, without a byte order mark."""
+    if not Path(path).exists():
+        stop(f"{path} does not exist: run the stage that writes it first, or name another file")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         stop(f"{path} is not UTF-8: {error}")
 
 
+def parse_json(text, place):
+    """The JSON object in a text; place: where it stands, for the line that says what is wrong."""
+    try:
+        return dict(**json.loads(text))  # TypeError where it is no object
+    except (ValueError, TypeError, RecursionError) as error:
+        stop(f"{place}: a JSON object is expected, not {text[:40]!r} ({one_line(error)})")
+
+
 def read_json(path):
     """The object in a JSON file."""
-    try:
-        return dict(**json.loads(read_text(path)))  # TypeError where it is no object
-    except (ValueError, TypeError, RecursionError) as error:
-        stop(f"{path}: a JSON object is expected ({one_line(error)})")
+    return parse_json(read_text(path), path)
 
 
-def read_jsonl(path, fields=(), check=None):
-    """Rows of a jsonl file, which have these fields; each field is as FIELDS says, and check(row),
-    if given, is None or says what is wrong. Stops at what does not fit, naming line and field.
-    """
-    if not Path(path).exists():
-        stop(f"{path} does not exist: run the stage that writes it first, or name another file")
+def parse_jsonl(text, path, fields=(), check=None):
+    """Rows of a jsonl file's text: see read_jsonl."""
     rows, ids = [], set()
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = dict(**json.loads(line))  # TypeError where it is no object
-        except (ValueError, TypeError, RecursionError) as error:
-            stop(f"{path} line {number}: a JSON object is expected, not {line[:40]!r} ({error})")
+        row = parse_json(line, f"{path} line {number}")
         wrong = misfit(row, fields) or (check and check(row))
+        if "id" in fields and not wrong and row["id"] in ids:
+            wrong = "id", f"{row['id']!r} occurs twice"
         if wrong:
             stop(f"{path} line {number}, field {wrong[0]!r}: {wrong[1]}")
-        if "id" in fields and row["id"] in ids:
-            stop(f"{path} line {number}, field 'id': {row['id']!r} occurs twice")
         ids.add(row.get("id"))
         rows.append(row)
     if fields and not rows:
         stop(f"{path} is empty: nothing to work on")
     return rows
+
+
+def read_jsonl(path, fields=(), check=None):
+    """Rows of a jsonl file. Each field is as FIELDS says, else it stops, naming line and field.
+
+    fields: those that every row must have; then there must be rows, and no id twice. check(row):
+    None, or (field, what is wrong with it).
+    """
+    return parse_jsonl(read_text(path), path, fields, check)
 
 
 def draw(function, path, *content):
@@ -860,9 +873,8 @@ class RowWriter:
         barrier()  # all have read before one writes
         if whole != data and RANK == 0:
             os.truncate(path, len(whole))
-        barrier()
-        self.rows = read_jsonl(path) if whole else []
-        self.done = {self.key_of(row) for row in self.rows}
+        self.rows = parse_jsonl(whole.decode(errors="backslashreplace"), path)
+        self.done_before = {self.key_of(row) for row in self.rows}
         self.file = open(os.devnull if RANK else path, "a", encoding="utf-8")  # noqa: SIM115
 
     def key_of(self, row):
@@ -870,7 +882,7 @@ class RowWriter:
 
     def is_done(self, row):
         """Was a row with this key there before this run?"""
-        return self.key_of(row) in self.done
+        return self.key_of(row) in self.done_before
 
     def write(self, row):
         """Append the row, unless it was there before this run."""
@@ -885,7 +897,8 @@ CHUNK = 2048  # sequences between two saves, whatever --batch-size: what an inte
 
 def in_chunks(rows, is_done, size, describe):
     """(chunk, bar) for fixed chunks of `size` rows, but for those that are wholly done: a resumed
-    run forms the same chunks, so the same batches, and writes the same bytes.
+    run forms the same chunks, so the same batches, and writes the same bytes. What the chunk is
+    done by moves the bar.
     """
     with progress_bar(len(rows), describe) as bar:
         for start in range(0, len(rows), size):
@@ -929,7 +942,7 @@ class StageParser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         for name, (low, high) in BOUNDS.items():
             value = getattr(args, name, None)
-            if value is not None and not low <= value <= high:  # nor is nan
+            if value is not None and not low <= value <= high:  # nan fails, too
                 flag = f"--{name.replace('_', '-')}"
                 self.error(f"{flag} {value}: a number from {low} to {high} is expected")
         return args
@@ -939,13 +952,13 @@ class HelpFormatter(argparse.HelpFormatter):
     """Names the default where there is one."""
 
     def _get_help_string(self, action):
-        default = action.default  # 0 is one, False is none
+        default = action.default  # one of 0 is shown, one of False is not
         silent = default is None or default is False or default == argparse.SUPPRESS
         return action.help if silent else f"{action.help} (%(default)s)"
 
 
 def stage_parser(doc):
-    """A script's parser with what all stages take, and add_argument of its group "the run"."""
+    """A script's parser, with what all stages take."""
     parser = StageParser(description=doc.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument_group("the run").add_argument
     add("--run", default="runs/default", help="run directory, shared by all stages")
@@ -953,7 +966,7 @@ def stage_parser(doc):
     add("--batch-size", type=int, default=256, help="sequences decoded together")
     add("--seed", type=int, default=0, help="of every random choice")
     add("--overwrite", action="store_true", help="delete this stage's folder first")
-    return parser, add
+    return parser
 
 
 # What leaves the rows as they are, up to rounding, may change when a stage is resumed.
@@ -968,9 +981,9 @@ FREE_ARGUMENTS = {
 }
 
 
-# The arguments that are paths.
-PATHS = {"model", "image_root", "images", "pairs", "exclude", "prompts", "expert", "detections"}
-PATHS |= {"vocabulary", "truth"}
+# The arguments that are paths to what must be the same when a stage goes on.
+PATHS = ("model", "image_root", "images", "pairs", "exclude", "prompts", "detections")
+PATHS = (*PATHS, "vocabulary", "truth")
 LOCKS = []  # files whose locks this process holds to its end
 STARTED = time.time()
 
@@ -980,8 +993,10 @@ def lock(folder, inputs):
     change. (These locks are the process's own: the kernel frees them when it dies, whatever it has
     forked.)
     """
-    of_inputs = {Path(path).parent for path in inputs}
-    stages = [path for path in of_inputs if (path / "args.json").exists()]
+    parents = {parent for path in inputs for parent in Path(path).parents}
+    stages = {path for path in parents if (path / "args.json").exists()}
+    if folder in stages:
+        stop(f"an input of this stage lies in {folder}, where it writes: move it elsewhere")
     for path in (folder, *stages):
         file = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115
         try:
@@ -991,108 +1006,120 @@ def lock(folder, inputs):
         LOCKS.append(file)
 
 
-def portable(path, run):
-    """How a run directory, which may be moved, remembers a path: from itself if it lies inside,
-    else absolute; a hub id, which does not exist here, as it is.
+def portable(value, run):
+    """How a run directory, which may be moved, remembers a path (or a list of them): from itself if
+    it lies inside, else absolute; a hub id, which does not exist here, as it is.
     """
-    if not Path(path).exists():
-        return path
-    path, run = Path(path).resolve(), Path(run).resolve()
+    if isinstance(value, list):
+        return [portable(item, run) for item in value]
+    if not value or not Path(value).exists():
+        return value
+    path, run = Path(value).resolve(), Path(run).resolve()
     return str(path.relative_to(run) if path.is_relative_to(run) else path)
 
 
 def remembered(args):
     """The arguments on which a stage's files depend, as args.json and meta.json keep them."""
     kept = {key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS}
-    for key in PATHS:
-        if isinstance(kept.get(key), list):
-            kept[key] = [portable(path, args.run) for path in kept[key]]
-        elif kept.get(key):
-            kept[key] = portable(kept[key], args.run)
-    return kept
+    return kept | {key: portable(kept[key], args.run) for key in PATHS if key in kept}
 
 
-def digests(paths, run):
-    """{path: digest of the file}; stops where it is not what the stage that wrote it has left."""
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def digests(inputs, run):
+    """{path: digest} of a stage's inputs; stops where one is not as its own stage has left it, or
+    where that stage was made from what has changed since.
+    """
     found = {}
-    for path in map(Path, paths):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    for path in map(Path, inputs):
+        here = digest(path)
+        found[portable(path, run)] = here
         meta = path.with_name("meta.json")
         outputs = read_json(meta).get("outputs", {}) if meta.exists() else {}
-        if outputs.get(path.name, digest) != digest:
+        if outputs.get(path.name, here) != here:
             stop(
                 f"{path} was changed after its stage had finished: run that stage with --overwrite "
                 f"or, where the change is meant, take {path.name} out of the outputs in {meta}"
             )
-        found[portable(path, run)] = digest
+        made_from = {}
+        if path.name in ("meta.json", "done.json"):
+            made_from = read_json(path).get("inputs", {})
+        for name, then in made_from.items():
+            source = Path(run) / name
+            if source.exists() and digest(source) != then:
+                stop(f"{source} has changed since {path.parent} was made: make that anew first")
     return found
 
 
-def clear(folder, patterns=()):
-    """Delete the folder's files; patterns: lists, in each of which one fits a file that stays."""
-    (folder / "meta.json").unlink(missing_ok=True)  # first: it says that all is there
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder, then the folder
-        of_argument = [any(path.match(pattern) for pattern in kept) for kept in patterns]
+def clear(folder, kept=()):
+    """Delete the folder's files, but for args.json and those that fit one of the patterns."""
+    paths = sorted(folder.rglob("*"), reverse=True)  # what is in a folder, then the folder
+    signs = [path for path in paths if path.name in ("meta.json", "done.json")]
+    for path in signs + paths:  # first those that say that all is there
         if path.is_dir():
             with contextlib.suppress(OSError):  # it holds what stays
                 path.rmdir()
-        elif path.name != "args.json" and not (patterns and all(of_argument)):
-            path.unlink()
+        elif path.name != "args.json" and not any(path.match(pattern) for pattern in kept):
+            path.unlink(missing_ok=True)
 
 
-def start_stage(args, name, inputs=(), choosing=None):
+def start_stage(args, name, inputs=(), may_change=None):
     """The stage's folder, ready to be written or resumed; None where it is complete already.
 
-    inputs: the files it reads; they must not change from one start to the next. choosing: the
-    arguments that may, as {argument: patterns of the files that stay}: what is not listed is made
-    anew. "inputs" among them: further files may be read.
+    inputs: the files it reads. may_change: {argument that only chooses among what is sampled: the
+    patterns of the files that stay when it changes}; the others are made anew. Other changes, also
+    of an input, are refused, except that "inputs" in may_change allows further ones.
     """
-    folder, choosing = Path(args.run) / name, choosing or {}
+    folder, may_change = Path(args.run) / name, may_change or {}
     folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         lock(folder, inputs)
     now = {"args": remembered(args), "inputs": digests(inputs, args.run)}
     record, meta = folder / "args.json", folder / "meta.json"
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file() and path != record]
+    files = [path for path in folder.rglob("*") if path.is_file() and path != record]
+    is_begun = any(path.stat().st_size for path in files)  # before the first row nothing binds
     was = now
-    if record.exists() and any(sizes) and not args.overwrite:  # nothing binds before the first row
+    if is_begun and record.exists() and not args.overwrite:
         was = read_json(record)
-    changed = differences(was, now, folder)
-    forbidden = [key for key in changed if key not in choosing]
-    if forbidden:
-        stop(f"{folder} was begun with other arguments: use them, another --run, or --overwrite")
+    changed = differences(was, now)
+    if not changed <= may_change.keys():
+        stop(
+            f"{folder} was begun with other arguments or inputs: use them, another --run, or "
+            "--overwrite"
+        )
     is_complete = meta.exists() and not args.overwrite and not changed
     barrier()  # all have read before one writes
     if is_complete:
         print(f"{folder} is complete: nothing to do; --overwrite makes it anew")
         return None
     if args.overwrite or changed:
-        if RANK == 0:
-            clear(folder, [choosing[key] for key in changed])
+        of_changes = [()] if args.overwrite else [may_change[key] for key in changed]
+        for kept in of_changes if RANK == 0 else ():
+            clear(folder, kept)
         later = [path.name for path in folder.parent.glob("0*_*") if path.name[:2] > name[:2]]
         if later:
             print(f"stale from now on, make anew with --overwrite: {', '.join(sorted(later))}")
-    elif any(sizes):
+    elif is_begun:
         print(f"resuming {folder}")
     write_json(record, now)
     barrier()
     return folder
 
 
-def differences(was, now, folder):
-    """The arguments that differ, each said, and "inputs" where other files are read; stops where
-    one of the same files has changed.
-    """
-    for path, digest in now["inputs"].items():
-        if was["inputs"].get(path, digest) != digest:
-            stop(f"{path} has changed since {folder} was made: make it anew with --overwrite")
-    old, new = was["args"], now["args"]
-    changed = [key for key in new if old.get(key) != new[key]]
-    for key in changed:
-        print(f"--{key.replace('_', '-')} was {old.get(key)}, is {new[key]}")
-    if set(was["inputs"]) != set(now["inputs"]):
-        changed.append("inputs")
+def differences(was, now):
+    """The keys of the arguments and inputs that differ, each said; a further input is "inputs"."""
+    old = {**was.get("args", {}), **was.get("inputs", {})}
+    new = {**now["args"], **now["inputs"]}
+    changed = set()
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            is_argument = key in now["args"]
+            name = f"--{key.replace('_', '-')}" if is_argument else key
+            print(f"{name} was {old.get(key)}, is {new.get(key)}")
+            changed.add(key if is_argument or key in old else "inputs")
     return changed
 
 
@@ -1104,10 +1131,17 @@ def args_of(run, stage):
     args = read_json(path).get("args")
     if not isinstance(args, dict):
         stop(f"{path} holds no 'args': run its script with --overwrite")
-    for key in PATHS:  # as portable has left them
-        if isinstance(args.get(key), str) and (Path(run) / args[key]).exists():
+    for key in ("model", "image_root"):  # as portable has left them
+        if args.get(key) and (Path(run) / args[key]).exists():
             args[key] = str(Path(run) / args[key])
     return args
+
+
+def read_preferences(run, split):
+    """Stage 01's pairs of a split (02, 03, 04)."""
+    fields = ("id", "image", "prompt", "chosen", "rejected", "split", "evidence")
+    rows = read_jsonl(Path(run) / "01_preferences" / "preferences.jsonl", fields)
+    return [row for row in rows if row["split"] == split]
 
 
 def files_of(run, stage, *names):
@@ -1123,11 +1157,13 @@ def find_checkpoint(folder):
     stop(f"{folder} holds neither adapter/ nor model/: run the stage that writes it first")
 
 
-def finish_stage(folder, args, counts, outputs, next_command, **extra):
+def finish_stage(folder, args, counts, outputs, next_step, **extra):
     """Say what was made and dropped; write meta.json last: its presence means "complete".
 
     outputs: the files that later stages read, by which they see whether these have changed.
     """
+    if RANK != 0:
+        return
     commit = None
     if shutil.which("git"):
         git = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
@@ -1140,7 +1176,7 @@ def finish_stage(folder, args, counts, outputs, next_command, **extra):
         "counts": counts,
         **extra,
         "inputs": read_json(folder / "args.json")["inputs"],
-        "outputs": {Path(path).name: digest for path, digest in digests(outputs, folder).items()},
+        "outputs": {path.name: digest(path) for path in outputs},
         "seconds": round(time.time() - STARTED, 1),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "peak_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2),
@@ -1150,5 +1186,5 @@ def finish_stage(folder, args, counts, outputs, next_command, **extra):
     for reason, count in counts.items():
         print(f"  {reason:<44} {count:>8}")
     memory = f"{meta['peak_memory_gib']} GiB, of the GPU {meta['peak_gpu_gib']}"
-    print(f"{folder}: done in {meta['seconds']:.0f} s, peak memory {memory}\nnext: {next_command}")
+    print(f"{folder}: done in {meta['seconds']:.0f} s, peak memory {memory}\nnext: {next_step}")
     write_json(folder / "meta.json", meta)

@@ -232,7 +232,7 @@ WHOLE_FILES = [  # (command, file, its content, what is said)
     (["01", "--images", "nowhere"], "x", b"", "nowhere is no folder"),
     (["01", "--images", "0.png"], "x", b"", "0.png is no folder"),
     (["01", "--images", ".", "--prompts", "x"], "x", b"\n \n", "--prompts x holds no prompt"),
-    (["01", "--images", ".", "--prompts", "y"], "x", b"", "FileNotFoundError"),
+    (["01", "--images", ".", "--prompts", "y"], "x", b"", "y does not exist"),
     (["01", "--pairs", "pairs.jsonl", "--vocabulary", "x"], "x", b"{dog}", "x: a JSON object"),
     (["01", "--pairs", "pairs.jsonl", "--vocabulary", "x"], "x", b"{}", "x is empty"),
     (["01", "--pairs", "pairs.jsonl", "--vocabulary", "x"], "x", b'{"dog": 1}', "'dog': 1 is no"),

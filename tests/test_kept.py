@@ -104,7 +104,7 @@ def arguments(run, **changed):
     return Namespace(**{**args, "overwrite": False, "batch_size": 8, **changed})
 
 
-CHOOSING = {"margin": ["iter1/samples.jsonl"], "iterations": ["*"]}
+CHOOSING = {"margin": ["iter1/samples.jsonl"], "iterations": ["iter*/*", "iter*/*/*"]}
 FILES = ("meta.json", "iter1/samples.jsonl", "iter1/adapter/x", "iter2/samples.jsonl")
 
 
@@ -179,17 +179,16 @@ def test_a_typo_does_not_stick(tmp_path):
         start_stage(arguments(tmp_path, pool=99), "04_rejection")
 
 
-def test_the_seven_arguments_that_choose_in_04_leave_its_samples():
-    """Those that the stage itself advises to change are among them."""
+def test_arguments_of_the_samples_may_not_change_in_04():
     four = stage("04_rejection_sampling")
-    args = vars(four.parse_args([]))
-    for key in ("margin", "retention", "steps", "lr", "replay", "lam", "train_batch"):
-        assert key in args and key not in four.SAMPLING
-    assert set(four.SAMPLING) <= set(args)
+    args = set(vars(four.parse_args([])))
+    assert set(four.MAY_CHANGE) <= args
+    rest = args - set(four.MAY_CHANGE) - common.FREE_ARGUMENTS
+    assert rest == {"pool", "samples", "temperature", "max_new_tokens", "seed", "select"}
 
 
 # ---- Results that do not belong together ---------------------------------------------------------
-def test_changed_inputs_are_noticed(begun):
+def test_changed_inputs_are_noticed(begun, capsys):
     folder, source = begun
     source.write_text("other rows")
     for overwrite in (False, True):
@@ -197,8 +196,9 @@ def test_changed_inputs_are_noticed(begun):
         if overwrite:
             assert start_stage(args, folder.name, [source], CHOOSING) == folder
         else:
-            with pytest.raises(common.Stop, match="source.jsonl has changed since .*04_rejection"):
+            with pytest.raises(common.Stop, match="other arguments or inputs"):
                 start_stage(args, folder.name, [source], CHOOSING)
+            assert re.search(r"source.jsonl was \w{16}, is \w{16}", capsys.readouterr().out)
             assert left(folder) == sorted(FILES)
 
 
@@ -211,6 +211,34 @@ def test_further_inputs_are_another_evaluation_not_a_contradiction(begun):
     choosing = {**CHOOSING, "inputs": ["iter2/*"]}
     assert start_stage(arguments(folder.parent), folder.name, [source, more], choosing) == folder
     assert left(folder) == ["iter2/samples.jsonl"]
+
+
+def test_an_input_that_is_gone_is_a_change(begun):
+    """Else judgements of a judge that is being made anew would count for the new one."""
+    folder, source = begun
+    with pytest.raises(common.Stop, match="other arguments or inputs"):
+        start_stage(arguments(folder.parent), folder.name, [], {**CHOOSING, "inputs": ["*"]})
+
+
+def test_a_stage_that_was_made_from_what_has_changed_is_no_input(tmp_path):
+    """02 is made anew, 03 is not: 04 does not go on from that 03."""
+    source = start_stage(arguments(tmp_path), "02_critiques") / "critiques.jsonl"
+    source.write_text("rows")
+    folder = start_stage(arguments(tmp_path), "03_ift", [source])
+    common.finish_stage(folder, arguments(tmp_path), {}, (), "next")
+    meta = folder / "meta.json"
+    assert start_stage(arguments(tmp_path), "04_rejection", [meta]) is not None
+    source.write_text("other rows")
+    with pytest.raises(common.Stop, match="critiques.jsonl has changed since .*03_ift was made"):
+        start_stage(arguments(tmp_path, overwrite=True), "04_rejection", [meta])
+
+
+def test_an_input_in_the_stages_own_folder_is_refused(begun):
+    folder, _ = begun
+    inside = folder / "iter1" / "samples.jsonl"
+    with pytest.raises(common.Stop, match="an input of this stage lies in"):
+        start_stage(arguments(folder.parent, overwrite=True), folder.name, [inside])
+    assert inside.exists()
 
 
 def test_results_that_were_changed_after_their_stage_are_noticed(begun, tmp_path):
@@ -228,25 +256,30 @@ def test_results_that_were_changed_after_their_stage_are_noticed(begun, tmp_path
     assert start_stage(arguments(tmp_path, overwrite=True), "05_evaluation", [made]) is not None
 
 
-def test_an_overwriting_that_is_cut_does_not_leave_old_rows_to_new_arguments(begun, monkeypatch):
+@pytest.mark.parametrize("at", range(8))
+def test_an_overwriting_that_is_cut_leaves_no_old_rows_to_new_arguments(begun, monkeypatch, at):
     folder, source = begun
+    (folder / "a.jsonl").write_text("a name before args.json")
     unlink, n = Path.unlink, []
 
     def cut(path, missing_ok=False):
-        n.append(path)
-        if len(n) == 3:
+        if len(n) == at:
             raise Interrupted
+        n.append(path)
         unlink(path, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", cut)
     args = arguments(folder.parent, pool=8, overwrite=True)
-    with pytest.raises(Interrupted):
+    try:
         start_stage(args, folder.name, [source], CHOOSING)
-    monkeypatch.setattr(Path, "unlink", unlink)
-    assert left(folder)
-    args = arguments(folder.parent, pool=8)
-    with pytest.raises(common.Stop, match="begun with other arguments"):
-        start_stage(args, folder.name, [source], CHOOSING)
+    except Interrupted:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        args = arguments(folder.parent, pool=8)
+        if left(folder):
+            with pytest.raises(common.Stop, match="begun with other arguments"):
+                start_stage(args, folder.name, [source], CHOOSING)
+    else:
+        assert left(folder) == []
 
 
 # ---- Two processes, moved folders, odd names -----------------------------------------------------

@@ -300,7 +300,7 @@ def test_main_on_images(tmp_path, monkeypatch, capsys):
     assert counts == {
         "rows read": 3,
         "candidates written": 9,
-        "  dropped: unfinished": 2,
+        "  dropped: unfinished or too long": 2,
         "pairs made": 2,
         "dropped: no candidate without hallucination": 1,
         "  sampled pairs": 1,
