@@ -147,7 +147,7 @@ def verdict_log_odds(logits, id_a, id_b):
 
 # ---- Models --------------------------------------------------------------------------------------
 class Stop(SystemExit):
-    """The end by one readable line; a class of its own, since SIGTERM's exit is not to be caught."""
+    """The end by one readable line; not the exit by SIGTERM, which nothing catches."""
 
 
 def stop(message):
@@ -212,8 +212,8 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     if max_image_tokens:
         vision = processor.image_processor  # a token covers merge_size x merge_size patches
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
-        # Both "edges" are areas, in pixels. Pictures below the first are enlarged to it; rounding up
-        # may then double both sides: so the first is a quarter of the bound at most.
+        # Both "edges" are areas, in pixels. Smaller pictures are enlarged to the first. Rounding up
+        # may then double each side: so the first is a quarter of the bound at most.
         smallest = min(vision.size["shortest_edge"], pixels // 4)
         vision.size = {"shortest_edge": smallest, "longest_edge": pixels}
     gib = sum(weight.nbytes for weight in model.parameters()) / 2**30
