@@ -250,6 +250,18 @@ def build_vocabulary(class_names, synonyms=None):
     return vocabulary
 
 
+def read_vocabulary(path):
+    """{phrase: class} of a JSON file, the phrases spaced."""
+    vocabulary = {}
+    for phrase, name in common.read_json(path).items():
+        if not common.fits(name, common.SHORT) or not spaced(phrase):
+            stop(f"{path}: {phrase!a}: {name!a} is no phrase and its class")
+        vocabulary[spaced(phrase)] = name
+    if not vocabulary:
+        stop(f"{path} holds no phrase")
+    return vocabulary
+
+
 SYNONYMS = WORDS["coco"]  # {class: [phrases]}
 # {phrase: None}: "dog park", which names no dog
 NOT_OBJECTS = dict.fromkeys(build_vocabulary(WORDS["nothing"]))
@@ -337,7 +349,7 @@ def find_phrases(text, phrases):
     """[(start, end, phrase)] from left to right: whole words, at each word the longest phrase."""
     plain = re.sub(r"[\s_'-]", " ", text)
     longest_first = sorted(phrases, key=len, reverse=True)
-    matches = re.finditer(rf"\b(?:{'|'.join(longest_first)})\b", plain)
+    matches = re.finditer(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", plain)
     return [(match.start(), match.end(), match.group()) for match in matches]
 
 
@@ -486,7 +498,8 @@ def rows_of_file(file):
     else:
         text = file.read_text("utf-8-sig")
         lines = [line for line in text.split("\n") if line.strip()]
-        yield from json.loads(text) if text.startswith("[") else map(json.loads, lines)
+        is_array = text.lstrip().startswith("[")
+        yield from json.loads(text) if is_array else map(json.loads, lines)
 
 
 def read_rows(source):
@@ -503,14 +516,18 @@ def read_rows(source):
         if of_train and of_train != files:
             print(f"{source}: of {len(files)} files these of split train are read: {len(of_train)}")
             files = of_train
-    elif file.suffix not in suffixes and not file.exists():
+    elif file.suffix not in suffixes:
+        if file.exists():
+            stop(
+                f"{source} is of no kind that is read: {', '.join(suffixes)}, or a folder of these"
+            )
         files = hub_files(str(source))
     number = 0
     try:
         for file in map(Path, files):
             number = 0
             for number, row in enumerate(rows_of_file(file), 1):
-                yield (file, number), dict(row)
+                yield (file, number), row
     except Exception as error:  # not JSON, not parquet, no such data set, no connection
         stop(f"{file} after row {number}: {common.one_line(error)}")
 
@@ -528,6 +545,8 @@ def find_picture(name, root):
         names += [file, f"train2017/{file}", f"val2017/{file}"]
         for split in ("train2014", "val2014"):
             names += [f"COCO_{split}_{file}", f"{split}/COCO_{split}_{file}"]
+    if common.SURROGATE.search(name):
+        raise Skip("a file's name that is not UTF-8", "image")
     if re.match("https?://", name):
         raise Skip("image that is to be downloaded first", "image")
     with suppress(OSError, ValueError):  # a name that no file can have
@@ -568,7 +587,7 @@ def place_image(image, image_root, folder):
         with Image.open(file) as picture:
             kind = picture.format.lower().replace("jpeg", "jpg")
             picture.draft("RGB", (64, 64))  # JPEG is decoded at an eighth: fast, to its last byte
-            picture.load()
+            common.as_seen(picture)
     except Exception:  # each decoder has its own kind
         raise Skip("picture that does not decode", "image") from None
     if data:
@@ -583,6 +602,8 @@ def place_image(image, image_root, folder):
 
 def pair_of(row):
     """(format name, {id, image as it stands there, prompt, chosen, rejected, ...}) of one row."""
+    if not isinstance(row, dict):
+        raise Skip("not an object", "?")
     fitting = [name for name, (columns, _) in FORMATS.items() if columns <= set(row)]
     if not fitting:
         raise Skip(f"columns of no known format ({', '.join(FORMATS)})", ", ".join(row))
@@ -598,7 +619,8 @@ def pair_of(row):
             raise Skip("identical responses", "rejected")
         pair["prompt"] = re.sub(r"<image>\n?|\n<image>", "", pair["prompt"] or "")
         names = ("prompt", "chosen", "rejected", "category", "evidence", "hallucinated")
-        if wrong := common.misfit({name: pair.get(name) for name in names}):
+        checked = {name: pair.get(name) for name in names}
+        if wrong := common.misfit({**checked, "id": str(pair["id"] or "")}):
             raise Skip(wrong[1].partition(", not")[0], wrong[0])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise Skip(f"not a row of {name}", f"? ({error!r})") from None
@@ -633,7 +655,8 @@ def read_pairs(source, image_root, folder, limit=None):
         ids.add(pair["id"])
         rows.append(pair)
     if not rows:
-        stop(f"{source} holds no usable row: {dict(counts)}; --image-root is {image_root}")
+        why = dict(counts) or "there is no row"
+        stop(f"{source} holds no usable row: {why}; --image-root is {image_root}")
     print(f"{source}: read as {name}, {len(rows)} of {counts['rows read']} rows")
     return name, rows, counts
 
@@ -885,7 +908,7 @@ def write_candidates(items, model, processor, image_root, path, sampling):
     those that do not, or are too long, and are left out}, kept in path; sampling: arguments of
     common.sample.
     """
-    writer = RowWriter(path)
+    writer = RowWriter(path, fields=("id", "candidates", "unfinished"))
     size = max(1, common.CHUNK // sampling["n"])
     for chunk, bar in common.in_chunks(items, writer.is_done, size, "candidates"):
         requests = []
@@ -923,7 +946,7 @@ def plan_questions(items, mentions, classes, seed):
 
 def find_objects(questions, expert, image_root, path):
     """{image: row {id, asked, detections}} for {image: classes asked about}, kept in path."""
-    writer = RowWriter(path)
+    writer = RowWriter(path, fields=("id", "asked", "detections"))
     rows = [{"id": image, "asked": asked} for image, asked in questions.items()]
 
     def find_batch(batch):
@@ -948,6 +971,8 @@ def read_detections(path, images, vocabulary):
         names |= {found["object"] for found in of_image[image]["detections"]}
     if names and not names & known:  # spelled otherwise, everything would count as absent
         stop(f"{path}: no class ({sorted(names)[:5]}) is of the vocabulary ({sorted(known)[:5]})")
+    if names - known:
+        print(f"{path}: these classes are not of the vocabulary: {sorted(names - known)[:5]}")
     return of_image
 
 
@@ -1042,13 +1067,7 @@ def set_up_expert(args, model, processor):
     """(expert, or None where findings are given; vocabulary {phrase: class})."""
     vocabulary = COCO_VOCABULARY
     if args.vocabulary:
-        vocabulary = {}
-        for phrase, name in common.read_json(args.vocabulary).items():
-            if not isinstance(name, str) or not spaced(phrase):
-                stop(f"--vocabulary {args.vocabulary}: {phrase!r}: {name!r} is no phrase: class")
-            vocabulary[spaced(phrase)] = name
-        if not vocabulary:
-            stop(f"--vocabulary {args.vocabulary} is empty")
+        vocabulary = read_vocabulary(args.vocabulary)
     if args.detections:
         return None, vocabulary
     device, wanted = common.pick_device(args.device), sorted(set(vocabulary.values()))
@@ -1058,12 +1077,25 @@ def set_up_expert(args, model, processor):
     return expert, vocabulary
 
 
+# Arguments that may change from one start to the next, and the files that stay when they do.
+SAMPLED = ["candidates.jsonl", "images/*"]
+MAY_CHANGE = dict.fromkeys(("expert", "detections", "vocabulary"), SAMPLED)
+CHOICES = ("present", "absent", "validation", "train")
+MAY_CHANGE |= dict.fromkeys(CHOICES, [*SAMPLED, "detections.jsonl"])
+
+
+def inputs_of(args):
+    """The files and folders that this stage reads. An expert without "/" is a name, not a file:
+    ultralytics leaves one here when it has downloaded it.
+    """
+    paths = [args.images, args.pairs, args.detections, args.vocabulary, args.prompts]
+    if "/" in args.expert:
+        paths.append(args.expert)
+    return [path for path in paths if path and Path(path).exists()]
+
+
 def main(args):
-    inputs = [args.pairs, args.detections, args.vocabulary, args.prompts]
-    inputs = [path for path in inputs if path and Path(path).is_file()]
-    sampled = ["candidates.jsonl", "detections.jsonl", "images/*"]
-    may_change = dict.fromkeys(("present", "absent", "validation", "train"), sampled)
-    folder = common.start_stage(args, "01_preferences", inputs, may_change)
+    folder = common.start_stage(args, "01_preferences", inputs_of(args), MAY_CHANGE)
     if folder is None:
         return
 

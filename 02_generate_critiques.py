@@ -149,10 +149,11 @@ def write_critiques(
         evidence_of[pair["id"]] = pair["evidence"]
         status_of[pair["id"]] = {found["object"]: found["status"] for found in pair["evidence"]}
         questions += both_orders(pair)
-    writer = RowWriter(path)
+    fields = ("id", "pair_id", "order", "label", "critique", "style")
+    writer = RowWriter(path, fields=fields)
 
-    def is_written(question):  # to its last sample
-        return writer.is_done({"id": f"{question['id']}-{n - 1}"})
+    def is_written(question):
+        return all(writer.is_done({"id": f"{question['id']}-{k}"}) for k in range(n))
 
     chunks = common.in_chunks(questions, is_written, max(1, common.CHUNK // n), "critiques")
     for chunk, bar in chunks:
@@ -224,14 +225,14 @@ def parse_args(argv=None):
 
 
 def main(args):
-    first = common.args_of(args.run, "01_preferences")
+    first = common.args_of(args.run, "01_preferences", "model", "image_root")
     inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl", "vocabulary.json")
     folder = common.start_stage(args, "02_critiques", inputs)
     if folder is None:
         return
 
     # 1. load --------------------------------------------------------------------------------------
-    vocabulary = common.read_json(Path(args.run) / "01_preferences" / "vocabulary.json")
+    vocabulary = one.read_vocabulary(Path(args.run) / "01_preferences" / "vocabulary.json")
     pairs = common.read_preferences(args.run, "train")[: args.limit]
     if not pairs:
         common.stop(
@@ -240,7 +241,7 @@ def main(args):
         )
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
     model, processor = common.load_judge(
-        first["model"], device=args.device, max_image_tokens=first["max_image_tokens"]
+        first["model"], device=args.device, max_image_tokens=first.get("max_image_tokens")
     )
 
     # 2. write, filter -----------------------------------------------------------------------------

@@ -422,13 +422,19 @@ def decide(samples):
     return "A" if n_a > n_b else "B", probability_a
 
 
+def judgement_writer(path):
+    """The RowWriter for judge."""
+    fields = ("condition", "question", "order", "label", "probability_a", "critique")
+    return RowWriter(path, ("condition", "question"), fields)
+
+
 def judge(
     model, processor, questions, writer, condition, *, image_root, style, votes=1, **sampling
 ):
     """Judgement rows of questions (from both_orders), in their order, by `votes` critiques each.
 
-    They are kept as they come by writer, a RowWriter with the key ("condition", "question"), and
-    taken from there where an interrupted run left them. A question's "picture" (PIL or path), if
+    They are kept as they come by writer, from judgement_writer, and taken from there where an
+    interrupted run left them. A question's "picture" (PIL or path), if
     there is one, is shown instead of its image. sampling: as for common.sample, but greedy unless
     it says otherwise.
     """
@@ -493,7 +499,7 @@ def validate(model, processor, pairs, folder, name, **judging):
     if not pairs:
         print(f"validation, {name}: none, since stage 01 was told --validation 0")
         return {}
-    writer = RowWriter(folder / "validation.jsonl", key=("condition", "question"))
+    writer = judgement_writer(folder / "validation.jsonl")
     questions = []
     for pair in pairs:
         questions += both_orders(pair)
@@ -597,8 +603,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    first = common.args_of(args.run, "01_preferences")
-    style = common.args_of(args.run, "02_critiques")["style"]
+    first = common.args_of(args.run, "01_preferences", "model", "image_root")
+    style = common.args_of(args.run, "02_critiques", "style")["style"]
     inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl")
     inputs += common.files_of(args.run, "02_critiques", "critiques.jsonl")
     folder = common.start_stage(args, "03_ift", inputs)
@@ -609,7 +615,7 @@ def main(args):
     critiques = read_critiques(args.run)
     validation = common.read_preferences(args.run, "validation")
     model, processor = common.load_judge(
-        first["model"], device=args.device, max_image_tokens=first["max_image_tokens"]
+        first["model"], device=args.device, max_image_tokens=first.get("max_image_tokens")
     )
     torch.manual_seed(args.seed)  # of the adapter's first weights
     model = make_trainable(model, args.lora_rank)

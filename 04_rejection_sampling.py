@@ -46,6 +46,7 @@ from matplotlib.figure import Figure
 import common
 from common import row_seed
 
+one = importlib.import_module("01_build_preferences")
 two = importlib.import_module("02_generate_critiques")
 ift = importlib.import_module("03_train_ift")
 
@@ -99,8 +100,9 @@ def cut_pools(pairs, size, iterations):
             end += 1  # 01 keeps the pairs of an image together
         if end - start < 2:
             common.stop(
-                f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool or "
-                "--iterations, or in stage 01 --train, or give it more images or pairs"
+                f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower "
+                "--iterations; or begin anew with a lower --pool, or with a lower --train or more "
+                "images or pairs in stage 01"
             )
         pools.append(pairs[start:end])
         start = end
@@ -232,7 +234,10 @@ def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judg
     kept = keep(margins, passing, args.select, args.margin, args.retention, args.seed, t)
     reasons = Counter(row["dropped"] for row in samples)
     if not kept:
-        common.stop(f"iteration {t} keeps nothing: {dict(reasons)}; read {folder}/samples.jsonl")
+        common.stop(
+            f"iteration {t} keeps nothing of {dict(reasons)}: lower --margin or raise --retention; "
+            f"where no sample passes (None), read {folder}/samples.jsonl"
+        )
     common.write_jsonl(folder / "kept.jsonl", kept)
     kept_ids = list(dict.fromkeys(row["pair_id"] for row in kept))
     share, smallest = len(kept_ids) / len(pool), min(margins[key] for key in kept_ids)
@@ -268,25 +273,29 @@ def parse_args(argv=None):
 # to the next: these samples stay, the rest is made anew.
 MAY_CHANGE = ("retention", "margin", "replay", "steps", "lr", "lam", "bt_weight", "train_batch")
 MAY_CHANGE = dict.fromkeys((*MAY_CHANGE, "max_response_tokens"), ["iter1/samples.jsonl"])
-# There may be more; where there are fewer, the others stay.
 MAY_CHANGE["iterations"] = ["iter*/*", "iter*/*/*"]
 
 
 def main(args):
-    first = common.args_of(args.run, "01_preferences")
-    style = common.args_of(args.run, "02_critiques")["style"]
+    first = common.args_of(args.run, "01_preferences", "model", "image_root")
+    style = common.args_of(args.run, "02_critiques", "style")["style"]
     common.args_of(args.run, "03_ift")  # stops where stage 03 is not complete
     control = "" if args.select == "margin" else f"_{args.select}"
     inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl", "vocabulary.json")
     inputs += common.files_of(args.run, "02_critiques", "critiques.jsonl")
     inputs += common.files_of(args.run, "03_ift")
-    folder = common.start_stage(args, f"04_rejection{control}", inputs, MAY_CHANGE)
+    inputs += (Path(args.run) / "03_ift").glob("adapter/*.safetensors")
+    name = f"04_rejection{control}"
+    n_made = len(list((Path(args.run) / name).glob("iter*/done.json")))
+    if n_made > args.iterations and not args.overwrite:
+        common.stop(f"{args.run}/{name} has {n_made} iterations: fewer only in another --run")
+    folder = common.start_stage(args, name, inputs, MAY_CHANGE)
     if folder is None:
         return
 
     # 1. load --------------------------------------------------------------------------------------
     run = Path(args.run)
-    vocabulary = common.read_json(run / "01_preferences" / "vocabulary.json")
+    vocabulary = one.read_vocabulary(run / "01_preferences" / "vocabulary.json")
     validation = common.read_preferences(run, "validation")
     pool = common.read_preferences(run, "pool")
     pools = []
@@ -301,7 +310,7 @@ def main(args):
             results[f"iteration {t}"] = {key: result[key] for key in ("counts", "validation")}
             checkpoint = common.find_checkpoint(done.parent)
     model, processor = common.load_judge(
-        first["model"], checkpoint, args.device, first["max_image_tokens"], trainable=True
+        first["model"], checkpoint, args.device, first.get("max_image_tokens"), trainable=True
     )
     if checkpoint.name == "model":  # load_judge unfreezes adapters alone
         model = ift.make_trainable(model, 0)

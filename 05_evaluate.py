@@ -326,15 +326,16 @@ def find_conditions(run):
         found["after 03"] = common.find_checkpoint(run / "03_ift")
     for stage in sorted(run.glob("04_rejection*")):
         rule = stage.name.removeprefix("04_rejection").removeprefix("_") or "margin"
-        names = [done.parent.name for done in stage.glob("iter*/done.json")]
-        for t in sorted(int(name.removeprefix("iter")) for name in names):
+        t = 1
+        while (stage / f"iter{t}" / "done.json").exists():
             found[f"{rule}, iteration {t}"] = common.find_checkpoint(stage / f"iter{t}")
+            t += 1
     return found
 
 
 def last_judge(names):
     """The one that is compared with the others: margin selection's last, else the last of all."""
-    by_margin = [name for name in names if name.startswith("margin")]
+    by_margin = [name for name in names if name.startswith("margin, ")]
     return by_margin[-1] if by_margin else list(names)[-1]
 
 
@@ -427,6 +428,8 @@ def read_questions(folder, image_root):
         if not (Path(image_root) / new["image"]).is_file():
             stop(f"{image_root}/{new['image']} is missing, and the review needs all answers")
         rows.append(new)
+    if len({row["id"] for row in rows}) < len(rows):
+        stop(f"{folder}/questions.jsonl: a question_id occurs twice")
     return rows
 
 
@@ -435,12 +438,12 @@ def answer_in_the_wild(rows, name, checkpoint, load, folder, n, judging, samplin
     judge `name` among n -> counts. Responses and games are kept for a resumed run; answers are in
     the order of the questions, since the review goes by line.
     """
-    writer = RowWriter(folder / "best_of_n.jsonl")
+    writer = RowWriter(folder / "best_of_n.jsonl", fields=("id", "candidates", "n_cut"))
     candidates = write_candidates(rows, load, writer, n, judging["image_root"], sampling)
     chosen = {"first": {key: texts[0] for key, texts in candidates.items()}}
     if n > 1:
         model, processor = load(checkpoint)
-        games = RowWriter(folder / "best_of_n_judgements.jsonl", key=("condition", "question"))
+        games = ift.judgement_writer(folder / "best_of_n_judgements.jsonl")
         judge = partial(ift.judge, model, processor, writer=games, condition=name, **judging)
         winners = best_of_n(rows, candidates, judge)
         chosen["judge"] = {key: of_row[-1] for key, of_row in winners.items()}
@@ -531,10 +534,12 @@ def table_lines(results, note):
     rows = {}
     categories = set()
     for name, measures in table.items():
-        rows[name] = {**measures, **measures["by_category"]}
-        categories |= set(measures["by_category"])
+        rows[name] = {name: measures[name] for name in ("macro", "macro_interval")}
+        for category, accuracy in measures["by_category"].items():
+            rows[name]["category", category] = accuracy  # whatever it is called
+            categories.add(category)
     if len(categories) > 1:
-        headings = {category: category for category in sorted(categories)}
+        headings = {("category", category): category for category in sorted(categories)}
         headings |= {"macro": "macro", "macro_interval": "95 % interval"}
         lines += markdown("judge", headings, rows)
     rows = {name: measures["checks"] for name, measures in table.items() if measures.get("checks")}
@@ -656,7 +661,8 @@ def files_read(args, run):
         files.append(run / name)
     files += run.glob("0[123]_*/meta.json")
     files += run.glob("04_*/iter*/done.json")
-    return sorted(path for path in files if path.is_file())
+    files += run.glob("0[34]_*/**/adapter/*.safetensors")
+    return sorted(path for path in files if path.exists())
 
 
 def main(args):
@@ -666,7 +672,7 @@ def main(args):
     conditions = find_conditions(run)
     last = last_judge(conditions)
     kept = ["judgements.jsonl", "best_of_n*.jsonl"]
-    may_change = dict.fromkeys(("withhold", "attack", "inputs"), kept)
+    may_change = dict.fromkeys(("withhold", "attack", "truth", "inputs"), kept)
     may_change["best_of"] = ["judgements.jsonl"]  # its responses are sampled anew
     name = FOLDERS[args.benchmark, args.protocol]
     folder = common.start_stage(args, name, files_read(args, run), may_change)
@@ -692,8 +698,9 @@ def main(args):
     preferences = []
     vocabulary = one.COCO_VOCABULARY
     if (run / "01_preferences" / "meta.json").exists():
-        preferences = read_jsonl(run / "01_preferences" / "preferences.jsonl")
-        vocabulary = common.read_json(run / "01_preferences" / "vocabulary.json")
+        fields = ("id", "image", "evidence")
+        preferences = read_jsonl(run / "01_preferences" / "preferences.jsonl", fields)
+        vocabulary = one.read_vocabulary(run / "01_preferences" / "vocabulary.json")
     truth = read_truth(args.truth) if args.truth else {}
     expert = expert_against_truth(preferences, truth)
     if args.truth and not expert:
@@ -708,7 +715,7 @@ def main(args):
     print(f"{len(pairs)} pairs, {len(questions)} questions; judges: {', '.join(conditions)}")
 
     # 2. judge ------------------------------------------------------------------------------------
-    writer = RowWriter(folder / "judgements.jsonl", key=("condition", "question"))
+    writer = ift.judgement_writer(folder / "judgements.jsonl")
     judged = {}
     for name, checkpoint in conditions.items():
         judged |= judge_with(load, checkpoint, shown[name], writer, judging | votes)

@@ -236,6 +236,8 @@ def check_processor(processor):
             raise ValueError(f"it has no {part}: is it a vision-language model?")
     if not processor.tokenizer("A").input_ids:  # transformers made an empty one
         raise ValueError("it has no tokenizer")
+    if processor.tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer has no stop token")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
     if processor.image_token not in processor.apply_chat_template(chat, tokenize=False):
         raise ValueError("its chat template leaves out the image")
@@ -270,6 +272,8 @@ def as_seen(picture):
     picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] in "IF":  # 16 or 32 bits or floats: convert would clip them
         grey = np.asarray(picture, dtype=float)
+        if not np.isfinite(grey).all():
+            raise ValueError("a pixel is not finite")
         whites = [65535] if picture.mode.startswith("I;16") else [1, 255, 65535, grey.max()]
         white = next(white for white in whites if grey.max() <= white)
         picture = Image.fromarray((grey.clip(0) * (255 / white)).round().astype("uint8"))
@@ -299,9 +303,8 @@ def as_words(text, tokenizer):
     """The text with special tokens spelled apart, "<|im_end|>" as "< |im_end|>": what a prompt, a
     response or a critique says never ends a turn and never counts as an image.
     """
-    added = tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special}
-    for token in sorted(special.union(tokenizer.all_special_tokens), key=len, reverse=True):
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    for token in sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True):
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
@@ -570,7 +573,8 @@ def finish_sample(tokenizer, tokens, log_odds, stop_ids, verdict_ids):
 def row_seed(seed, *keys):
     """A 63-bit seed from the run's seed and a row's identity, whatever is resumed or split."""
     text = "/".join(str(key) for key in (seed, *keys))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def row_uniforms(seed, row_id, n, length):
@@ -720,6 +724,9 @@ LONG = 1_000_000  # of what a model writes, which its number of tokens bounds
 FIELDS = {
     **dict.fromkeys(("id", "pair_id", "image", "prompt", "chosen", "rejected"), SHORT),
     **dict.fromkeys(("response_a", "response_b", "category", "text"), SHORT),
+    **dict.fromkeys(("condition", "question", "model", "image_root"), SHORT),
+    "max_image_tokens": (1, 100_000),
+    **dict.fromkeys(("unfinished", "n_cut"), (0, 1000)),
     "critique": LONG,
     "order": {"ab", "ba"},
     "label": {"A", "B"},
@@ -819,8 +826,6 @@ def parse_jsonl(text, path, fields=(), check=None):
             stop(f"{path} line {number}, field {wrong[0]!r}: {wrong[1]}")
         ids.add(row.get("id"))
         rows.append(row)
-    if fields and not rows:
-        stop(f"{path} is empty: nothing to work on")
     return rows
 
 
@@ -830,7 +835,10 @@ def read_jsonl(path, fields=(), check=None):
     fields: those that every row must have; then there must be rows, and no id twice. check(row):
     None, or (field, what is wrong with it).
     """
-    return parse_jsonl(read_text(path), path, fields, check)
+    rows = parse_jsonl(read_text(path), path, fields, check)
+    if fields and not rows:
+        stop(f"{path} is empty: nothing to work on")
+    return rows
 
 
 def draw(function, path, *content):
@@ -849,7 +857,8 @@ def write_text(path, text):
     """Atomic: a reader sees the old file or the new one. Of several processes the first writes."""
     if RANK == 0:
         partial = Path(f"{path}.partial")
-        partial.write_text(text, encoding="utf-8")
+        # half a character, of a file's name, becomes JSON's escape for it
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
 
 
@@ -863,19 +872,21 @@ def write_jsonl(path, rows):
 
 class RowWriter:
     """Appends rows to a jsonl file, each flushed. rows: also those of an earlier, interrupted run,
-    but for a half-written last line. key: the fields that tell a row from all others.
+    but for a half-written last line. key: the fields that tell a row from all others; fields: those
+    that every row must have.
     """
 
-    def __init__(self, path, key=("id",)):
+    def __init__(self, path, key=("id",), fields=()):
         self.key = key
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         barrier()  # all have read before one writes
         if whole != data and RANK == 0:
             os.truncate(path, len(whole))
-        self.rows = parse_jsonl(whole.decode(errors="backslashreplace"), path)
+        self.rows = parse_jsonl(whole.decode(errors="backslashreplace"), path, fields)
         self.done_before = {self.key_of(row) for row in self.rows}
-        self.file = open(os.devnull if RANK else path, "a", encoding="utf-8")  # noqa: SIM115
+        encoding = {"encoding": "utf-8", "errors": "backslashreplace"}  # as in write_text
+        self.file = open(os.devnull if RANK else path, "a", **encoding)  # noqa: SIM115
 
     def key_of(self, row):
         return tuple(row.get(name) for name in self.key)
@@ -920,13 +931,13 @@ BOUNDS = {
     **dict.fromkeys(("batch_size", "train_batch", "micro_batch"), (1, 100_000)),
     **dict.fromkeys(("candidates", "critiques", "samples", "votes", "best_of"), (1, 1000)),
     **dict.fromkeys(("max_new_tokens", "max_image_tokens", "iterations"), (1, 100_000)),
-    **dict.fromkeys(("limit", "steps", "save_every"), (1, math.inf)),
-    **dict.fromkeys(("validation", "train"), (0, math.inf)),
+    **dict.fromkeys(("limit", "steps", "save_every"), (1, 10**9)),
+    **dict.fromkeys(("validation", "train"), (0, 10**9)),
     **dict.fromkeys(("present", "margin"), (0, 1)),
     **dict.fromkeys(("temperature", "lam", "bt_weight"), (0, 100)),
     "absent": (0.01, 1),
     "seed": (0, 2**63 - 1),
-    "pool": (2, math.inf),
+    "pool": (2, 10**9),
     "max_response_tokens": (2, 100_000),
     "lora_rank": (0, 1024),
     "lr": (1e-9, 1),
@@ -936,10 +947,13 @@ BOUNDS = {
 
 
 class StageParser(argparse.ArgumentParser):
-    """Refuses numbers out of BOUNDS."""
+    """Refuses numbers out of BOUNDS, and empty words, such as an unset variable of the shell."""
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if value == "":
+                self.error(f"--{name.replace('_', '-')} is empty")
         for name, (low, high) in BOUNDS.items():
             value = getattr(args, name, None)
             if value is not None and not low <= value <= high:  # nan fails, too
@@ -1025,6 +1039,12 @@ def remembered(args):
 
 
 def digest(path):
+    """Of a file's bytes; of a folder's files their names and sizes."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listed = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
+        listed = "\n".join(listed).encode(errors="backslashreplace")
+        return hashlib.sha256(listed).hexdigest()[:16]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -1035,6 +1055,8 @@ def digests(inputs, run):
     """
     found = {}
     for path in map(Path, inputs):
+        if Path(run).resolve().is_relative_to(path.resolve()):
+            stop(f"the run directory {run} lies in {path}, which is read: put it elsewhere")
         here = digest(path)
         found[portable(path, run)] = here
         meta = path.with_name("meta.json")
@@ -1113,8 +1135,11 @@ def differences(was, now):
     """The keys of the arguments and inputs that differ, each said; a further input is "inputs"."""
     old = {**was.get("args", {}), **was.get("inputs", {})}
     new = {**now["args"], **now["inputs"]}
+    named = [value for value in (*old.values(), *new.values()) if isinstance(value, str)]
     changed = set()
     for key in sorted(old.keys() | new.keys()):
+        if key in named and not (key in old and key in new):
+            continue  # another file, by another argument, which is said
         if old.get(key) != new.get(key):
             is_argument = key in now["args"]
             name = f"--{key.replace('_', '-')}" if is_argument else key
@@ -1123,14 +1148,18 @@ def differences(was, now):
     return changed
 
 
-def args_of(run, stage):
-    """The arguments that a complete earlier stage was made with, from its meta.json."""
+def args_of(run, stage, *needed):
+    """The arguments that a complete earlier stage was made with, from its meta.json, these among
+    them.
+    """
     path = Path(run) / stage / "meta.json"
     if not path.exists():
         stop(f"{path} does not exist: {stage} is not complete; run its script first")
     args = read_json(path).get("args")
     if not isinstance(args, dict):
         stop(f"{path} holds no 'args': run its script with --overwrite")
+    if wrong := misfit(args, needed):
+        stop(f"{path}, field {wrong[0]!r}: {wrong[1]}")
     for key in ("model", "image_root"):  # as portable has left them
         if args.get(key) and (Path(run) / args[key]).exists():
             args[key] = str(Path(run) / args[key])

@@ -47,7 +47,9 @@ def run(tmp_path):
     run = tmp_path / "run"
     for folder in ("01_preferences", "02_critiques", "03_ift/adapter"):
         (run / folder).mkdir(parents=True)
-    Image.new("RGB", (56, 56), "red").save(run / "0.png")
+    (run / "in").mkdir()
+    for path in (run / "0.png", run / "in" / "0.png"):
+        Image.new("RGB", (56, 56), "red").save(path)
     args = {"model": str(WORLD / "model"), "image_root": ".", "max_image_tokens": None}
     common.write_json(run / "01_preferences" / "meta.json", {"args": args})
     common.write_json(run / "02_critiques" / "meta.json", {"args": {"style": "critique"}})
@@ -231,10 +233,10 @@ WHOLE_FILES = [  # (command, file, its content, what is said)
     (["05", "--pairs", "0.png", "--benchmark", "llava-wild"], "x", b"", "does not exist"),
     (["01", "--images", "nowhere"], "x", b"", "nowhere is no folder"),
     (["01", "--images", "0.png"], "x", b"", "0.png is no folder"),
-    (["01", "--images", ".", "--prompts", "x"], "x", b"\n \n", "--prompts x holds no prompt"),
-    (["01", "--images", ".", "--prompts", "y"], "x", b"", "y does not exist"),
+    (["01", "--images", "in", "--prompts", "x"], "x", b"\n \n", "--prompts x holds no prompt"),
+    (["01", "--images", "in", "--prompts", "y"], "x", b"", "y does not exist"),
     (["01", "--pairs", "pairs.jsonl", "--vocabulary", "x"], "x", b"{dog}", "x: a JSON object"),
-    (["01", "--pairs", "pairs.jsonl", "--vocabulary", "x"], "x", b"{}", "x is empty"),
+    (["01", "--pairs", "pairs.jsonl", "--vocabulary", "x"], "x", b"{}", "x holds no phrase"),
     (["01", "--pairs", "pairs.jsonl", "--vocabulary", "x"], "x", b'{"dog": 1}', "'dog': 1 is no"),
     (["01", "--pairs", "pairs.jsonl", "--vocabulary", "x"], "x", b'{"!": "a"}', "'!': 'a' is no"),
     (
@@ -250,7 +252,7 @@ WHOLE_FILES = [  # (command, file, its content, what is said)
         "confidence (a number from 0 to 1)",
     ),
     (["01", "--pairs", "pairs.jsonl", "--expert", "x.pt"], "x.pt", b"", "--expert x.pt: no *.pt"),
-    (["01", "--images", ".", "--model", "x"], "x/config.json", b"{}", "--model x: "),
+    (["01", "--images", "in", "--model", "x"], "x/config.json", b"{}", "--model x: "),
 ]
 
 

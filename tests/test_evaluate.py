@@ -363,12 +363,13 @@ def trained(folder, done="meta.json"):
 def test_conditions_stand_in_the_order_of_training(tmp_path):
     assert five.find_conditions(tmp_path) == {"base": None}
     trained(tmp_path / "03_ift")
-    for t in (10, 9, 1):
+    for t in (10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 12):
         trained(tmp_path / "04_rejection" / f"iter{t}", "done.json")
     trained(tmp_path / "04_rejection_random" / "iter1", "done.json")
     (tmp_path / "04_rejection_random" / "iter2" / "adapter").mkdir(parents=True)  # not done
     found = five.find_conditions(tmp_path)
-    by_margin = [f"margin, iteration {t}" for t in (1, 9, 10)]
+    trained(tmp_path / "04_rejection" / "iter1_copy", "done.json")
+    by_margin = [f"margin, iteration {t}" for t in range(1, 11)]
     assert list(found) == ["base", "after 03", *by_margin, "random, iteration 1"]
     assert found["margin, iteration 9"] == tmp_path / "04_rejection" / "iter9" / "adapter"
 

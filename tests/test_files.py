@@ -40,7 +40,7 @@ def test_row_writer_cuts_a_half_written_line_and_goes_on(tmp_path):
 
 def test_row_writer_writes_again_only_what_was_not_there(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [{"condition": c, "question": q} for c in "xy" for q in (1, 2)]
+    rows = [{"condition": c, "question": q} for c in "xy" for q in "12"]
     writer = RowWriter(path, key=("condition", "question"))
     for row in rows[:2]:
         writer.write(row)

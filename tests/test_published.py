@@ -365,11 +365,11 @@ def test_what_is_skipped(tmp_path, photos, capsys):
             ["x.jsonl holds no usable row", "no known format (POVID, VL-RewardBench"],
         ),
         ("x.jsonl", '{"image": "0.png", "chosen": "a", "rejected": "b"}\n{"ima\n', ["after row 1"]),
-        ("x.json", "[1, 2]", ["x.json after row 1: TypeError"]),
+        ("x.json", "[1, 2]", ["x.json holds no usable row", "'skipped: not an object': 2"]),
         ("x.json", "[]", ["no usable row"]),
         ("x.jsonl", "", ["no usable row"]),
         ("x.parquet", "PAR1", ["x.parquet after row 0"]),
-        ("x.txt", "a", ["x.txt after row 0"]),
+        ("x.txt", "a", ["x.txt is of no kind that is read: .parquet, .json, .jsonl, .arrow"]),
         ("x.json", None, ["x.json", "FileNotFound"]),
     ],
 )
