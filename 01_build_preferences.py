@@ -498,7 +498,7 @@ def rows_of_file(file):
     else:
         text = file.read_text("utf-8-sig")
         lines = [line for line in text.split("\n") if line.strip()]
-        is_array = text.lstrip().startswith("[")
+        is_array = file.suffix == ".json" and text.lstrip().startswith("[")
         yield from json.loads(text) if is_array else map(json.loads, lines)
 
 

@@ -539,7 +539,7 @@ def table_lines(results, note):
             rows[name]["category", category] = accuracy  # whatever it is called
             categories.add(category)
     if len(categories) > 1:
-        headings = {("category", category): category for category in sorted(categories)}
+        headings = {("category", name): name.replace("|", "\\|") for name in sorted(categories)}
         headings |= {"macro": "macro", "macro_interval": "95 % interval"}
         lines += markdown("judge", headings, rows)
     rows = {name: measures["checks"] for name, measures in table.items() if measures.get("checks")}

@@ -6,10 +6,12 @@ Each row of a table is one input. Inputs that cost a row, not the run, are count
 import base64
 import io
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORLD, stage
@@ -129,6 +131,12 @@ def test_every_number_has_bounds():
                 assert key in common.BOUNDS, f"{name}: {key}"
 
 
+@pytest.mark.parametrize("words", ["01 --images", "01 --pairs", "02 --device", "05 --pairs"])
+def test_empty_words(words, run, capsys):
+    """As of a variable of the shell that is not set."""
+    check(run, capsys, [*words.split(), ""], 2, f"{words.split()[1]} is empty")
+
+
 @pytest.mark.parametrize("device", ["foo", "cuda:9", "meta", "cpu:x"])
 def test_devices_that_are_not_there(device, run, capsys):
     if device == "cuda:9" and torch.cuda.is_available():
@@ -205,6 +213,37 @@ WHOLE_FILES = [  # (command, file, its content, what is said)
     (["02"], "01_preferences/vocabulary.json", b"[]", "vocabulary.json: a JSON object is expected"),
     (["02"], "01_preferences/meta.json", b"", "meta.json: a JSON object is expected"),
     (["02"], "01_preferences/meta.json", b"{}", "meta.json holds no 'args'"),
+    (
+        ["02"],
+        "01_preferences/meta.json",
+        b'{"args": {}}',
+        "meta.json, field 'model': it is missing",
+    ),
+    (
+        ["02"],
+        "01_preferences/meta.json",
+        b'{"args": {"model": "m", "image_root": "x", "max_image_tokens": "many"}}',
+        "field 'max_image_tokens': a number from 1 to 100000",
+    ),
+    (["03"], "02_critiques/meta.json", b'{"args": {"style": "poem"}}', "field 'style': one of"),
+    (["02"], "01_preferences/vocabulary.json", b"{}", "vocabulary.json holds no phrase"),
+    (["02"], "01_preferences/vocabulary.json", b'{"dog": null}', "'dog': None is no phrase and"),
+    (["04"], "01_preferences/vocabulary.json", b'{"dog": {}}', "'dog': {} is no phrase and"),
+    (
+        ["02"],
+        "02_critiques/samples.jsonl",
+        b'{"id": "x"}\n',
+        "line 1, field 'pair_id': it is missing",
+    ),
+    (["05", "--pairs", "x.csv"], "x.csv", b"a,b", "x.csv is of no kind that is read: .parquet, "),
+    (["05", "--pairs", "in"], "x", b"", "in holds no usable row: there is no row"),
+    (["01", "--images", "."], "x", b"", "lies in ., which is read: put it elsewhere"),
+    (
+        ["05", "--pairs", "wild", "--benchmark", "llava-wild"],
+        "wild/questions.jsonl",
+        b'{"question_id": 1, "image": "x", "text": ""}\n' * 2,
+        "images/x is missing",
+    ),
     (["02"], "01_preferences/meta.json", None, "01_preferences is not complete"),
     (["03"], OF_02, b"\xff\xfe\x00", "is not UTF-8"),
     (["05", "--pairs", "none.jsonl"], "x", b"", "none.jsonl after row 0: FileNotFoundError"),
@@ -308,6 +347,7 @@ SKIPS = [  # (field, value, reason; None: the row is read)
     ("rejected", "A dog.", "identical responses"),
     ("rejected", "half \ud83d", "text of at most"),
     ("category", ["general"], "text of at most"),
+    ("id", "x" * 10_001, "text of at most"),
     ("evidence", [{"object": "dog", "status": "gone"}], "a list of records of object"),
     ("evidence", 1, "a list of records of object"),
     ("image", "gone.png", "missing image"),
@@ -341,6 +381,51 @@ def test_rows_of_given_pairs(field, value, reason, run, capsys):
         assert found.startswith(f"skipped: {reason}")
         place = f"pairs.jsonl row 2, field {'?' if reason == 'not a row of' else field}"
         assert place in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", [None, 3, "text", ["a", 1]])
+def test_rows_that_are_no_objects(row, run):
+    path = run / "pairs.jsonl"
+    path.write_text(f"\n{json.dumps(row)}\n" + path.read_text())
+    _, _, counts = one.read_pairs(path, run, run / "05_evaluation")
+    assert counts["rows read"] == 5 and counts["skipped: not an object"] == 1
+    path.with_suffix(".json").write_text(f"\n[{json.dumps(row)}]")
+    with pytest.raises(common.Stop, match="'skipped: not an object': 1"):
+        one.read_pairs(path.with_suffix(".json"), run, run / "05_evaluation")
+
+
+def test_a_picture_with_spoilt_orientation_is_skipped(tmp_path):
+    data = png()
+    spoilt = b"\x00\x00\x00\x08eXIfnonsense\x00\x00\x00\x00"
+    (tmp_path / "e.png").write_bytes(data[:33] + spoilt + data[33:])
+    with pytest.raises(one.Skip, match="does not decode"):
+        one.place_image("e.png", tmp_path, tmp_path)
+
+
+def test_a_pixel_that_is_no_number(tmp_path):
+    for value in (float("nan"), float("inf")):
+        Image.fromarray(np.full((4, 4), value, dtype=np.float32)).save(tmp_path / "n.tiff")
+        with pytest.raises(one.Skip, match="does not decode"):
+            one.place_image("n.tiff", tmp_path, tmp_path)
+        with pytest.raises(common.Stop, match="n.tiff: ValueError: a pixel is not finite"):
+            common.load_image(tmp_path / "n.tiff")
+
+
+def test_a_name_that_is_not_utf_8_is_skipped(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"caf\xe9.png", b"a.png"):
+        Image.new("RGB", (8, 8)).save(folder / os.fsdecode(name))
+    rows, counts = one.read_images(folder, folder, ["What?"], None, 0, tmp_path)
+    assert [row["id"] for row in rows] == ["a-0"]
+    assert counts["skipped: a file's name that is not UTF-8"] == 1
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_said(run, capsys):
+    folder = Path(os.fsdecode(os.fsencode(run) + b"/caf\xe9"))
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    check(run, capsys, ["01", "--images", folder], 1, "a file's name that is not UTF-8")
 
 
 def test_raw_bytes_are_a_picture(tmp_path):
@@ -404,7 +489,13 @@ def no_tokenizer(path):
         (path.parent / name).unlink()
 
 
+def no_stop_token(path):
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eos_token": None}))
+
+
 MODELS = [
+    ("tokenizer_config.json", no_stop_token, "its tokenizer has no stop token"),
     ("model.safetensors", cut, "SafetensorError"),
     ("model.safetensors", pointer, "SafetensorError"),
     ("model.safetensors", Path.unlink, "OSError"),

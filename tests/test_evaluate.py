@@ -609,6 +609,35 @@ def test_an_attack_is_a_condition_of_its_own(tmp_path, shapes, fake):
     assert fall[1:] == ["+1.000", "+1.000 to +1.000"]
 
 
+@pytest.mark.parametrize("name", ["macro", "accuracy", "a|b"])
+def test_categories_of_any_name(tmp_path, shapes, fake, name):
+    rows = write_pairs(shapes)
+    common.write_jsonl(
+        shapes / "pairs.jsonl",
+        [row | {"category": (name, "x")[i % 2]} for i, row in enumerate(rows)],
+    )
+    finished_run(tmp_path / "run", rows)
+    fake(says_the_label)
+    report, _ = evaluate(tmp_path, "--pairs", shapes / "pairs.jsonl", "--withhold")
+    heading = next(line for line in report.splitlines() if "macro | 95 %" in line)
+    assert heading.replace("\\|", "/").count("|") == 2 + 4
+    table = report[report.index(heading) :].splitlines()
+    assert cells("\n".join(table), "base")[1:4] == ["0.500", "0.500", "0.500"]
+    assert cells(report, "after 03")[1] == "1.000"
+
+
+def test_a_swapped_adapter_is_noticed(tmp_path, shapes, fake):
+    finished_run(tmp_path / "run", write_pairs(shapes))
+    weights = tmp_path / "run" / "03_ift" / "adapter" / "adapter_model.safetensors"
+    weights.write_text("some")
+    fake(says_the_label)
+    given = ("--pairs", shapes / "pairs.jsonl", "--withhold")
+    evaluate(tmp_path, *given)
+    weights.write_text("others")
+    with pytest.raises(SystemExit, match="begun with other arguments or inputs"):
+        evaluate(tmp_path, *given)
+
+
 def number_in(text, side):
     """The number that a response of `captions` ends in; 0 in one of the pairs."""
     response = text.split(f"Response {side}: ")[1].split("\n")[0]

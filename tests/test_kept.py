@@ -282,6 +282,46 @@ def test_an_overwriting_that_is_cut_leaves_no_old_rows_to_new_arguments(begun, m
         assert left(folder) == []
 
 
+def test_a_folder_is_an_input_by_its_names_and_sizes(tmp_path):
+    run, photos = tmp_path / "run", tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_text("one")
+    (start_stage(arguments(run), "01_preferences", [photos]) / "rows.jsonl").write_text("{}")
+    assert start_stage(arguments(run), "01_preferences", [photos]) is not None
+    (photos / "a.png").write_text("another")
+    with pytest.raises(common.Stop, match="other arguments or inputs"):
+        start_stage(arguments(run), "01_preferences", [photos])
+
+
+def test_another_file_by_another_argument_is_a_change_of_the_argument(tmp_path):
+    """--vocabulary may be another one; the file it named before need not be read again."""
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    for path in (old, new):
+        path.write_text(f'{{"{path.stem}": "x"}}')
+    run, may_change = tmp_path / "run", {"vocabulary": ["candidates.jsonl"]}
+    args = arguments(run, vocabulary=str(old))
+    folder = start_stage(args, "01_preferences", [old], may_change)
+    for name in ("candidates.jsonl", "detections.jsonl"):
+        (folder / name).write_text("{}")
+    args = arguments(run, vocabulary=str(new))
+    assert start_stage(args, "01_preferences", [new], may_change) == folder
+    assert left(folder) == ["candidates.jsonl"]
+    new.write_text('{"the same name": "x"}')  # which nobody said
+    with pytest.raises(common.Stop, match="other arguments or inputs"):
+        start_stage(args, "01_preferences", [new], may_change)
+
+
+def test_an_expert_that_is_downloaded_on_the_way_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--images", ".", "--expert", "yolo11x.pt", "--run", str(tmp_path / "run")]
+    before = one.inputs_of(one.parse_args(command)), common.remembered(one.parse_args(command))
+    (tmp_path / "yolo11x.pt").write_text("weights")
+    args = one.parse_args(command)
+    assert (one.inputs_of(args), common.remembered(args)) == before
+    command[3] = "./yolo11x.pt"
+    assert "./yolo11x.pt" in one.inputs_of(one.parse_args(command))
+
+
 # ---- Two processes, moved folders, odd names -----------------------------------------------------
 HOLD = """
 import argparse, sys

@@ -293,7 +293,9 @@ def test_main_on_images(tmp_path, monkeypatch, capsys):
             answers(texts[request["id"][0]]) for request in requests
         ],
     )
-    rows, counts = run(tmp_path, "--images", tmp_path / "photos", "--candidates", 3, "--validation", 1)
+    rows, counts = run(
+        tmp_path, "--images", tmp_path / "photos", "--candidates", 3, "--validation", 1
+    )
     rows = {row["id"]: (row["chosen"], row["rejected"], row["split"]) for row in rows}
     assert rows.keys() == {"a-0", "c-0"}
     assert rows["a-0"][:2] == ("A dog.", "A bus.")
