@@ -908,7 +908,7 @@ def write_candidates(items, model, processor, image_root, path, sampling):
     those that do not, or are too long, and are left out}, kept in path; sampling: arguments of
     common.sample.
     """
-    writer = RowWriter(path, fields=("id", "candidates", "unfinished"))
+    writer = RowWriter(path)
     size = max(1, common.CHUNK // sampling["n"])
     for chunk, bar in common.in_chunks(items, writer.is_done, size, "candidates"):
         requests = []
@@ -946,7 +946,7 @@ def plan_questions(items, mentions, classes, seed):
 
 def find_objects(questions, expert, image_root, path):
     """{image: row {id, asked, detections}} for {image: classes asked about}, kept in path."""
-    writer = RowWriter(path, fields=("id", "asked", "detections"))
+    writer = RowWriter(path)
     rows = [{"id": image, "asked": asked} for image, asked in questions.items()]
 
     def find_batch(batch):

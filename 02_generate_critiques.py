@@ -149,8 +149,7 @@ def write_critiques(
         evidence_of[pair["id"]] = pair["evidence"]
         status_of[pair["id"]] = {found["object"]: found["status"] for found in pair["evidence"]}
         questions += both_orders(pair)
-    fields = ("id", "pair_id", "order", "label", "critique", "style")
-    writer = RowWriter(path, fields=fields)
+    writer = RowWriter(path)
 
     def is_written(question):
         return all(writer.is_done({"id": f"{question['id']}-{k}"}) for k in range(n))

@@ -246,11 +246,14 @@ def count_supervised(micro_batches):
     return n["critique"], n["correct"]
 
 
-def ids_of(micro_batches):
+def check_finite(grad_norm, step, micro_batches):
+    """Stop at a gradient that is nan or infinite, and name the step's rows."""
+    if math.isfinite(grad_norm):
+        return
     ids = []
     for _, rows, _, _ in micro_batches:
         ids += [row["id"] for row in rows]
-    return ids
+    common.stop(f"step {step + 1}: gradient norm {grad_norm} on rows {ids}; lower --lr")
 
 
 def prepared_ahead(data, steps):
@@ -322,11 +325,10 @@ def forget_training(folder):
 
 
 def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activations, save_every):
-    """Minimise L_IFT on data (a TrainingSteps) for `steps` optimizer steps, in place.
+    """Minimise L_IFT on data (a TrainingSteps) for `steps` optimizer steps, in place (03, 04).
 
-    One line a step goes to folder/metrics.jsonl. Every save_every steps, and at the end, all that
-    goes on from there is saved in folder/training.safetensors, until forget_training. Stage 04
-    trains by this function, too.
+    folder gets metrics.jsonl, one line a step, and, every save_every steps and at the end,
+    training.safetensors, from which an interrupted training goes on.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0)
@@ -363,9 +365,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
                     loss = loss + bt_weight * bt / data.train_batch
             (loss * WORLD).backward()  # processes average gradients, but the loss is their sum
         grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).item()
-        if not math.isfinite(grad_norm):
-            ids = ids_of(micro_batches)
-            common.stop(f"step {step + 1}: gradient norm {grad_norm} on rows {ids}; lower --lr")
+        check_finite(grad_norm, step, micro_batches)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
         optimizer.step()
         optimizer.zero_grad()
@@ -422,19 +422,13 @@ def decide(samples):
     return "A" if n_a > n_b else "B", probability_a
 
 
-def judgement_writer(path):
-    """The RowWriter for judge."""
-    fields = ("condition", "question", "order", "label", "probability_a", "critique")
-    return RowWriter(path, ("condition", "question"), fields)
-
-
 def judge(
     model, processor, questions, writer, condition, *, image_root, style, votes=1, **sampling
 ):
     """Judgement rows of questions (from both_orders), in their order, by `votes` critiques each.
 
-    They are kept as they come by writer, from judgement_writer, and taken from there where an
-    interrupted run left them. A question's "picture" (PIL or path), if
+    They are kept as they come by writer, a RowWriter with the key ("condition", "question"), and
+    taken from there where an interrupted run left them. A question's "picture" (PIL or path), if
     there is one, is shown instead of its image. sampling: as for common.sample, but greedy unless
     it says otherwise.
     """
@@ -499,7 +493,7 @@ def validate(model, processor, pairs, folder, name, **judging):
     if not pairs:
         print(f"validation, {name}: none, since stage 01 was told --validation 0")
         return {}
-    writer = judgement_writer(folder / "validation.jsonl")
+    writer = RowWriter(folder / "validation.jsonl", key=("condition", "question"))
     questions = []
     for pair in pairs:
         questions += both_orders(pair)

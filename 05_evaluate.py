@@ -438,12 +438,12 @@ def answer_in_the_wild(rows, name, checkpoint, load, folder, n, judging, samplin
     judge `name` among n -> counts. Responses and games are kept for a resumed run; answers are in
     the order of the questions, since the review goes by line.
     """
-    writer = RowWriter(folder / "best_of_n.jsonl", fields=("id", "candidates", "n_cut"))
+    writer = RowWriter(folder / "best_of_n.jsonl")
     candidates = write_candidates(rows, load, writer, n, judging["image_root"], sampling)
     chosen = {"first": {key: texts[0] for key, texts in candidates.items()}}
     if n > 1:
         model, processor = load(checkpoint)
-        games = ift.judgement_writer(folder / "best_of_n_judgements.jsonl")
+        games = RowWriter(folder / "best_of_n_judgements.jsonl", key=("condition", "question"))
         judge = partial(ift.judge, model, processor, writer=games, condition=name, **judging)
         winners = best_of_n(rows, candidates, judge)
         chosen["judge"] = {key: of_row[-1] for key, of_row in winners.items()}
@@ -715,11 +715,11 @@ def main(args):
     print(f"{len(pairs)} pairs, {len(questions)} questions; judges: {', '.join(conditions)}")
 
     # 2. judge ------------------------------------------------------------------------------------
-    writer = ift.judgement_writer(folder / "judgements.jsonl")
+    writer = RowWriter(folder / "judgements.jsonl", key=("condition", "question"))
     judged = {}
     for name, checkpoint in conditions.items():
         judged |= judge_with(load, checkpoint, shown[name], writer, judging | votes)
-    verdicts = [row["verdict"] for rows in judged.values() for row in rows]
+    verdicts = [row["verdict"] for row in sum(judged.values(), [])]
     counts = {**read, "pairs": len(pairs), "judgements": len(verdicts)}
     counts["without a verdict"] = verdicts.count(None)
 

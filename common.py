@@ -583,6 +583,13 @@ def row_uniforms(seed, row_id, n, length):
     return torch.rand(n, length, generator=generator)
 
 
+def stop_token_ids(model, tokenizer):
+    """Those of the model's generation_config, and the one that stage 03 teaches: a tensor (n,)."""
+    listed = model.generation_config.eos_token_id or []
+    listed = [listed] if isinstance(listed, int) else listed
+    return torch.tensor([*listed, tokenizer.eos_token_id], device=unwrap(model).device)
+
+
 def sample(
     model,
     processor,
@@ -603,10 +610,7 @@ def sample(
     memory halves it.
     """
     tokenizer, device = processor.tokenizer, unwrap(model).device
-    listed = model.generation_config.eos_token_id or []
-    listed = [listed] if isinstance(listed, int) else listed
-    # generation_config's stop tokens, and the one that stage 03 teaches
-    stop_ids = torch.tensor([*listed, tokenizer.eos_token_id], device=device)
+    stop_ids = stop_token_ids(model, tokenizer)
     verdict_ids = verdict_token_ids(tokenizer)
     size = max(1, batch_size // n)  # prompts encoded together
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # pads little
@@ -724,9 +728,8 @@ LONG = 1_000_000  # of what a model writes, which its number of tokens bounds
 FIELDS = {
     **dict.fromkeys(("id", "pair_id", "image", "prompt", "chosen", "rejected"), SHORT),
     **dict.fromkeys(("response_a", "response_b", "category", "text"), SHORT),
-    **dict.fromkeys(("condition", "question", "model", "image_root"), SHORT),
+    **dict.fromkeys(("model", "image_root"), SHORT),
     "max_image_tokens": (1, 100_000),
-    **dict.fromkeys(("unfinished", "n_cut"), (0, 1000)),
     "critique": LONG,
     "order": {"ab", "ba"},
     "label": {"A", "B"},
@@ -734,9 +737,7 @@ FIELDS = {
     "style": set(INSTRUCTIONS),
     "split": {"validation", "train", "pool"},
     "log_odds": (-1e4, 1e4),
-    "probability_a": (0, 1),
     "hallucinated": [SHORT],
-    "candidates": [LONG],
     "asked": [SHORT],
     "objects": [{"object": SHORT}],
     "detections": [{"object": SHORT, "confidence": (0, 1)}],
@@ -812,10 +813,14 @@ def read_json(path):
     return parse_json(read_text(path), path)
 
 
-def parse_jsonl(text, path, fields=(), check=None):
-    """Rows of a jsonl file's text: see read_jsonl."""
+def read_jsonl(path, fields=(), check=None):
+    """Rows of a jsonl file. Each field is as FIELDS says, else it stops, naming line and field.
+
+    fields: those that every row must have; then there must be rows, and no id twice. check(row):
+    None, or (field, what is wrong with it).
+    """
     rows, ids = [], set()
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         row = parse_json(line, f"{path} line {number}")
@@ -826,16 +831,6 @@ def parse_jsonl(text, path, fields=(), check=None):
             stop(f"{path} line {number}, field {wrong[0]!r}: {wrong[1]}")
         ids.add(row.get("id"))
         rows.append(row)
-    return rows
-
-
-def read_jsonl(path, fields=(), check=None):
-    """Rows of a jsonl file. Each field is as FIELDS says, else it stops, naming line and field.
-
-    fields: those that every row must have; then there must be rows, and no id twice. check(row):
-    None, or (field, what is wrong with it).
-    """
-    rows = parse_jsonl(read_text(path), path, fields, check)
     if fields and not rows:
         stop(f"{path} is empty: nothing to work on")
     return rows
@@ -872,18 +867,18 @@ def write_jsonl(path, rows):
 
 class RowWriter:
     """Appends rows to a jsonl file, each flushed. rows: also those of an earlier, interrupted run,
-    but for a half-written last line. key: the fields that tell a row from all others; fields: those
-    that every row must have.
+    but for a half-written last line. key: the fields that tell a row from all others.
     """
 
-    def __init__(self, path, key=("id",), fields=()):
+    def __init__(self, path, key=("id",)):
         self.key = key
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         barrier()  # all have read before one writes
         if whole != data and RANK == 0:
             os.truncate(path, len(whole))
-        self.rows = parse_jsonl(whole.decode(errors="backslashreplace"), path, fields)
+        barrier()
+        self.rows = read_jsonl(path) if whole else []
         self.done_before = {self.key_of(row) for row in self.rows}
         encoding = {"encoding": "utf-8", "errors": "backslashreplace"}  # as in write_text
         self.file = open(os.devnull if RANK else path, "a", **encoding)  # noqa: SIM115
@@ -995,7 +990,7 @@ FREE_ARGUMENTS = {
 }
 
 
-# The arguments that are paths to what must be the same when a stage goes on.
+# The arguments that are paths, but for --expert: ultralytics leaves a file of that name here.
 PATHS = ("model", "image_root", "images", "pairs", "exclude", "prompts", "detections")
 PATHS = (*PATHS, "vocabulary", "truth")
 LOCKS = []  # files whose locks this process holds to its end
@@ -1007,8 +1002,9 @@ def lock(folder, inputs):
     change. (These locks are the process's own: the kernel frees them when it dies, whatever it has
     forked.)
     """
-    parents = {parent for path in inputs for parent in Path(path).parents}
-    stages = {path for path in parents if (path / "args.json").exists()}
+    stages = set()
+    for path in inputs:
+        stages |= {parent for parent in Path(path).parents if (parent / "args.json").exists()}
     if folder in stages:
         stop(f"an input of this stage lies in {folder}, where it writes: move it elsewhere")
     for path in (folder, *stages):
@@ -1026,7 +1022,7 @@ def portable(value, run):
     """
     if isinstance(value, list):
         return [portable(item, run) for item in value]
-    if not value or not Path(value).exists():
+    if value is None or not Path(value).exists():
         return value
     path, run = Path(value).resolve(), Path(run).resolve()
     return str(path.relative_to(run) if path.is_relative_to(run) else path)
@@ -1050,29 +1046,22 @@ def digest(path):
 
 
 def digests(inputs, run):
-    """{path: digest} of a stage's inputs; stops where one is not as its own stage has left it, or
-    where that stage was made from what has changed since.
+    """{path: digest} of a stage's inputs; stops where the record of an earlier stage, which is one
+    of them, names a file that it has read or left and that has changed since.
     """
     found = {}
     for path in map(Path, inputs):
         if Path(run).resolve().is_relative_to(path.resolve()):
             stop(f"the run directory {run} lies in {path}, which is read: put it elsewhere")
-        here = digest(path)
-        found[portable(path, run)] = here
-        meta = path.with_name("meta.json")
-        outputs = read_json(meta).get("outputs", {}) if meta.exists() else {}
-        if outputs.get(path.name, here) != here:
-            stop(
-                f"{path} was changed after its stage had finished: run that stage with --overwrite "
-                f"or, where the change is meant, take {path.name} out of the outputs in {meta}"
-            )
-        made_from = {}
-        if path.name in ("meta.json", "done.json"):
-            made_from = read_json(path).get("inputs", {})
-        for name, then in made_from.items():
-            source = Path(run) / name
-            if source.exists() and digest(source) != then:
-                stop(f"{source} has changed since {path.parent} was made: make that anew first")
+        found[portable(path, run)] = digest(path)
+        record = read_json(path) if path.name in ("meta.json", "done.json") else {}
+        for name, then in {**record.get("inputs", {}), **record.get("outputs", {})}.items():
+            file = Path(run) / name
+            if file.exists() and digest(file) != then:
+                stop(
+                    f"{file} has changed since {path.parent} was made: make that anew with "
+                    f"--overwrite or, where the change is meant, take {name} out of {path}"
+                )
     return found
 
 
@@ -1205,7 +1194,7 @@ def finish_stage(folder, args, counts, outputs, next_step, **extra):
         "counts": counts,
         **extra,
         "inputs": read_json(folder / "args.json")["inputs"],
-        "outputs": {path.name: digest(path) for path in outputs},
+        "outputs": digests(outputs, args.run),
         "seconds": round(time.time() - STARTED, 1),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "peak_memory_gib": round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2),

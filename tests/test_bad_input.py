@@ -229,12 +229,6 @@ WHOLE_FILES = [  # (command, file, its content, what is said)
     (["02"], "01_preferences/vocabulary.json", b"{}", "vocabulary.json holds no phrase"),
     (["02"], "01_preferences/vocabulary.json", b'{"dog": null}', "'dog': None is no phrase and"),
     (["04"], "01_preferences/vocabulary.json", b'{"dog": {}}', "'dog': {} is no phrase and"),
-    (
-        ["02"],
-        "02_critiques/samples.jsonl",
-        b'{"id": "x"}\n',
-        "line 1, field 'pair_id': it is missing",
-    ),
     (["05", "--pairs", "x.csv"], "x.csv", b"a,b", "x.csv is of no kind that is read: .parquet, "),
     (["05", "--pairs", "in"], "x", b"", "in holds no usable row: there is no row"),
     (["01", "--images", "."], "x", b"", "lies in ., which is read: put it elsewhere"),

@@ -175,7 +175,7 @@ def test_finish_stage_makes_it_complete(tmp_path, capsys):
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["counts"] == {"rows": 3} and meta["best"] == 0.5 and meta["seconds"] >= 0
     assert meta["inputs"] == {"rows.jsonl": "2d711642b726b044"}  # of sha256("x")
-    assert meta["outputs"] == {"made.jsonl": "2d711642b726b044"}
+    assert meta["outputs"] == {"03_ift/made.jsonl": "2d711642b726b044"}
     assert {"torch", "transformers", "python"} <= set(meta["versions"])
     assert common.args_of(tmp_path, "03_ift") == meta["args"] and meta["args"]["lr"] == 0.1
     assert "batch_size" not in meta["args"]  # what may change leaves the rows as they are

@@ -246,14 +246,15 @@ def test_results_that_were_changed_after_their_stage_are_noticed(begun, tmp_path
     made = folder / "critiques.jsonl"
     made.write_text("six rows\n" * 6)
     common.finish_stage(folder, arguments(tmp_path), {}, [made], "next")
-    assert start_stage(arguments(tmp_path), "05_evaluation", [made]) is not None
+    meta = folder / "meta.json"
+    assert start_stage(arguments(tmp_path), "05_evaluation", [meta]) is not None
     made.write_text("six rows\n" * 5)
     with pytest.raises(common.Stop) as error:
-        start_stage(arguments(tmp_path, overwrite=True), "05_evaluation", [made])
-    assert f"{made} was changed after its stage had finished" in str(error.value)
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"outputs": {}}))  # as it advises
-    assert start_stage(arguments(tmp_path, overwrite=True), "05_evaluation", [made]) is not None
+        start_stage(arguments(tmp_path, overwrite=True), "05_evaluation", [meta])
+    assert f"{made} has changed since {folder} was made" in str(error.value)
+    assert f"take {folder.name}/critiques.jsonl out of {meta}" in str(error.value)
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"outputs": {}}))  # as it advises
+    assert start_stage(arguments(tmp_path, overwrite=True), "05_evaluation", [meta]) is not None
 
 
 @pytest.mark.parametrize("at", range(8))
