@@ -1002,12 +1002,13 @@ def lock(folder, inputs):
     change. (These locks are the process's own: the kernel frees them when it dies, whatever it has
     forked.)
     """
-    stages = set()
-    for path in inputs:
-        stages |= {parent for parent in Path(path).parents if (parent / "args.json").exists()}
-    if folder in stages:
+    folders = [folder]
+    for stage in folder.parent.glob("0*_*"):
+        if any(Path(path).is_relative_to(stage) for path in inputs):
+            folders.append(stage)
+    if folder in folders[1:]:
         stop(f"an input of this stage lies in {folder}, where it writes: move it elsewhere")
-    for path in (folder, *stages):
+    for path in folders:
         file = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_NB | (fcntl.LOCK_EX if path == folder else fcntl.LOCK_SH))
@@ -1047,7 +1048,7 @@ def digest(path):
 
 def digests(inputs, run):
     """{path: digest} of a stage's inputs; stops where the record of an earlier stage, which is one
-    of them, names a file that it has read or left and that has changed since.
+    of them, names a file of the run that it has read or left and that has changed since.
     """
     found = {}
     for path in map(Path, inputs):
@@ -1057,7 +1058,8 @@ def digests(inputs, run):
         record = read_json(path) if path.name in ("meta.json", "done.json") else {}
         for name, then in {**record.get("inputs", {}), **record.get("outputs", {})}.items():
             file = Path(run) / name
-            if file.exists() and digest(file) != then:
+            is_of_run = not Path(name).is_absolute() and file.exists()
+            if is_of_run and digest(file) != then:
                 stop(
                     f"{file} has changed since {path.parent} was made: make that anew with "
                     f"--overwrite or, where the change is meant, take {name} out of {path}"
