@@ -261,6 +261,7 @@ def test_results_that_were_changed_after_their_stage_are_noticed(begun, tmp_path
 def test_an_overwriting_that_is_cut_leaves_no_old_rows_to_new_arguments(begun, monkeypatch, at):
     folder, source = begun
     (folder / "a.jsonl").write_text("a name before args.json")
+    (folder / "iter1" / "done.json").write_text("{}")
     unlink, n = Path.unlink, []
 
     def cut(path, missing_ok=False):
@@ -275,6 +276,8 @@ def test_an_overwriting_that_is_cut_leaves_no_old_rows_to_new_arguments(begun, m
         start_stage(args, folder.name, [source], CHOOSING)
     except Interrupted:
         monkeypatch.setattr(Path, "unlink", unlink)
+        signs = [name for name in left(folder) if name.endswith(("meta.json", "done.json"))]
+        assert len(signs) == max(0, 2 - at)  # what says that all is there goes first
         args = arguments(folder.parent, pool=8)
         if left(folder):
             with pytest.raises(common.Stop, match="begun with other arguments"):

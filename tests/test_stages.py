@@ -596,6 +596,8 @@ def test_04_keeps_the_largest_margins_as_a_share_of_the_whole_pool(trained, run)
     assert done["counts"]["pairs in the pool"] == 10
     assert done["counts"]["pairs kept"] == 4
     assert done["counts"]["pairs with margin 0"] == 4
+    assert done["args"]["steps"] == 5  # by which 05 tells this judge from another
+    assert "03_ift/meta.json" in done["inputs"]
 
 
 def test_04_keeps_by_threshold(trained, run):
