@@ -878,17 +878,36 @@ def read_images(images, image_root, prompts, limit, seed, folder):
     return rows, counts
 
 
+def default_image_root(source, run):
+    """Where image paths start if --image-root does not say: the folder, or that of the file; of a
+    hub id, which is neither, the run directory, into which its pictures are unpacked.
+    """
+    source = Path(source)
+    if not source.exists():
+        return run
+    return source if source.is_dir() else source.parent
+
+
+def root_of_unpacked(rows, image_root, folder):
+    """Where the rows' image paths start: image_root; or folder, if all pictures were unpacked into
+    it: the paths are then shortened, in place, so that the run directory can be moved.
+    """
+    unpacked = (folder / "images").resolve()
+    if not all((Path(image_root) / row["image"]).is_relative_to(unpacked) for row in rows):
+        return image_root
+    for row in rows:
+        row["image"] = f"images/{Path(row['image']).name}"
+    return str(folder.resolve())
+
+
 def load_items(args, folder):
     """(rows to verify {id, image, prompt[, chosen, rejected]}, Counter of what was read). Where all
     pictures were unpacked, args.image_root becomes the folder.
     """
     if args.pairs:
         _, items, counts = read_pairs(args.pairs, args.image_root, folder, args.limit)
-        root, unpacked = Path(args.image_root), (folder / "images").resolve()
-        if all((root / item["image"]).is_relative_to(unpacked) for item in items):
-            args.image_root = str(folder.resolve())  # so that the run directory can be moved
-            for item in items:
-                item["image"] = f"images/{Path(item['image']).name}"
+        # (args.json, by which a later start is compared, was written with what was given)
+        args.image_root = root_of_unpacked(items, args.image_root, folder)
     else:
         lines = common.read_text(args.prompts).split("\n") if args.prompts else PROMPTS
         prompts = [line.strip() for line in lines if line.strip()]
@@ -1051,15 +1070,12 @@ def parse_args(argv=None):
         parser.error("--exclude compares given responses: it goes with --pairs")
     if args.absent > args.present:
         parser.error(f"need --absent {args.absent} <= --present {args.present}")
-    source = Path(args.images or args.pairs)
-    near = source if source.is_dir() else source.parent
-    if not source.exists():  # a hub id: its pictures will lie in the run directory
-        near = args.run
-    args.image_root = str(Path(args.image_root or near).resolve())
+    root = args.image_root or default_image_root(args.images or args.pairs, args.run)
+    args.image_root = str(Path(root).resolve())
     return args
 
 
-# Lowest confidence that an expert is asked for, whatever --absent: this may be changed afterwards.
+# Lowest confidence that an expert is asked for, so that --absent can be changed without asking it.
 FLOOR = 0.01
 
 
@@ -1089,6 +1105,7 @@ def inputs_of(args):
     ultralytics leaves one here when it has downloaded it.
     """
     paths = [args.images, args.pairs, args.detections, args.vocabulary, args.prompts]
+    paths += args.exclude or []
     if "/" in args.expert:
         paths.append(args.expert)
     return [path for path in paths if path and Path(path).exists()]

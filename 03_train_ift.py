@@ -349,6 +349,7 @@ def train(model, data, folder, *, steps, lr, lam, bt_weight, checkpoint_activati
         sums = {"critique": 0.0, "correct": 0.0, "bradley_terry": 0.0}  # in nats, for the log
         for i, (kind, rows, inputs, labels) in enumerate(micro_batches):
             # Several processes exchange their gradients once, after the step's last micro-batch.
+            # (Without DistributedDataParallel nobody reads this.)
             parallel.require_backward_grad_sync = i + 1 == len(micro_batches)
             inputs = {name: x.to(device) for name, x in inputs.items()}
             logits, labels = forward(parallel, inputs, labels)  # (B,R+1,V), (B,R+1)
@@ -548,6 +549,15 @@ def add_training_arguments(parser, steps, lr):
     add("--max-new-tokens", type=int, default=512, help="tokens of a critique that is written")
 
 
+def check_train_batch(train_batch):
+    """Stops, before any work, where the processes cannot share a step evenly."""
+    if train_batch % WORLD:
+        common.stop(
+            f"--train-batch {train_batch} is no multiple of the {WORLD} processes: take another "
+            "--nproc-per-node, or another --train-batch"
+        )
+
+
 def training_steps(critiques, processor, image_root, seed, args):
     """(TrainingSteps, counts) of critique rows, by the arguments above.
 
@@ -562,8 +572,6 @@ def training_steps(critiques, processor, image_root, seed, args):
     kept = [row for row in critiques if not is_long(row["critique"])]
     if not kept:
         common.stop(f"all critiques are longer than --max-response-tokens {limit}: raise it")
-    if args.train_batch % WORLD:
-        common.stop(f"--train-batch {args.train_batch} is no multiple of the {WORLD} processes")
     names = ("lam", "train_batch", "micro_batch", "max_response_tokens")
     settings = {name: getattr(args, name) for name in names}
     data = TrainingSteps(kept, processor, image_root, seed=seed, **settings)
@@ -597,6 +605,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    check_train_batch(args.train_batch)
     first = common.args_of(args.run, "01_preferences", "model", "image_root")
     style = common.args_of(args.run, "02_critiques", "style")["style"]
     inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl")

@@ -271,12 +271,13 @@ def parse_args(argv=None):
 
 # What only chooses among the first iteration's samples and trains on them may change from one start
 # to the next: these samples stay, the rest is made anew.
-MAY_CHANGE = ("retention", "margin", "replay", "steps", "lr", "lam", "bt_weight", "train_batch")
-MAY_CHANGE = dict.fromkeys((*MAY_CHANGE, "max_response_tokens"), ["iter1/samples.jsonl"])
+CHOICES = ("retention", "margin", "replay", "steps", "lr", "lam", "bt_weight", "train_batch")
+MAY_CHANGE = dict.fromkeys((*CHOICES, "max_response_tokens"), ["iter1/samples.jsonl"])
 MAY_CHANGE["iterations"] = ["iter*/*", "iter*/*/*"]
 
 
 def main(args):
+    ift.check_train_batch(args.train_batch)
     first = common.args_of(args.run, "01_preferences", "model", "image_root")
     style = common.args_of(args.run, "02_critiques", "style")["style"]
     common.args_of(args.run, "03_ift")  # stops where stage 03 is not complete
@@ -287,8 +288,8 @@ def main(args):
     inputs += (Path(args.run) / "03_ift").glob("adapter/*.safetensors")
     name = f"04_rejection{control}"
     n_made = len(list((Path(args.run) / name).glob("iter*/done.json")))
-    if n_made > args.iterations and not args.overwrite:
-        common.stop(f"{args.run}/{name} has {n_made} iterations: fewer only in another --run")
+    if n_made > args.iterations and not args.overwrite:  # 05 would still judge by the others
+        common.stop(f"{args.run}/{name} has {n_made} iterations: for fewer --overwrite, or --run")
     folder = common.start_stage(args, name, inputs, MAY_CHANGE)
     if folder is None:
         return
@@ -305,10 +306,12 @@ def main(args):
     results, checkpoint = {}, common.find_checkpoint(run / "03_ift")
     for t in range(1, args.iterations + 1):
         done = folder / f"iter{t}" / "done.json"
-        if done.exists():
-            result = common.read_json(done)
-            results[f"iteration {t}"] = {key: result[key] for key in ("counts", "validation")}
-            checkpoint = common.find_checkpoint(done.parent)
+        if not done.exists():
+            break
+        result = common.read_json(done)
+        results[f"iteration {t}"] = {key: result[key] for key in ("counts", "validation")}
+        checkpoint = common.find_checkpoint(done.parent)
+        ift.forget_training(done.parent)  # a kill may have come between the two
     model, processor = common.load_judge(
         first["model"], checkpoint, args.device, first.get("max_image_tokens"), trainable=True
     )

@@ -614,11 +614,8 @@ def parse_args(argv=None):
         args.temperature = 0.2
         if args.benchmark != "vl-rewardbench" or args.votes > 1:
             parser.error("--protocol official is vl-rewardbench's; it votes by itself: no --votes")
-    source = Path(args.pairs)
-    near = source if source.is_dir() else source.parent
-    if not source.exists():  # a hub id: its pictures will lie in the run directory
-        near = args.run
-    args.image_root = str(Path(args.image_root or near).resolve())
+    root = args.image_root or one.default_image_root(args.pairs, args.run)
+    args.image_root = str(Path(root).resolve())
     return args
 
 
@@ -632,8 +629,9 @@ def take_settings(args):
         for name in names:
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                stop(f"{args.run}/{stage} has fixed {flag} ({made_with[name]}): leave the flag out")
-            setattr(args, name, made_with[name])
+                was = made_with.get(name)
+                stop(f"{args.run}/{stage} was made with {flag} {was}: leave the flag out")
+            setattr(args, name, made_with.get(name))
     if not args.model:
         stop(f"--model is needed: {args.run} holds no complete stage 01 to take it from")
     args.style = args.style or "critique"
@@ -694,6 +692,7 @@ def main(args):
 
     # 1. read, and refuse what could not be measured later ----------------------------------------
     _, pairs, read = one.read_pairs(args.pairs, args.image_root, folder)
+    judging["image_root"] = one.root_of_unpacked(pairs, args.image_root, folder)
     by_id = {pair["id"]: pair for pair in pairs}
     preferences = []
     vocabulary = one.COCO_VOCABULARY
@@ -708,7 +707,7 @@ def main(args):
     questions = ask(pairs, official, args.seed)
     shown = {name: {name: questions} for name in conditions}  # {judge: {condition: questions}}
     for how in args.withhold:
-        changed = withheld(questions, how, args.image_root, args.seed)
+        changed = withheld(questions, how, judging["image_root"], args.seed)
         shown[last][f"{last}, {how} image"] = changed
     if args.attack:
         shown[last][f"{last}, attack"] = ask(attacked(pairs), official, args.seed)

@@ -708,7 +708,7 @@ def run(main, args):
         except (OSError, SafetensorError) as error:
             stop(one_line(error))
         except (RuntimeError, MemoryError) as error:
-            if WORLD > 1 and "Connection" in str(error):  # another process has said why
+            if WORLD > 1 and "Connection" in str(error):  # another process has ended, and said why
                 sys.exit(1)
             is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
             if not is_memory and "can't allocate memory" not in str(error):  # so says the CPU
@@ -819,8 +819,16 @@ def read_jsonl(path, fields=(), check=None):
     fields: those that every row must have; then there must be rows, and no id twice. check(row):
     None, or (field, what is wrong with it).
     """
+    rows = parse_jsonl(read_text(path), path, fields, check)
+    if fields and not rows:
+        stop(f"{path} is empty: nothing to work on")
+    return rows
+
+
+def parse_jsonl(text, path, fields=(), check=None):
+    """The same of the file's text."""
     rows, ids = [], set()
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         row = parse_json(line, f"{path} line {number}")
@@ -831,8 +839,6 @@ def read_jsonl(path, fields=(), check=None):
             stop(f"{path} line {number}, field {wrong[0]!r}: {wrong[1]}")
         ids.add(row.get("id"))
         rows.append(row)
-    if fields and not rows:
-        stop(f"{path} is empty: nothing to work on")
     return rows
 
 
@@ -877,8 +883,7 @@ class RowWriter:
         barrier()  # all have read before one writes
         if whole != data and RANK == 0:
             os.truncate(path, len(whole))
-        barrier()
-        self.rows = read_jsonl(path) if whole else []
+        self.rows = parse_jsonl(whole.decode(errors="backslashreplace"), path)
         self.done_before = {self.key_of(row) for row in self.rows}
         encoding = {"encoding": "utf-8", "errors": "backslashreplace"}  # as in write_text
         self.file = open(os.devnull if RANK else path, "a", **encoding)  # noqa: SIM115
@@ -903,8 +908,8 @@ CHUNK = 2048  # sequences between two saves, whatever --batch-size: what an inte
 
 def in_chunks(rows, is_done, size, describe):
     """(chunk, bar) for fixed chunks of `size` rows, but for those that are wholly done: a resumed
-    run forms the same chunks, so the same batches, and writes the same bytes. What the chunk is
-    done by moves the bar.
+    run forms the same chunks, so the same batches, and writes the same bytes. The caller moves the
+    bar.
     """
     with progress_bar(len(rows), describe) as bar:
         for start in range(0, len(rows), size):
@@ -947,7 +952,7 @@ class StageParser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         for name, value in vars(args).items():
-            if value == "":
+            if value in ("", [""]):
                 self.error(f"--{name.replace('_', '-')} is empty")
         for name, (low, high) in BOUNDS.items():
             value = getattr(args, name, None)
@@ -990,7 +995,8 @@ FREE_ARGUMENTS = {
 }
 
 
-# The arguments that are paths, but for --expert: ultralytics leaves a file of that name here.
+# The arguments that are paths. (--expert is one if it has a "/"; else it is a name, of which
+# ultralytics may leave a file here.)
 PATHS = ("model", "image_root", "images", "pairs", "exclude", "prompts", "detections")
 PATHS = (*PATHS, "vocabulary", "truth")
 LOCKS = []  # files whose locks this process holds to its end
@@ -999,15 +1005,14 @@ STARTED = time.time()
 
 def lock(folder, inputs):
     """Hold the stage's folder, to write in it alone, and those of its inputs, to read what does not
-    change. (These locks are the process's own: the kernel frees them when it dies, whatever it has
-    forked.)
+    change. (By lockf: unlike flock's, its locks are not inherited, so none outlives the process.)
     """
     folders = [folder]
     for stage in folder.parent.glob("0*_*"):
-        if any(Path(path).is_relative_to(stage) for path in inputs):
+        if any(Path(path).resolve().is_relative_to(stage.resolve()) for path in inputs):
+            if stage == folder:
+                stop(f"an input of this stage lies in {folder}, where it writes: move it elsewhere")
             folders.append(stage)
-    if folder in folders[1:]:
-        stop(f"an input of this stage lies in {folder}, where it writes: move it elsewhere")
     for path in folders:
         file = open(path.with_name(f".{path.name}.lock"), "a+")  # noqa: SIM115
         try:
@@ -1032,7 +1037,10 @@ def portable(value, run):
 def remembered(args):
     """The arguments on which a stage's files depend, as args.json and meta.json keep them."""
     kept = {key: value for key, value in vars(args).items() if key not in FREE_ARGUMENTS}
-    return kept | {key: portable(kept[key], args.run) for key in PATHS if key in kept}
+    for key in kept:
+        if key in PATHS or (key == "expert" and "/" in kept[key]):
+            kept[key] = portable(kept[key], args.run)
+    return kept
 
 
 def digest(path):
@@ -1047,15 +1055,17 @@ def digest(path):
 
 
 def digests(inputs, run):
-    """{path: digest} of a stage's inputs; stops where the record of an earlier stage, which is one
-    of them, names a file of the run that it has read or left and that has changed since.
+    """{path: digest} of a stage's inputs. Stops if one of them is the record of an earlier stage
+    (meta.json, done.json), and a file of the run that this one has read or left has changed since.
     """
     found = {}
     for path in map(Path, inputs):
         if Path(run).resolve().is_relative_to(path.resolve()):
             stop(f"the run directory {run} lies in {path}, which is read: put it elsewhere")
-        found[portable(path, run)] = digest(path)
-        record = read_json(path) if path.name in ("meta.json", "done.json") else {}
+        name = portable(path, run)
+        found[name] = digest(path)
+        is_record = path.name in ("meta.json", "done.json") and not Path(name).is_absolute()
+        record = read_json(path) if is_record else {}
         for name, then in {**record.get("inputs", {}), **record.get("outputs", {})}.items():
             file = Path(run) / name
             is_of_run = not Path(name).is_absolute() and file.exists()
@@ -1067,24 +1077,37 @@ def digests(inputs, run):
     return found
 
 
-def clear(folder, kept=()):
+def clear(folder, patterns):
     """Delete the folder's files, but for args.json and those that fit one of the patterns."""
     paths = sorted(folder.rglob("*"), reverse=True)  # what is in a folder, then the folder
     signs = [path for path in paths if path.name in ("meta.json", "done.json")]
-    for path in signs + paths:  # first those that say that all is there
+    for path in signs + paths:  # first those that say that all is there (so these come twice)
+        name = path.relative_to(folder)
         if path.is_dir():
             with contextlib.suppress(OSError):  # it holds what stays
                 path.rmdir()
-        elif path.name != "args.json" and not any(path.match(pattern) for pattern in kept):
+        elif path != folder / "args.json" and not any(name.match(pattern) for pattern in patterns):
             path.unlink(missing_ok=True)
+
+
+def begin_anew(folder, of_changes):
+    """Delete what is to be made anew: all, or what fits no pattern of one of the changes."""
+    for patterns in of_changes or [[]]:
+        print(f"{folder} is made anew, but for: {', '.join(patterns) or 'nothing'}")
+        if RANK == 0:
+            clear(folder, patterns)
+    number = folder.name[:2]
+    later = [path.name for path in folder.parent.glob("0*_*") if path.name[:2] > number]
+    if later:
+        print(f"stale from now on, make anew with --overwrite: {', '.join(sorted(later))}")
 
 
 def start_stage(args, name, inputs=(), may_change=None):
     """The stage's folder, ready to be written or resumed; None where it is complete already.
 
     inputs: the files it reads. may_change: {argument that only chooses among what is sampled: the
-    patterns of the files that stay when it changes}; the others are made anew. Other changes, also
-    of an input, are refused, except that "inputs" in may_change allows further ones.
+    patterns of the files that stay when it, or the file that it names, changes}; a file stays if
+    each change lets it stay. Other changes are refused; "inputs" allows inputs that nobody names.
     """
     folder, may_change = Path(args.run) / name, may_change or {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -1094,10 +1117,9 @@ def start_stage(args, name, inputs=(), may_change=None):
     record, meta = folder / "args.json", folder / "meta.json"
     files = [path for path in folder.rglob("*") if path.is_file() and path != record]
     is_begun = any(path.stat().st_size for path in files)  # before the first row nothing binds
-    was = now
+    changed = set()
     if is_begun and record.exists() and not args.overwrite:
-        was = read_json(record)
-    changed = differences(was, now)
+        changed = differences(read_json(record), now)
     if not changed <= may_change.keys():
         stop(
             f"{folder} was begun with other arguments or inputs: use them, another --run, or "
@@ -1107,14 +1129,11 @@ def start_stage(args, name, inputs=(), may_change=None):
     barrier()  # all have read before one writes
     if is_complete:
         print(f"{folder} is complete: nothing to do; --overwrite makes it anew")
+        for left in folder.rglob("training.safetensors"):  # by a kill right after the end
+            left.unlink(missing_ok=True)
         return None
     if args.overwrite or changed:
-        of_changes = [()] if args.overwrite else [may_change[key] for key in changed]
-        for kept in of_changes if RANK == 0 else ():
-            clear(folder, kept)
-        later = [path.name for path in folder.parent.glob("0*_*") if path.name[:2] > name[:2]]
-        if later:
-            print(f"stale from now on, make anew with --overwrite: {', '.join(sorted(later))}")
+        begin_anew(folder, [may_change[key] for key in sorted(changed)])
     elif is_begun:
         print(f"resuming {folder}")
     write_json(record, now)
@@ -1123,19 +1142,22 @@ def start_stage(args, name, inputs=(), may_change=None):
 
 
 def differences(was, now):
-    """The keys of the arguments and inputs that differ, each said; a further input is "inputs"."""
+    """The arguments that differ, each said. An input that differs counts as the argument that names
+    it; one that none names as itself if it was read before, else as "inputs".
+    """
     old = {**was.get("args", {}), **was.get("inputs", {})}
     new = {**now["args"], **now["inputs"]}
-    named = [value for value in (*old.values(), *new.values()) if isinstance(value, str)]
+    named_by = {}
+    for args in (was.get("args", {}), now["args"]):
+        named_by |= {value: key for key, value in args.items() if isinstance(value, str)}
     changed = set()
     for key in sorted(old.keys() | new.keys()):
-        if key in named and not (key in old and key in new):
-            continue  # another file, by another argument, which is said
         if old.get(key) != new.get(key):
             is_argument = key in now["args"]
             name = f"--{key.replace('_', '-')}" if is_argument else key
             print(f"{name} was {old.get(key)}, is {new.get(key)}")
-            changed.add(key if is_argument or key in old else "inputs")
+            itself = key if is_argument or key in old else "inputs"
+            changed.add(itself if is_argument else named_by.get(key, itself))
     return changed
 
 

@@ -158,8 +158,8 @@ def contents(folder):
     """{file: its bytes, or its JSON values without what no two runs have in common}."""
     found = {}
     for path in folder.rglob("*"):
-        if path.is_dir() or path.name == "training.safetensors":
-            continue  # a kill right after meta.json leaves it behind: that costs disk alone
+        if path.is_dir():
+            continue
         data = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):
             lines = data.splitlines() if path.suffix == ".jsonl" else [data]

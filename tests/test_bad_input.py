@@ -131,10 +131,13 @@ def test_every_number_has_bounds():
                 assert key in common.BOUNDS, f"{name}: {key}"
 
 
-@pytest.mark.parametrize("words", ["01 --images", "01 --pairs", "02 --device", "05 --pairs"])
+EMPTY = ["01 --images", "01 --pairs", "01 --pairs x --exclude", "02 --device", "05 --pairs"]
+
+
+@pytest.mark.parametrize("words", EMPTY)
 def test_empty_words(words, run, capsys):
     """As of a variable of the shell that is not set."""
-    check(run, capsys, [*words.split(), ""], 2, f"{words.split()[1]} is empty")
+    check(run, capsys, [*words.split(), ""], 2, f"{words.split()[-1]} is empty")
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:9", "meta", "cpu:x"])

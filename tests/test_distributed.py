@@ -71,14 +71,11 @@ def test_numbers_are_summed_over_the_processes(monkeypatch):
     assert three.total([1.5, 2]) == [11.5, 22]
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_refused(tiny, monkeypatch):
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(monkeypatch):
     monkeypatch.setattr(three, "WORLD", 3)
-    args = three.parse_args(["--train-batch", "32"])
-    rows = [{"critique": "Verdict: A", **row} for row in judged_rows()]
-    for row in rows:
-        row |= {"response_a": "", "response_b": "", "prompt": "", "style": "none", "pair_id": ""}
     with pytest.raises(SystemExit, match="--train-batch 32 is no multiple of the 3 processes"):
-        three.training_steps(rows, tiny[1], "images", 0, args)
+        three.check_train_batch(32)
+    three.check_train_batch(33)
 
 
 def test_only_the_first_process_speaks_and_writes(tmp_path, monkeypatch, capsys):

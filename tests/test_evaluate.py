@@ -774,7 +774,7 @@ def test_a_run_fixes_its_model_and_style(tmp_path):
     five.take_settings(args)
     assert (args.model, args.max_image_tokens, args.style) == ("hub/base", None, "none")
     for given in (["--model", "hub/base"], ["--style", "critique"], ["--max-image-tokens", "9"]):
-        with pytest.raises(SystemExit, match=f"has fixed {given[0]}"):
+        with pytest.raises(SystemExit, match=f"was made with {given[0]}"):
             five.take_settings(five.parse_args(here + given))
     alone = ["--run", str(tmp_path / "none"), "--pairs", "x"]
     with pytest.raises(SystemExit, match="--model is needed"):

@@ -257,7 +257,7 @@ def test_results_that_were_changed_after_their_stage_are_noticed(begun, tmp_path
     assert start_stage(arguments(tmp_path, overwrite=True), "05_evaluation", [meta]) is not None
 
 
-@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("at", range(12))
 def test_an_overwriting_that_is_cut_leaves_no_old_rows_to_new_arguments(begun, monkeypatch, at):
     folder, source = begun
     (folder / "a.jsonl").write_text("a name before args.json")
@@ -310,9 +310,45 @@ def test_another_file_by_another_argument_is_a_change_of_the_argument(tmp_path):
     args = arguments(run, vocabulary=str(new))
     assert start_stage(args, "01_preferences", [new], may_change) == folder
     assert left(folder) == ["candidates.jsonl"]
-    new.write_text('{"the same name": "x"}')  # which nobody said
+    (folder / "detections.jsonl").write_text("{}")
+    new.write_text('{"the same name": "x"}')
+    assert start_stage(args, "01_preferences", [new], may_change) == folder
+    assert left(folder) == ["candidates.jsonl"]
     with pytest.raises(common.Stop, match="other arguments or inputs"):
-        start_stage(args, "01_preferences", [new], may_change)
+        new.write_text("{}")
+        start_stage(args, "01_preferences", [new])
+
+
+def test_a_file_stays_if_each_change_lets_it_stay(tmp_path):
+    """Also where the run directory's own name fits a pattern."""
+    may_change = {"margin": ["a/*", "b/*"], "seed": ["b/*", "c/*"]}
+    run = tmp_path / "b"
+    folder = start_stage(arguments(run), "04_rejection", [], may_change)
+    for name in "abc":
+        (folder / name).mkdir()
+        (folder / name / "x").write_text("{}")
+    (folder / "meta.json").write_text("{}")
+    assert start_stage(arguments(run, margin=0.1, seed=1), "04_rejection", [], may_change) == folder
+    assert left(folder) == ["b/x"]
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "by a link"])
+def test_an_input_in_the_stages_folder_is_refused_however_it_is_spelled(
+    tmp_path, monkeypatch, spelling
+):
+    monkeypatch.chdir(tmp_path)
+    folder = start_stage(arguments("run"), "01_preferences")
+    (folder / "detections.jsonl").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    path = {
+        "absolute": folder.resolve(),
+        "relative": folder,
+        "by a link": Path("link") / folder.name,
+    }
+    args = arguments("run", overwrite=True)
+    with pytest.raises(common.Stop, match="an input of this stage lies in"):
+        start_stage(args, "01_preferences", [path[spelling] / "detections.jsonl"])
+    assert (folder / "detections.jsonl").exists()
 
 
 def test_an_expert_that_is_downloaded_on_the_way_changes_nothing(tmp_path, monkeypatch):

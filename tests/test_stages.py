@@ -691,6 +691,27 @@ def test_04_adds_iterations_to_those_that_are_done(trained, run):
     assert list(meta["iterations"]) == ["iteration 1", "iteration 2"]
 
 
+def test_04_goes_on_at_the_first_iteration_that_is_missing(trained, run):
+    """Not at the third, from its own adapter, where someone has deleted the second."""
+    three = ["--iterations", "3", "--pool", "6", *FLAGS_04[4:]]
+    trained(4, Judge(pool_judge), *three)
+    folder = run / "04_rejection"
+    (folder / "meta.json").unlink()
+    shutil.rmtree(folder / "iter2")
+    trained(4, Judge(pool_judge), *three)
+    assert trained.loaded == [folder / "iter1" / "adapter"]
+    assert (folder / "iter2" / "done.json").exists()
+
+
+def test_04_with_fewer_iterations_is_refused(trained, run):
+    trained(4, Judge(pool_judge), *FLAGS_04)
+    with pytest.raises(SystemExit, match="has 2 iterations: for fewer"):
+        trained(4, Judge(pool_judge), *FLAGS_04[2:], "--iterations", "1")
+    assert (
+        len(trained(4, Judge(pool_judge), *FLAGS_04[2:], "--iterations", "1", "--overwrite")) == 1
+    )
+
+
 def test_04_does_not_train_again_what_is_saved(trained, run):
     """Cut in its validation, an iteration goes on with the training that is done."""
     trained(4, Judge(pool_judge), *FLAGS_04)
