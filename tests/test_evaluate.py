@@ -626,6 +626,25 @@ def test_categories_of_any_name(tmp_path, shapes, fake, name):
     assert cells(report, "after 03")[1] == "1.000"
 
 
+def test_unpacked_pictures_are_named_from_the_folder_in_which_they_lie(tmp_path, shapes, fake):
+    """So the same judgements are made wherever the run directory lies."""
+    rows = []
+    for row in write_pairs(shapes):
+        row = {name: row[name] for name in ("image", "prompt", "chosen", "rejected")}
+        row["image"] = {"bytes": (shapes / row["image"]).read_bytes(), "path": None}
+        rows.append(row)
+    datasets.Dataset.from_list(rows).to_parquet(shapes / "pairs.parquet")
+    judge = fake(says_the_label)
+    given = ("--pairs", shapes / "pairs.parquet", "--model", "hub/base", "--withhold", "other")
+    _, folder = evaluate(tmp_path, *given)
+    judged = read_jsonl(folder / "judgements.jsonl")
+    assert len(judged) == 24
+    for row in judged:
+        assert (folder / row["image"]).is_file() and row["image"].startswith("images/")
+    for request in judge.requests:
+        assert request["image"].parent == folder / "images"
+
+
 def test_a_swapped_adapter_is_noticed(tmp_path, shapes, fake):
     finished_run(tmp_path / "run", write_pairs(shapes))
     weights = tmp_path / "run" / "03_ift" / "adapter" / "adapter_model.safetensors"

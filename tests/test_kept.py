@@ -130,6 +130,9 @@ def test_nothing_changed(begun, capsys):
     assert start_stage(arguments(folder.parent), folder.name, [source], CHOOSING) is None
     assert "is complete: nothing to do" in capsys.readouterr().out
     assert left(folder) == sorted(FILES)
+    (folder / "iter2" / "training.safetensors").write_text("left by a kill right after the end")
+    assert start_stage(arguments(folder.parent), folder.name, [source], CHOOSING) is None
+    assert left(folder) == sorted(FILES)
 
 
 def test_what_only_chooses_may_change(begun, capsys):
@@ -321,7 +324,7 @@ def test_another_file_by_another_argument_is_a_change_of_the_argument(tmp_path):
 
 def test_a_file_stays_if_each_change_lets_it_stay(tmp_path):
     """Also where the run directory's own name fits a pattern."""
-    may_change = {"margin": ["a/*", "b/*"], "seed": ["b/*", "c/*"]}
+    may_change = {"margin": ["a/*", "b/*", "b/*/*"], "seed": ["b/*", "c/*", "b/*/*"]}
     run = tmp_path / "b"
     folder = start_stage(arguments(run), "04_rejection", [], may_change)
     for name in "abc":
