@@ -720,7 +720,7 @@ def run(main, args):
             )
 
 
-# ---- Run directories: rows that survive an interruption, meta.json as the sign of completion -----
+# ---- Files: what a field holds, rows that survive an interruption --------------------------------
 SHORT = 10_000  # most characters of a prompt or a response: some 2,500 tokens of English
 LONG = 1_000_000  # of what a model writes, which its number of tokens bounds
 # What a field holds, wherever it stands: text of at most so many characters, one word of a set, a
@@ -926,6 +926,7 @@ def progress_bar(total, describe, unit="row", done=0):
     return tqdm(total=total, desc=describe, unit=unit, **settings)
 
 
+# ---- Arguments -----------------------------------------------------------------------------------
 # Smallest and largest value of every flag that is a number.
 BOUNDS = {
     **dict.fromkeys(("batch_size", "train_batch", "micro_batch"), (1, 100_000)),
@@ -983,7 +984,7 @@ def stage_parser(doc):
     return parser
 
 
-# What leaves the rows as they are, up to rounding, may change when a stage is resumed.
+# These leave the rows as they are, up to rounding, and may change when a stage is resumed.
 FREE_ARGUMENTS = {
     "run",
     "device",
@@ -995,6 +996,7 @@ FREE_ARGUMENTS = {
 }
 
 
+# ---- A stage's folder: what it is made with, meta.json as the sign of completion -----------------
 # The arguments that are paths. (--expert is one if it has a "/"; else it is a name, of which
 # ultralytics may leave a file here.)
 PATHS = ("model", "image_root", "images", "pairs", "exclude", "prompts", "detections")
