@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +132,7 @@ def test_no_library_warns_on_the_screen(finished):
             assert ours or "warning" not in line.lower(), f"{name}: {line}"
 
 
-# ---- Complete stages, other arguments, interruptions ---------------------------------------------
+# ---- Complete stages, other arguments (test_faults.py: interruptions) ----------------------------
 def files_of(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -151,40 +150,6 @@ def test_other_arguments_are_refused(world, finished):
     status, output = start([*commands(world, folder)["02"], "--critiques", "3"])
     assert status != 0
     assert "--critiques was 2, is 3" in output
-
-
-# stage: what a later moment of it writes, and files that are cut in the middle of a row
-INTERRUPTIONS = {
-    "01": ("01_preferences", ["preferences.jsonl"], ["candidates.jsonl", "detections.jsonl"]),
-    "02": ("02_critiques", ["critiques.jsonl"], ["samples.jsonl"]),
-    "03": ("03_ift", ["adapter"], ["validation.jsonl"]),
-    "04": ("04_rejection", ["iter2/done.json", "iter2/adapter"], ["iter2/samples.jsonl"]),
-    "05": ("05_evaluation", ["metrics.json"], ["judgements.jsonl"]),
-}
-
-
-@pytest.mark.parametrize("name", INTERRUPTIONS)
-def test_interrupted_stages_resume_to_identical_files(world, finished, tmp_path, name):
-    folder, _ = finished
-    again = tmp_path / "again"
-    shutil.copytree(folder, again)
-    stage, later, cut = INTERRUPTIONS[name]
-    (again / stage / "meta.json").unlink()
-    for made in later:
-        path = again / stage / made
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    for made in cut:
-        data = (again / stage / made).read_bytes()
-        (again / stage / made).write_bytes(data[: int(len(data) * 0.83)])
-    assert "resuming" in run(commands(world, again)[name])
-    for path in sorted((folder / stage).rglob("*.jsonl")):
-        if path.name == "metrics.jsonl":  # holds tokens per second
-            continue
-        resumed = again / stage / path.relative_to(folder / stage)
-        assert resumed.read_bytes() == path.read_bytes(), path.name
 
 
 # ---- Ablations and the README --------------------------------------------------------------------
