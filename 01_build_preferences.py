@@ -346,10 +346,13 @@ def find_mentions(text, vocabulary):
 
 
 def find_phrases(text, phrases):
-    """[(start, end, phrase)] from left to right: whole words, at each word the longest phrase."""
+    """[(start, end, phrase)] from left to right: whole words, at each word the longest phrase.
+
+    phrases: spaced, so they mean nothing but themselves in a regular expression.
+    """
     plain = re.sub(r"[\s_'-]", " ", text)
     longest_first = sorted(phrases, key=len, reverse=True)
-    matches = re.finditer(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b", plain)
+    matches = re.finditer(rf"\b(?:{'|'.join(longest_first)})\b", plain)
     return [(match.start(), match.end(), match.group()) for match in matches]
 
 
