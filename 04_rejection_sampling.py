@@ -273,7 +273,7 @@ def parse_args(argv=None):
 # to the next: these samples stay, the rest is made anew.
 CHOICES = ("retention", "margin", "replay", "steps", "lr", "lam", "bt_weight", "train_batch")
 MAY_CHANGE = dict.fromkeys((*CHOICES, "max_response_tokens"), ["iter1/samples.jsonl"])
-MAY_CHANGE["iterations"] = ["iter*/*", "iter*/*/*"]
+MAY_CHANGE["iterations"] = ["iter*/*", "iter*/*/*"]  # more: all that is there stays
 
 
 def main(args):
