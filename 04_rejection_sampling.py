@@ -124,10 +124,11 @@ def confident_rows(samples):
     return questions
 
 
-def margins_of_pairs(pair_ids, questions):
+def margins_of_pairs(pair_ids, questions, margin=margin):
     """({pair id: mean margin of its two orders}, {(pair id, order): passing critiques}).
 
-    The margin is 0 where an order offers no passing critique: such a pair is not kept.
+    The margin is 0 where an order offers no passing critique: such a pair is not kept. margin: of
+    a question, from its critiques' confidences and which of them pass.
     """
     margins, passing = {}, {}
     for pair_id in pair_ids:
@@ -169,17 +170,18 @@ def any_critique(rows, seed):
     return random.Random(seed).choice(rows)
 
 
-# --select: (which pairs, which of a question's passing critiques); a study may add its own rules
+# --select: (a question's margin, which pairs, which of a question's passing critiques); a study may
+# add its own rules
 RULES = {
-    "margin": (pairs_by_margin, best_critique),
-    "random": (pairs_at_random, any_critique),
-    "best": (pairs_at_random, best_critique),
+    "margin": (margin, pairs_by_margin, best_critique),
+    "random": (margin, pairs_at_random, any_critique),
+    "best": (margin, pairs_at_random, best_critique),
 }
 
 
 def keep(margins, passing, select, threshold, retention, seed, iteration):
     """The kept questions, two per pair, each with the one critique to train on."""
-    choose_pairs, choose_critique = RULES[select]
+    _, choose_pairs, choose_critique = RULES[select]
     eligible = [key for key in margins if passing[key, "ab"] and passing[key, "ba"]]
     pairs_seed = row_seed(seed, "select", iteration)
     kept = []
@@ -230,7 +232,8 @@ def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judg
         seed=row_seed(args.seed, t),
         **judging,
     )
-    margins, passing = margins_of_pairs([pair["id"] for pair in pool], confident_rows(samples))
+    pair_ids, questions = [pair["id"] for pair in pool], confident_rows(samples)
+    margins, passing = margins_of_pairs(pair_ids, questions, RULES[args.select][0])
     kept = keep(margins, passing, args.select, args.margin, args.retention, args.seed, t)
     reasons = Counter(row["dropped"] for row in samples)
     if not kept:

@@ -1,0 +1,370 @@
+"""Tables and pictures of study.py's results, from assets/results.jsonl alone.
+
+Every interval is 95 %, over worlds and images together: worlds are drawn with replacement, and of
+each drawn world one of the resamples of its images that the line holds. A difference is taken
+within each world and each resample, so it is paired; it counts only where its interval leaves out
+zero (marked *).
+"""
+
+import json
+from statistics import mean
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- Cells: of each world a mean and its resamples -----------------------------------------------
+def of_setting(lines, study, setting):
+    """{seed: line}, of the processor that was recorded first."""
+    found = {}
+    for line in lines:
+        if (line["study"], line["setting"]) == (study, setting):
+            found.setdefault(line["seed"], line)
+    return dict(sorted(found.items()))
+
+
+def cells(lines, study, setting, condition):
+    """{seed: (accuracy, its resamples (100,))}."""
+    found = {}
+    for seed, line in of_setting(lines, study, setting).items():
+        if condition in line["accuracies"]:
+            draws = np.array(line["bootstrap"][condition]) / 1e4
+            found[seed] = (line["accuracies"][condition], draws)
+    return found
+
+
+def minus(a, b):
+    """Paired difference, over the worlds that have both."""
+    return {seed: (a[seed][0] - b[seed][0], a[seed][1] - b[seed][1]) for seed in a if seed in b}
+
+
+def interval(of_worlds, n=20000, seed=0):
+    """95 % (low, high) of the mean over worlds: worlds drawn, then a resample of each."""
+    draws = np.array([draws for _, draws in of_worlds.values()])  # (W, 100)
+    rng = np.random.default_rng(seed)
+    worlds = rng.integers(len(draws), size=(n, len(draws)))  # (n, W)
+    resample = rng.integers(draws.shape[1], size=(n, len(draws)))  # (n, W)
+    low, high = np.percentile(draws[worlds, resample].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def average(of_worlds):
+    return mean(value for value, _ in of_worlds.values())
+
+
+# ---- Lines of tables -----------------------------------------------------------------------------
+def number(value, sign=""):
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
+def table_row(name, of_worlds, sign=""):
+    if not of_worlds:
+        return f"| {name} | not measured |  |  |"
+    low, high = interval(of_worlds)
+    star = " *" if sign and (low > 0 or high < 0) else ""
+    worlds = " ".join(number(value, sign) for value, _ in of_worlds.values())
+    span = f"{number(low, sign)} to {number(high, sign)}"
+    return f"| {name} | {number(average(of_worlds), sign)}{star} | {span} | {worlds} |"
+
+
+def table(title, rows, sign=""):
+    """rows: {name: cells}."""
+    seeds = sorted({seed for of_worlds in rows.values() for seed in of_worlds})
+    what = "difference" if sign else "accuracy"
+    head = f"| {title} | {what} | 95 % interval | worlds {' '.join(map(str, seeds))} |"
+    return ["", head, "|---|---|---|---|", *(table_row(*row, sign) for row in rows.items())]
+
+
+def counts_table(lines, title, places, names):
+    """Means over worlds of counts; places: {row: (study, setting)}, names: {count: heading}."""
+    out = ["", f"| {title} | {' | '.join(names.values())} | worlds |", "|---" * (len(names) + 2) + "|"]
+    for row, (study, setting) in places.items():
+        of_seeds = of_setting(lines, study, setting)
+        values = []
+        for name in names:
+            found = [x["counts"][name] for x in of_seeds.values() if x["counts"].get(name) is not None]
+            values.append(f"{mean(found):.3g}" if found else "")
+        out.append(f"| {row} | {' | '.join(values)} | {len(of_seeds)} |")
+    return out
+
+
+# ---- The tables ----------------------------------------------------------------------------------
+FULL = ("headline", "pools of 600")
+MARGIN, RANDOM, BEST, ON = "margin", "random", "best", "continue"
+
+
+def by_iteration(lines, rule, setting="pools of 600"):
+    """[cells after 03, iteration 1, 2, ...] of a rule."""
+    found = [cells(lines, "headline", setting, "after 03")]
+    while new := cells(lines, "headline", setting, f"{rule}, iteration {len(found)}"):
+        found.append(new)
+    return found
+
+
+def worlds_table(lines):
+    out = ["", "| world | base | after 03 | one iteration of margins | labels wrong | note |"]
+    out.append("|---|---|---|---|---|---|")
+    for seed, line in of_setting(lines, "start", "the demo's flags").items():
+        shares = line["accuracies"]
+        if not shares:
+            out.append(f"| {seed} |  |  |  |  | {line['failure']} |")
+            continue
+        names = ("base", "after 03", "margin, iteration 1")
+        found = " | ".join(number(shares[name]) for name in names)
+        out.append(f"| {seed} | {found} | {number(line['counts']['expert: labels_wrong'])} |  |")
+    return out
+
+
+def headline_tables(lines):
+    judges = ["shorter response", "base", "expert", "after 03"]
+    for rule in (MARGIN, RANDOM, BEST, ON):
+        judges += [f"{rule}, iteration {t}" for t in range(1, 5)]
+    judges += ["margin, iteration 4, blank image", "margin, iteration 4, other image"]
+    rows = {name: cells(lines, *FULL, name) for name in judges}
+    rows = {name: found for name, found in rows.items() if found}
+    for t in range(1, 5):
+        rows[f"pools of 300: margin, iteration {t}"] = cells(
+            lines, "headline", "pools of 300", f"margin, iteration {t}"
+        )
+    pairs = [("after 03", "base"), ("after 03", "expert"), ("margin, iteration 4", "expert")]
+    pairs += [("margin, iteration 1", "after 03"), ("margin, iteration 2", "after 03")]
+    pairs += [(f"margin, iteration {t + 1}", f"margin, iteration {t}") for t in (1, 2, 3)]
+    for rule in (RANDOM, BEST, ON):
+        pairs += [(f"margin, iteration {t}", f"{rule}, iteration {t}") for t in range(1, 5)]
+    pairs += [("random, iteration 2", "after 03"), ("random, iteration 4", "after 03")]
+    differences = {}
+    for a, b in pairs:
+        if found := minus(cells(lines, *FULL, a), cells(lines, *FULL, b)):
+            differences[f"{a} - {b}"] = found
+    small = cells(lines, "headline", "pools of 300", "margin, iteration 4")
+    last = "margin, iteration 4"
+    differences[f"{last}: pools of 600 - of 300"] = minus(cells(lines, *FULL, last), small)
+    kept = {f"kept of the pool, iteration {t}": f"kept {t}" for t in range(1, 5)}
+    kept |= {f"margin 0, iteration {t}": f"margin 0, {t}" for t in range(1, 5)}
+    return [
+        *table("1. headline", rows),
+        *table("1. differences", differences, "+"),
+        *counts_table(lines, "1. shares of the pool, by iteration", {"margins": FULL}, kept),
+    ]
+
+
+POOLS = ("findings", "findings, flipped", "no findings", "no findings, flipped")
+RULE_NAMES = ("margin", "random", "best", "median")
+
+
+def margins_tables(lines):
+    rows, differences, places = {}, {}, {}
+    for pool in (*POOLS, *(f"{pool}, weak start" for pool in POOLS)):
+        of_rule = {}
+        for rule in RULE_NAMES:
+            found = cells(lines, "margins", f"{pool}, {rule}", f"{rule}, iteration 1")
+            if found:
+                of_rule[rule] = rows[f"{pool}: {rule}"] = found
+                places[f"{pool}: {rule}"] = ("margins", f"{pool}, {rule}")
+        for other in of_rule.keys() - {MARGIN}:
+            name = f"{pool}: margin - {other}"
+            differences[name] = minus(of_rule[MARGIN], of_rule[other])
+    kept = ("false facts, kept", "false facts, passing")
+    kept += ("flipped, kept", "flipped, passing", "flipped, pool", "pairs kept")
+    after_03 = cells(lines, "start", "the demo's flags", "after 03")
+    return [
+        *table("2. margins: one iteration", {"after 03": after_03, **rows}),
+        *table("2. differences", dict(sorted(differences.items())), "+"),
+        *counts_table(lines, "2. what is kept", places, {name: name for name in kept}),
+    ]
+
+
+def plain_tables(lines, number_, study, condition, reference, counts):
+    """Every setting of a study by one condition, its difference to a reference, its counts."""
+    settings = sorted({x["setting"] for x in lines if x["study"] == study}, key=str)
+    rows, differences = {}, {}
+    base = cells(lines, *reference)
+    for setting in settings:
+        found = {}
+        for name in condition:
+            found = found or cells(lines, study, setting, name)
+        rows[setting] = found
+        if setting != reference[1] and found:
+            differences[f"{setting} - {reference[1]}"] = minus(found, base)
+    places = {setting: (study, setting) for setting in settings}
+    out = table(f"{number_}. {study}", rows)
+    out += table(f"{number_}. differences", differences, "+")
+    if counts:
+        out += counts_table(lines, f"{number_}. counts", places, counts)
+    return out
+
+
+def last_tables(lines):
+    """Transfer, Best-of-N and votes, leaks."""
+    out = []
+    line = next((x for x in lines if x["study"] == "transfer"), None)
+    if line:
+        names = [*line["accuracies"]]
+        rows = {name: cells(lines, "transfer", "other pictures", name) for name in names}
+        out += table("7. transfer", rows)
+        elsewhere = {}
+        for a, b in (("margin, iteration 2", "after 03"), ("margin, iteration 2", "random, iteration 2")):
+            for where in ("", ", elsewhere"):
+                elsewhere[f"{a} - {b}{where}"] = minus(rows[a + where], rows[b + where])
+        out += table("7. differences", elsewhere, "+")
+    line = next((x for x in lines if x["study"] == "best"), None)
+    if line:
+        votes = {name: cells(lines, "best", "N and votes", name) for name in line["accuracies"]}
+        more = {f"{name} - votes 1": minus(votes[name], votes["votes 1"]) for name in [*votes][1:]}
+        out += table("8. votes", votes) + table("8. differences", more, "+")
+        pickers = ("random", "longest", "base", "after 03", "margin 1", "oracle")
+        for what in ("names nothing absent", "share of objects named"):
+            head = f"8. Best-of-N: {what}"
+            out += ["", f"| {head} | {' | '.join(pickers)} |", "|---" * (len(pickers) + 1) + "|"]
+            for n in (1, 2, 4, 8, 16):
+                found = []
+                for picker in pickers:
+                    key = f"best of {n}, {picker}: {what}"
+                    of_seeds = of_setting(lines, "best", "N and votes").values()
+                    found.append(number(mean(x["counts"][key] for x in of_seeds)))
+                out.append(f"| N = {n} | {' | '.join(found)} |")
+    leaks = {}
+    for name in ("base", "after 03"):
+        leaks[f"shuffled labels: {name}"] = cells(lines, "leak", "shuffled labels", name)
+    for how in ("blank", "other"):
+        leaks[f"{how} image"] = cells(lines, *FULL, f"margin, iteration 4, {how} image")
+    return out + table("leak checks", leaks)
+
+
+def processors_table(lines):
+    """The same setting and seed on two processors: mean and largest difference of a condition."""
+    found = {}
+    for line in lines:
+        found.setdefault((line["study"], line["setting"], line["seed"]), []).append(line)
+    out = ["", "| measured twice | seeds | processors | mean |difference| | largest |".replace("|d", "of d").replace("e| |", "es |")]
+    out = ["", "| measured twice | seed | processors | mean of differences | largest |", "|---|---|---|---|---|"]
+    for (study, setting, seed), (first, *others) in found.items():
+        for other in others:
+            gaps = []
+            for name, value in first["accuracies"].items():
+                if name in other["accuracies"]:
+                    gaps.append(abs(value - other["accuracies"][name]))
+            if gaps:
+                names = f"{first['processor']} / {other['processor']}"
+                gap = f"{number(mean(gaps))} | {number(max(gaps))}"
+                out.append(f"| {study}, {setting} | {seed} | {names} | {gap} |")
+    return out
+
+
+def tables(lines):
+    """All tables as markdown."""
+    base = ("start", "the demo's flags")
+    wrong = {"expert: labels_wrong": "labels wrong", "expert: findings_contradicted": "findings wrong"}
+    wrong |= {"expert: n_pairs": "pairs"}
+    kept = {"pairs kept": "pairs kept", "margin of the kept": "mean margin"}
+    kept |= {"false facts, kept": "false facts, kept"}
+    said = {"captions hallucinate, greedy": "captions hallucinate, greedy"}
+    said |= {"captions hallucinate, sampled": "sampled", "ece": "ECE"}
+    said |= {"bradley_terry_loss": "Bradley-Terry", "unparseable": "unparseable"}
+    said |= {"critiques trained on": "critiques", "supervised tokens": "supervised tokens"}
+    one_step = ("margin, iteration 1", "sometimes, iteration 1")
+    after, critique = ("after 03",), ("training", "critique, lambda 1/3", "after 03")
+    off = ("margin, iteration 1",)
+    out = worlds_table(lines) + headline_tables(lines) + margins_tables(lines)
+    out += plain_tables(lines, 3, "retention", one_step, (*base, off[0]), kept)
+    out += plain_tables(lines, 4, "expert", after, ("expert", "YOLO", "after 03"), wrong)
+    out += plain_tables(lines, 5, "training", after, critique, said)
+    counts = wrong | kept | {"captions hallucinate, greedy": "captions hallucinate, greedy"}
+    out += plain_tables(lines, 6, "components", off, (*base, off[0]), counts)
+    return "\n".join(out + last_tables(lines) + processors_table(lines))
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+COLOURS = {"margin": "#0072B2", "random": "#D55E00", "best": "#009E73", "continue": "#CC79A7"}
+MARKERS = {"margin": "o", "random": "s", "best": "^", "continue": "D"}
+
+
+def axes(path, size=(6.4, 3.8)):
+    """A figure on white: readable on a light and on a dark page."""
+    figure = Figure(size, layout="tight", facecolor="white")
+    axis = figure.subplots()
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+    return figure, axis
+
+
+def draw_iterations(path, lines):
+    """Accuracy by iteration with controls; a band of intervals."""
+    figure, axis = axes(path)
+    for shift, rule in enumerate(COLOURS):
+        found = by_iteration(lines, rule)
+        spans = np.array([interval(of_worlds) for of_worlds in found])
+        middle = np.array([average(of_worlds) for of_worlds in found])
+        x = np.arange(len(found)) + (shift - 1.5) * 0.06
+        label = {"margin": "margins", "random": "random pairs", "best": "best of random pairs"}
+        name = label.get(rule, "stage 03 continued")
+        errors = np.abs(spans.T - middle)
+        style = {"color": COLOURS[rule], "marker": MARKERS[rule], "label": name, "capsize": 2}
+        axis.errorbar(x, middle, errors, linewidth=1.6, markersize=5, elinewidth=0.9, **style)
+    n_worlds = len(cells(lines, *FULL, "after 03"))
+    axis.set_xticks(range(5), ["after 03", "1", "2", "3", "4"])
+    axis.set(xlabel="iteration of stage 04", ylabel="accuracy, share of questions judged right")
+    axis.set_title(f"{n_worlds} worlds, 1,000 held-out pairs each; bars: 95 %", fontsize=9)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_expert(path, lines):
+    """Judge accuracy against the share of labels that the expert gets wrong."""
+    figure, axis = axes(path)
+    groups = {
+        "simulated, precision lowered": ("precision 0", "o", "#0072B2"),
+        "simulated, recall lowered": ("recall 0", "s", "#D55E00"),
+        "simulated, both": ("precision and recall", "^", "#009E73"),
+        "truth": ("truth", "*", "black"),
+        "YOLO": ("YOLO", "D", "#CC79A7"),
+        "the policy's yes or no": ("the policy", "X", "#E69F00"),
+    }
+    for label, (start, marker, colour) in groups.items():
+        for line in lines:
+            is_of = line["setting"].startswith(start) and line["study"] == "expert"
+            if is_of and "after 03" in line["accuracies"]:
+                x = line["counts"]["expert: labels_wrong"]
+                style = {"color": colour, "label": label, "markersize": 9 if marker == "*" else 6}
+                axis.plot(x, line["accuracies"]["after 03"], marker, **style)
+                label = None
+    axis.axhline(0.5, color="0.5", linestyle=":", linewidth=1)
+    axis.set(xlabel="share of pairs whose label the expert gets wrong")
+    axis.set(ylabel="accuracy after stage 03", ylim=(0.45, 1))
+    axis.set_title("each point one world and one expert, 1,000 held-out pairs", fontsize=9)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_flipped(path, lines):
+    """Of the flipped pairs: their share among what each rule keeps."""
+    figure, axis = axes(path, (6.4, 3.2))
+    pools = ("findings, flipped", "no findings, flipped")
+    for shift, rule in enumerate(("margin", "best", "random")):
+        for place, pool in enumerate(pools):
+            found = of_setting(lines, "margins", f"{pool}, {rule}").values()
+            values = [100 * x["counts"]["flipped, kept"] for x in found]
+            if not values:
+                continue
+            x = place + (shift - 1) * 0.25
+            label = {"margin": "margins", "best": "best of random pairs", "random": "random pairs"}
+            bar = {"color": COLOURS[rule], "width": 0.22, "alpha": 0.75}
+            axis.bar(x, mean(values), label=label[rule] if place == 0 else None, **bar)
+            axis.plot([x] * len(values), values, "o", color="black", markersize=3)
+    axis.set_xticks(range(2), ["with the expert's findings", "without findings"])
+    axis.axhline(15, color="0.4", linestyle=":", linewidth=1)
+    axis.annotate("share in the pool", (-0.45, 15.3), fontsize=8, color="0.3")
+    axis.set(ylabel="flipped pairs among the kept, %", ylim=(0, 18))
+    axis.set_title("15 % of the pool's labels flipped; points: worlds", fontsize=9)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.82))
+    figure.savefig(path, dpi=130)
+
+
+def draw(lines, folder):
+    draw_iterations(folder / "iterations.png", lines)
+    draw_expert(folder / "expert_error.png", lines)
+    draw_flipped(folder / "flipped.png", lines)
