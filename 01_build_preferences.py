@@ -1114,6 +1114,15 @@ def inputs_of(args):
     return [path for path in paths if path and Path(path).exists()]
 
 
+def warn_of_blind_expert(share):
+    """share: of the rows in which the expert calls something absent that a response names."""
+    if share < 0.1:
+        print(
+            f"warning: in {share:.1%} of the rows the expert calls something mentioned absent: "
+            "it may miss what is hallucinated; try another --expert or a higher --absent"
+        )
+
+
 def main(args):
     folder = common.start_stage(args, "01_preferences", inputs_of(args), MAY_CHANGE)
     if folder is None:
@@ -1155,12 +1164,14 @@ def main(args):
     # 3. Pairs -------------------------------------------------------------------------------------
     rows = []
     statuses = Counter(dict.fromkeys(("mentions present", "mentions absent", "mentions unsure"), 0))
+    n_caught = 0  # rows in which the expert calls something absent that a response names
     for item in items:
         key, finding = item["id"], findings[item["image"]]
         found, named = finding["detections"], set().union(*mentions[key])
         known = known_classes(classes, finding, all_names)
         status = verify(named.union(swaps[key]), found, args.present, args.absent, known)
         statuses.update(f"mentions {status[name]}" for name in named)
+        n_caught += any(status[name] == "absent" for name in named)
         row, reason = build_pair(
             item, texts[key], mentions[key], swaps[key], found, status, vocabulary, args.seed
         )
@@ -1179,6 +1190,7 @@ def main(args):
     counts.update(f"  {row['source']} pairs" for row in rows)
     counts.update(f"  in split {row['split']}" for row in rows)
     counts.update(statuses)
+    warn_of_blind_expert(n_caught / len(items))
     if counts["  in split pool"] < 2:
         print("warning: no pairs are left for the pool of 04: lower --train or give more")
     command = f"python 02_generate_critiques.py --run {shlex.quote(args.run)}"

@@ -187,6 +187,12 @@ def keep_distinct(samples):
     return list(kept.values())
 
 
+def share_describing(samples):
+    """Of the critiques with a verdict, the share that checks no claim: they describe, or assert."""
+    judged = [row for row in samples if row["verdict"]]
+    return sum(not parse_checks(row["critique"]) for row in judged) / max(1, len(judged))
+
+
 def count(samples, kept):
     """What was written, dropped and kept: {line of the report: number}."""
     reasons = Counter(row["dropped"] for row in samples)
@@ -260,6 +266,9 @@ def main(args):
         seed=args.seed,
     )
     kept = keep_distinct(samples)
+    share = share_describing(samples)
+    if args.style == "critique" and share > 0.2:
+        print(f"warning: {share:.0%} of the critiques with a verdict describe: they check no claim")
     if not kept:
         reasons = dict(Counter(row["dropped"] for row in samples))
         common.stop(f"no critique was kept: {reasons}; read {folder}/samples.jsonl")

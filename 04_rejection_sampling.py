@@ -38,7 +38,7 @@ import random
 import shlex
 from collections import Counter
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median, stdev
 
 import torch
 from matplotlib.figure import Figure
@@ -215,6 +215,42 @@ def draw_margins(path, margins, kept_ids, title):
 
 
 # ---- Iterations, arguments and main --------------------------------------------------------------
+def paired_gain(before, after):
+    """(mean, half-width of its 95 % interval) of the gain in accuracy between two judges.
+
+    before, after: judgement rows {"id" of the pair, "label", "verdict"} of the same questions. Per
+    pair the share of its orders judged right; interval: 1.96 standard errors over pairs.
+
+    >>> right, wrong = {"label": "A", "verdict": "A"}, {"label": "A", "verdict": None}
+    >>> before, after = [{**wrong, "id": k} for k in "pq"], [{**right, "id": k} for k in "pq"]
+    >>> paired_gain(before, after)
+    (1.0, 0.0)
+    """
+    of_pair = {}
+    for sign, rows in ((-1, before), (1, after)):
+        for row in rows:
+            gain = sign * (row["verdict"] == row["label"])
+            of_pair.setdefault(row["id"], []).append(gain)
+    gains = [2 * mean(of_orders) for of_orders in of_pair.values()]  # half of them are "before"
+    return mean(gains), 1.96 * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+
+
+def report_gain(t, folder, folder_before):
+    """Says what iteration t has gained on the validation pairs, or that it has stopped gaining."""
+    judged = []
+    for place in (folder_before, folder):
+        path = place / "validation.jsonl"
+        rows = common.read_jsonl(path) if path.exists() else []
+        judged.append([row for row in rows if row["condition"] != "before"])  # 03 judges twice
+    if not all(judged):
+        return
+    gain, half = paired_gain(*judged)
+    n = len({row["id"] for row in judged[1]})
+    print(f"iteration {t}: {gain:+.3f} (95 % +-{half:.3f}) on {n} validation pairs")
+    if gain <= half:
+        print("warning: no gain beyond its interval: saturation, or too few pairs to see one")
+
+
 def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judging):
     """(kept critique rows, counts) of iteration t: sample the pool, take margins, keep the best.
 
@@ -249,7 +285,10 @@ def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judg
     print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {share:.1%}")
     print(f"smallest kept margin {smallest:.3f}")
     if not 0.3 <= share <= 0.5:
-        print("warning: retention is outside 30-50 %: change --retention or --margin, or the pool")
+        print(
+            f"warning: retention is outside 30-50 %: the pool's median margin is "
+            f"{median(margins.values()):.3f}; change --retention or --margin, or the pool"
+        )
     counts = {"pairs in the pool": len(pool), "critiques sampled": len(samples)}
     counts |= {f"dropped: {why}": n for why, n in reasons.most_common() if why}
     counts["pairs with margin 0"] = sum(value == 0 for value in margins.values())
@@ -339,6 +378,7 @@ def main(args):
         ift.train(model, data, here, **ift.training_settings(args))
         ift.save_checkpoint(model, processor, here)
         result = ift.validate(model, processor, validation, here, f"iteration {t}", **judging)
+        report_gain(t, here, folder / f"iter{t - 1}" if t > 1 else run / "03_ift")
         results[f"iteration {t}"] = {"counts": {**counts, **more}, "validation": result}
         made_with = common.read_json(folder / "args.json")  # by which 05 knows this judge
         common.write_json(here / "done.json", {**results[f"iteration {t}"], **made_with})

@@ -9,8 +9,8 @@ are made once (the study "start"). What is finished is not repeated, so an inter
 where it stopped. Each (study, setting, seed) becomes one line of assets/results.jsonl:
 
     {"study", "setting", "seed", "processor", "n": held-out pairs, "accuracies": {condition: share},
-     "bootstrap": {condition: the same in 100 resamples of the images, in 1e-4}, "counts", "seconds",
-     "commit"}
+     "bootstrap": {condition: the same in 100 resamples of the images, in 1e-4}, "counts",
+     "seconds", "commit"}
 
 The resamples draw the same images for all conditions of a world, so that differences are paired.
 The judgements themselves lie in --out.
@@ -136,6 +136,7 @@ class Lab:
         self.folder = out / f"seed{seed}"
         self.base = self.folder / "base"
         self.locks = {name: threading.Lock() for name in ("world", "base", "weak", "wide")}
+        self.made, self.base_judged = set(), None
 
     def command(self, number, run, *flags, expert=None, filter_by="all"):
         """Stage `number` in the run; flags are added to the demo's."""
@@ -185,35 +186,34 @@ class Lab:
                     raise Refused(log.read_text().strip().splitlines()[-1])
             scenes.write_pictures(self.pictures, self.seed, N_IMAGES, N_HELDOUT)
 
+    def make(self, name, *steps, source=None):
+        """The run `name`, by (stage, *flags) on copies of the source's earlier stages; the demo's
+        flags else. Once for all settings of this process."""
+        run = self.folder / name
+        with self.locks[name]:
+            if name not in self.made:
+                if source:
+                    self.copy_stages(source, run, *("01", "02", "03")[: int(steps[0][0]) - 1])
+                for number, *flags in steps:
+                    self.command(number, run, *flags)
+                self.made.add(name)
+        return run
+
     def make_base(self):
-        """Stages 01 to 03 and one iteration of 04, all by the demo's flags -> the run."""
+        """Stages 01 to 03 and one iteration of 04 -> the run."""
         self.build()
-        with self.locks["base"]:
-            for number in ("01", "02", "03"):
-                self.command(number, self.base)
-            iterations = len(list(self.base.glob("04_rejection/iter*/done.json")))
-            if iterations == 0:
-                self.command("04", self.base, "--iterations", "1")
-        return self.base
+        iteration = ("04", "--iterations", "1")
+        return self.make("base", ("01",), ("02",), ("03",), iteration)
 
     def make_weak(self):
         """The same with a third of stage 03's steps -> the run."""
-        self.make_base()
-        with self.locks["weak"]:
-            run = self.folder / "weak"
-            self.copy_stages(self.base, run, "01", "02")
-            self.command("03", run, "--steps", "50")
-            self.command("04", run, "--iterations", "1")
-        return run
+        iteration = ("04", "--iterations", "1")
+        return self.make("weak", ("03", "--steps", "50"), iteration, source=self.make_base())
 
     def make_wide(self):
         """16 samples of each question of the first pool -> the run."""
-        self.make_base()
-        with self.locks["wide"]:
-            run = self.folder / "wide"
-            self.copy_stages(self.base, run, "01", "02", "03")
-            self.command("04", run, "--iterations", "1", "--samples", "16")
-        return run
+        iteration = ("04", "--iterations", "1", "--samples", "16")
+        return self.make("wide", iteration, source=self.make_base())
 
     def copy_stages(self, source, run, *numbers):
         """Copies of complete stages: a setting never changes those of another."""
@@ -242,9 +242,11 @@ class Lab:
         return judged, read_json(folder / "metrics.json")
 
     def judge_base(self):
+        """As judge, of the base; once for all settings of this process."""
         self.make_base()
         with self.locks["base"]:
-            return self.judge(self.base)
+            self.base_judged = self.base_judged or self.judge(self.base)
+        return self.base_judged
 
     def truth(self):
         return five.read_truth(self.pictures / "truth.jsonl")
@@ -488,9 +490,7 @@ def select(
     if not (findings and not flipped):
         altered_pool(run, lab.seed, findings, flipped)
     share_samples(source, run, rule, n)
-    lab.command(
-        "04", run, "--iterations", "1", "--select", rule, "--samples", str(n), *flags
-    )
+    lab.command("04", run, "--iterations", "1", "--select", rule, "--samples", str(n), *flags)
     if start == "weak":
         judged, _ = lab.judge(run, lab.base, ("base",))
     else:
@@ -509,7 +509,11 @@ def with_expert(lab, run, flags=(), expert=None, quality=None):
         flags = (*flags, "--detections", str(path), "--vocabulary", str(vocabulary))
     if not (run / "01_preferences").exists():
         (run / "01_preferences").mkdir(parents=True)
-        shutil.copy(lab.base / "01_preferences" / "candidates.jsonl", run / "01_preferences")
+        names = (
+            ["candidates.jsonl"] if expert or quality else ["candidates.jsonl", "detections.jsonl"]
+        )
+        for name in names:
+            shutil.copy(lab.base / "01_preferences" / name, run / "01_preferences")
     lab.command("01", run, *flags, expert=expert)
     lab.command("02", run)
     lab.command("03", run)
@@ -649,6 +653,8 @@ def best_of_n(model_path, checkpoints, pictures, truth, device, folder, n=16, n_
     writer = common.RowWriter(folder / "candidates.jsonl")
     candidates = five.write_candidates(rows, load, writer, n, str(pictures), sampling)
     sizes = [2**k for k in range(n.bit_length())]
+    judging = {"image_root": str(pictures), "style": "critique"}
+    judging |= {"max_new_tokens": 96, "batch_size": 256, "seed": 0}
 
     def quality(name, text):
         """(names nothing absent, share of what is there that it names)."""
@@ -668,8 +674,6 @@ def best_of_n(model_path, checkpoints, pictures, truth, device, folder, n=16, n_
     picked = {"random": shares(first), "longest": shares(longest), "oracle": shares(oracle)}
     for picker, checkpoint in checkpoints.items():
         model, processor = load(checkpoint)
-        judging = {"image_root": str(pictures), "style": "critique"}
-        judging |= {"max_new_tokens": 96, "batch_size": 256, "seed": 0}
         path = folder / f"games_{picker.replace(' ', '_')}.jsonl"
         games = common.RowWriter(path, key=("condition", "question"))
 
@@ -726,12 +730,12 @@ def best(lab, run):
 def selections():
     """{setting: function} of study 2."""
     settings = {}
-    for start, rules in (
-        ("base", ("margin", "random", "best", "median")),
-        ("weak", ("margin", "random")),
+    for start, rules, flips in (
+        ("base", ("margin", "random", "best", "median"), (False, True)),
+        ("weak", ("margin", "random"), (False,)),
     ):
         for findings in (True, False):
-            for flipped in (False, True):
+            for flipped in flips:
                 for rule in rules:
                     names = ["findings" if findings else "no findings"]
                     names += ["flipped"] if flipped else []
@@ -764,7 +768,6 @@ def experts():
     for share in (0.9, 0.7, 0.5):
         settings[f"precision {share}"] = partial(with_expert, quality=(share, 1))
         settings[f"recall {share}"] = partial(with_expert, quality=(1, share))
-        settings[f"precision and recall {share}"] = partial(with_expert, quality=(share, share))
     return settings
 
 
@@ -791,7 +794,7 @@ STUDIES = {
     "training": trainings(),
     "components": {
         f"without {name}": partial(without, component=name)
-        for name in ("expert", "checks", "D_correct")
+        for name in ("nothing", "expert", "checks", "D_correct")
     },
     "transfer": {"other pictures": transfer},
     "best": {"N and votes": best},
@@ -859,7 +862,11 @@ def run_setting(lab, study, setting, results, lock):
     if judged:
         kept = lab.folder / "judgements"
         kept.mkdir(exist_ok=True)
-        rows = [{**row, "condition": c} for c, of_c in judged.items() for row in of_c]
+        rows = []
+        for condition, of_condition in judged.items():
+            for row in of_condition:
+                short = {key: value for key, value in row.items() if key != "critique"}
+                rows.append({**short, "condition": condition})
         write_jsonl(kept / f"{name}.jsonl", rows)
         if study not in ("start", "headline"):
             shutil.rmtree(run, ignore_errors=True)

@@ -81,12 +81,18 @@ def table(title, rows, sign=""):
 
 def counts_table(lines, title, places, names):
     """Means over worlds of counts; places: {row: (study, setting)}, names: {count: heading}."""
-    out = ["", f"| {title} | {' | '.join(names.values())} | worlds |", "|---" * (len(names) + 2) + "|"]
+    out = [
+        "",
+        f"| {title} | {' | '.join(names.values())} | worlds |",
+        "|---" * (len(names) + 2) + "|",
+    ]
     for row, (study, setting) in places.items():
         of_seeds = of_setting(lines, study, setting)
         values = []
         for name in names:
-            found = [x["counts"][name] for x in of_seeds.values() if x["counts"].get(name) is not None]
+            found = [
+                x["counts"][name] for x in of_seeds.values() if x["counts"].get(name) is not None
+            ]
             values.append(f"{mean(found):.3g}" if found else "")
         out.append(f"| {row} | {' | '.join(values)} | {len(of_seeds)} |")
     return out
@@ -207,7 +213,10 @@ def last_tables(lines):
         rows = {name: cells(lines, "transfer", "other pictures", name) for name in names}
         out += table("7. transfer", rows)
         elsewhere = {}
-        for a, b in (("margin, iteration 2", "after 03"), ("margin, iteration 2", "random, iteration 2")):
+        for a, b in (
+            ("margin, iteration 2", "after 03"),
+            ("margin, iteration 2", "random, iteration 2"),
+        ):
             for where in ("", ", elsewhere"):
                 elsewhere[f"{a} - {b}{where}"] = minus(rows[a + where], rows[b + where])
         out += table("7. differences", elsewhere, "+")
@@ -240,8 +249,17 @@ def processors_table(lines):
     found = {}
     for line in lines:
         found.setdefault((line["study"], line["setting"], line["seed"]), []).append(line)
-    out = ["", "| measured twice | seeds | processors | mean |difference| | largest |".replace("|d", "of d").replace("e| |", "es |")]
-    out = ["", "| measured twice | seed | processors | mean of differences | largest |", "|---|---|---|---|---|"]
+    out = [
+        "",
+        "| measured twice | seeds | processors | mean |difference| | largest |".replace(
+            "|d", "of d"
+        ).replace("e| |", "es |"),
+    ]
+    out = [
+        "",
+        "| measured twice | seed | processors | mean of differences | largest |",
+        "|---|---|---|---|---|",
+    ]
     for (study, setting, seed), (first, *others) in found.items():
         for other in others:
             gaps = []
@@ -258,7 +276,10 @@ def processors_table(lines):
 def tables(lines):
     """All tables as markdown."""
     base = ("start", "the demo's flags")
-    wrong = {"expert: labels_wrong": "labels wrong", "expert: findings_contradicted": "findings wrong"}
+    wrong = {
+        "expert: labels_wrong": "labels wrong",
+        "expert: findings_contradicted": "findings wrong",
+    }
     wrong |= {"expert: n_pairs": "pairs"}
     kept = {"pairs kept": "pairs kept", "margin of the kept": "mean margin"}
     kept |= {"false facts, kept": "false facts, kept"}

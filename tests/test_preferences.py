@@ -346,6 +346,24 @@ def test_main_on_findings(tmp_path):
     assert counts["dropped: rejected does not hallucinate by the expert"] == 1
 
 
+def test_01_says_that_the_expert_calls_next_to_nothing_absent(tmp_path, capsys):
+    """It finds a cat in 11 of 12 pictures: what is hallucinated there, it has missed."""
+    pairs, findings = [], []
+    for i in range(12):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
+        texts = {"prompt": "What is there?", "chosen": "A dog.", "rejected": "A dog and a cat."}
+        pairs.append({"image": f"{i}.png", **texts})
+        names = ["dog", "cat"] if i else ["dog"]
+        findings.append({"id": f"{i}.png", "detections": [found(name, 0.9) for name in names]})
+    pairs = write_rows(tmp_path / "pairs.jsonl", pairs)
+    flags = ["--pairs", pairs, "--image-root", tmp_path, "--detections"]
+    run(tmp_path, *flags, write_rows(tmp_path / "found.jsonl", findings))
+    assert "in 8.3% of the rows the expert calls" in capsys.readouterr().out
+    del findings[1]["detections"][1]
+    run(tmp_path, *flags, write_rows(tmp_path / "found.jsonl", findings))
+    assert "it may miss" not in capsys.readouterr().out  # 2 of 12
+
+
 def test_thresholds_may_change_without_a_new_detection(tmp_path, monkeypatch, capsys):
     """Stage 01 advises it; the detector is asked once, for all that it finds at all."""
     for name in ("0.png", "1.png"):

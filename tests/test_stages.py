@@ -770,6 +770,73 @@ def test_04_continue_trains_on_stage_03s_own_rows(trained, run):
     assert trainings[0][0].seed != trainings[1][0].seed
 
 
+# ---- Failure signatures: each is said by the stage in which it appears ---------------------------
+def describes(request, k):
+    """Two of five critiques check nothing."""
+    right = right_critique(request)
+    return answer(right.splitlines()[-1] if k in (1, 3) else right, 0.9)
+
+
+def test_02_says_that_critiques_describe(stages, run, capsys):
+    stages(2, Judge(always_right), "--critiques", "5")
+    assert "describe" not in capsys.readouterr().out
+    stages(2, Judge(describes), "--critiques", "5", "--overwrite")
+    assert "40% of the critiques with a verdict describe" in capsys.readouterr().out
+    stages(2, Judge(describes), "--critiques", "5", "--overwrite", "--style", "none")
+    assert "describe" not in capsys.readouterr().out  # as asked
+
+
+def nearly_agrees(request, k):
+    """The judge contradicts itself about the pair p05 alone."""
+    if request["id"].startswith("p05") and k == 2:
+        return answer(mirrored(right_critique(request)), 0.9)
+    return answer(right_critique(request), 0.9)
+
+
+def test_04_says_that_margins_are_narrow(trained, capsys):
+    trained(4, Judge(pool_judge), *FLAGS_04)
+    assert "retention is outside" not in capsys.readouterr().out
+    trained(4, Judge(nearly_agrees), *FLAGS_04, "--iterations", "1", "--overwrite")
+    printed = capsys.readouterr().out
+    assert "kept 1 of 10 pairs = 10.0%" in printed
+    assert "retention is outside 30-50 %: the pool's median margin is 0.000" in printed
+
+
+def test_04_says_that_an_iteration_gains_nothing(critiqued, run, capsys):
+    """Iteration 1 judges the two validation pairs right, of which 03 had one order in four; then
+    there is nothing left to gain."""
+
+    def mostly_wrong(request, k):
+        right = right_critique(request)
+        return answer(right if request["id"] == "v0-ab" else mirrored(right), 0.9)
+
+    critiqued(3, Judge(mostly_wrong))
+    capsys.readouterr()
+    critiqued(4, Judge(pool_judge), *FLAGS_04)
+    first, second = capsys.readouterr().out.split("iteration 2: kept")
+    assert "iteration 1: +0.750 (95 % +-0.490) on 2 validation pairs" in first
+    assert "saturation" not in first
+    assert "iteration 2: +0.000 (95 % +-0.000) on 2 validation pairs" in second
+    assert "no gain beyond its interval: saturation" in second
+
+
+def test_04_gains_are_paired_by_pair():
+    """Against scipy-free arithmetic: gains .5, 0, 0, -.5, 1 of five pairs."""
+    before, after = [], []
+    rights = {"p": ("10", "11"), "q": ("11", "11"), "r": ("00", "00"), "s": ("01", "00")}
+    rights["t"] = ("00", "11")
+    for name, (was, now) in rights.items():
+        for order, a, b in zip(("ab", "ba"), was, now):
+            row = {"id": name, "order": order, "label": "A"}
+            before.append({**row, "verdict": "A" if a == "1" else "B"})
+            after.append({**row, "verdict": "A" if b == "1" else None})
+    gain, half = four.paired_gain(before, after)
+    assert gain == pytest.approx(0.2)
+    deviations = [0.3, 0.2, 0.2, 0.7, 0.8]  # from the mean
+    error = math.sqrt(sum(d * d for d in deviations) / 4 / 5)
+    assert half == pytest.approx(1.96 * error)
+
+
 def test_margins_are_drawn(tmp_path):
     four.draw_margins(tmp_path / "margins.png", {"a": 0.0, "b": 0.4, "c": 0.7}, ["b", "c"], "x")
     assert common.load_image(tmp_path / "margins.png").size == (660, 352)
