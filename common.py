@@ -1173,7 +1173,8 @@ def args_of(run, stage, *needed):
     args = read_json(path).get("args")
     if not isinstance(args, dict):
         stop(f"{path} holds no 'args': run its script with --overwrite")
-    if wrong := misfit(args, needed):
+    read = {name: args.get(name) for name in (*needed, "max_image_tokens")}
+    if wrong := misfit(read, needed):
         stop(f"{path}, field {wrong[0]!r}: {wrong[1]}")
     for key in ("model", "image_root"):  # as portable has left them
         if args.get(key) and (Path(run) / args[key]).exists():

@@ -126,6 +126,10 @@ def redirect_output(log):
 
 
 # ---- A world and its runs ------------------------------------------------------------------------
+def beside(run, ending):
+    return run.parent / f"{run.name}.{ending}"
+
+
 class Lab:
     """The commands on the world of one seed."""
 
@@ -151,7 +155,7 @@ class Lab:
         if self.device:
             line += ["--device", self.device]
         print(f"$ python {shlex.join(line)}", flush=True)
-        script, log = SCRIPTS[number], run.with_suffix(".log")
+        script, log = SCRIPTS[number], beside(run, "log")
         self.finish(run_script, (script, line[1:], log, filter_by), log)
 
     def call(self, function, *arguments):
@@ -503,10 +507,11 @@ def with_expert(lab, run, flags=(), expert=None, quality=None):
     truth."""
     lab.judge_base()
     if quality:
-        path = run.with_suffix(".detections.jsonl")
+        path = beside(run, "detections.jsonl")
         write_jsonl(path, simulated_detections(lab, *quality))
-        vocabulary = lab.base / "01_preferences" / "vocabulary.json"
-        flags = (*flags, "--detections", str(path), "--vocabulary", str(vocabulary))
+        flags = (*flags, "--detections", str(path))
+    if expert or quality:  # neither says what there is to see
+        flags = (*flags, "--vocabulary", str(lab.base / "01_preferences" / "vocabulary.json"))
     if not (run / "01_preferences").exists():
         (run / "01_preferences").mkdir(parents=True)
         names = (
@@ -572,7 +577,8 @@ def without(lab, run, component):
         if not (run / "01_preferences").exists():
             (run / "01_preferences").mkdir(parents=True)
             shutil.copy(lab.base / "01_preferences" / "candidates.jsonl", run / "01_preferences")
-        lab.command("01", run, expert="none")
+        vocabulary = lab.base / "01_preferences" / "vocabulary.json"
+        lab.command("01", run, "--vocabulary", str(vocabulary), expert="none")
     else:
         lab.copy_stages(lab.base, run, "01")
     if component == "D_correct":

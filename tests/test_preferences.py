@@ -344,6 +344,8 @@ def test_main_on_findings(tmp_path):
         ("0.png", "given", ["cat"])
     ]
     assert counts["dropped: rejected does not hallucinate by the expert"] == 1
+    args = common.args_of(tmp_path / "run", "01_preferences", "image_root")  # as 02 reads them
+    assert args["detections"].endswith("found.jsonl")
 
 
 def test_01_says_that_the_expert_calls_next_to_nothing_absent(tmp_path, capsys):
