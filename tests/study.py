@@ -140,7 +140,6 @@ class Lab:
         self.folder = out / f"seed{seed}"
         self.base = self.folder / "base"
         self.locks = {name: threading.Lock() for name in ("world", "base", "weak", "wide")}
-        self.made, self.base_judged = set(), None
 
     def command(self, number, run, *flags, expert=None, filter_by="all"):
         """Stage `number` in the run; flags are added to the demo's."""
@@ -191,16 +190,15 @@ class Lab:
             scenes.write_pictures(self.pictures, self.seed, N_IMAGES, N_HELDOUT)
 
     def make(self, name, *steps, source=None):
-        """The run `name`, by (stage, *flags) on copies of the source's earlier stages; the demo's
-        flags else. Once for all settings of this process."""
+        """The run `name`, by (stage, *flags), of which 04 is the last, on copies of the source's
+        earlier stages. The flags are added to the demo's."""
         run = self.folder / name
         with self.locks[name]:
-            if name not in self.made:
+            if not (run / "04_rejection" / "meta.json").exists():
                 if source:
                     self.copy_stages(source, run, *("01", "02", "03")[: int(steps[0][0]) - 1])
                 for number, *flags in steps:
                     self.command(number, run, *flags)
-                self.made.add(name)
         return run
 
     def make_base(self):
@@ -239,18 +237,17 @@ class Lab:
             folder.mkdir()
             shared = [row for row in rows if row["condition"] in conditions]
             write_jsonl(folder / "judgements.jsonl", shared)
-        self.command("05", run, *flags)
+        if not (folder / "meta.json").exists():
+            self.command("05", run, *flags)
         judged = {}
         for row in read_jsonl(folder / "judgements.jsonl"):
             judged.setdefault(row["condition"], []).append(row)
         return judged, read_json(folder / "metrics.json")
 
     def judge_base(self):
-        """As judge, of the base; once for all settings of this process."""
         self.make_base()
         with self.locks["base"]:
-            self.base_judged = self.base_judged or self.judge(self.base)
-        return self.base_judged
+            return self.judge(self.base)
 
     def truth(self):
         return five.read_truth(self.pictures / "truth.jsonl")
