@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -499,9 +500,9 @@ def select(
     return judged, selection_counts(run, rule, lab.truth(), lab.seed if flipped else None)
 
 
-def with_expert(lab, run, flags=(), expert=None, quality=None):
-    """Stages 01 to 03 with other findings; quality: precision and recall of an expert made from the
-    truth."""
+def with_expert(lab, run, flags=(), expert=None, quality=None, findings=True):
+    """Stages 01 to 03 with other findings; quality: of an expert made from the truth, as
+    simulated_detections takes it; findings: does the judge learn from more than their labels?"""
     lab.judge_base()
     if quality:
         path = beside(run, "detections.jsonl")
@@ -517,28 +518,55 @@ def with_expert(lab, run, flags=(), expert=None, quality=None):
         for name in names:
             shutil.copy(lab.base / "01_preferences" / name, run / "01_preferences")
     lab.command("01", run, *flags, expert=expert)
+    if not findings:
+        change_pairs(run, without_findings, "01_preferences")
     lab.command("02", run)
     lab.command("03", run)
     judged, metrics = lab.judge(run, lab.base, ("base",))
     return judged, expert_counts(metrics)
 
 
-def simulated_detections(lab, precision, recall):
-    """Findings with errors drawn by lot: a present object is found with probability recall; absent
-    ones, mostly near misses of what is there, are found so often that precision is as wanted."""
+def without_findings(row):
+    """The row's label alone, if it is trained on."""
+    return {**row, "evidence": []} if row["split"] == "train" else row
+
+
+def simulated_detections(lab, precision, recall, confused=0):
+    """Findings with errors. Drawn by lot: a present object is found with probability recall; absent
+    ones, mostly near misses of what is there, are found so often that precision is as wanted. Or
+    always the same: a share `confused` of the kinds is taken for the same shape in another colour.
+    """
+    n_confused = round(confused * len(scenes.KINDS))
+    blind = random.Random(row_seed(lab.seed, "confused")).sample(scenes.KINDS, n_confused)
     rows = []
     for row in read_jsonl(lab.pictures / "truth.jsonl"):
         rng = np.random.default_rng([row_seed(lab.seed, "expert", row["image"])])
         present = [thing["object"] for thing in row["objects"]]
         found = []
         for thing in row["objects"]:
+            kind = thing["object"]
             if rng.random() < recall:
-                found.append({**thing, "confidence": 0.9})
+                kind = other_colour(kind) if kind in blind else kind
+                found.append({**thing, "object": kind, "confidence": 0.9})
         n_wrong = int(rng.poisson(len(present) * recall * (1 - precision) / precision))
         wrong = {scenes.pick_absent(rng, rng.choice(present), present)[0] for _ in range(n_wrong)}
         found += [{"object": kind, "confidence": 0.9, "box": None} for kind in sorted(wrong)]
         rows.append({"id": row["image"], "detections": found})
     return rows
+
+
+def other_colour(kind):
+    """The same shape in the next colour."""
+    colours, (colour, shape) = [*scenes.COLOURS], kind.split()
+    return f"{colours[(colours.index(colour) + 1) % len(colours)]} {shape}"
+
+
+def untrained(lab, run):
+    """The captions of the base model."""
+    judged, _ = lab.judge_base()
+    truth = {name: sorted(objects) for name, objects in lab.truth().items()}
+    counts = lab.call(captions, lab.world / "model", None, lab.pictures, truth, lab.device)
+    return {"base": judged["base"]}, counts
 
 
 def trained(lab, run, style=None, flags=()):
@@ -767,18 +795,24 @@ def experts():
         "YOLO without a band": partial(with_expert, flags=("--present", ".25", "--absent", ".25")),
         "the policy's yes or no": partial(with_expert, expert="none"),
         "truth": partial(with_expert, quality=(1, 1)),
+        "YOLO, labels alone": partial(with_expert, findings=False),
+        "the policy, labels alone": partial(with_expert, expert="none", findings=False),
     }
     for share in (0.9, 0.7, 0.5):
         settings[f"precision {share}"] = partial(with_expert, quality=(share, 1))
         settings[f"recall {share}"] = partial(with_expert, quality=(1, share))
+    for share in (0.1, 0.25, 0.5):
+        name = f"{share:.0%} of the kinds always confused"
+        settings[name] = partial(with_expert, quality=(1, 1, share))
     return settings
 
 
 def trainings():
-    settings = {"critique, lambda 1/3": trained}
+    settings = {"nothing trained": untrained, "critique, lambda 1/3": trained}
     for style in ("descriptive", "none"):
         settings[style] = partial(trained, style=style)
-    settings["critique, 30 steps"] = partial(trained, flags=("--steps", "30"))
+    for steps in ("30", "300"):
+        settings[f"critique, {steps} steps"] = partial(trained, flags=("--steps", steps))
     settings["none, 300 steps"] = partial(trained, style="none", flags=("--steps", "300"))
     for lam in ("0", "0.1", "0.5", "1"):
         settings[f"lambda {lam}"] = partial(trained, flags=("--lam", lam))
@@ -834,8 +868,7 @@ def processor_name(device):
 
 def run_setting(lab, study, setting, results, lock):
     """Runs a setting and appends its line, unless the line is there."""
-    name = f"{study}-{setting}".replace("'", "").replace(" ", "_").replace(",", "")
-    name = name.replace("/", "_").replace("(", "").replace(")", "")
+    name = re.sub(r"[^\w.-]+", "_", f"{study}-{setting}")
     run, clock = lab.folder / name, time.time()
     failure = None
     try:

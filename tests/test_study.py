@@ -128,9 +128,9 @@ def test_flips_are_by_lot_and_of_the_row():
 
 
 # ---- Experts with errors -------------------------------------------------------------------------
-@pytest.mark.parametrize("precision, recall", [(1, 1), (0.7, 1), (1, 0.5)])
-def test_simulated_experts_are_as_bad_as_is_said(tmp_path, precision, recall):
-    lab = study.Lab(tmp_path, seed=0, device="cpu")
+def lab_with_truth(folder):
+    """1,500 pictures of three objects each."""
+    lab = study.Lab(folder, seed=0, device="cpu")
     lab.pictures.mkdir(parents=True)
     rng = np.random.default_rng(1)
     truth = []
@@ -139,6 +139,12 @@ def test_simulated_experts_are_as_bad_as_is_said(tmp_path, precision, recall):
         objects = [{"object": kind, "box": [0, 0, 1, 1]} for kind in kinds]
         truth.append({"image": f"{i}.png", "objects": objects})
     common.write_jsonl(lab.pictures / "truth.jsonl", truth)
+    return lab, truth
+
+
+@pytest.mark.parametrize("precision, recall", [(1, 1), (0.7, 1), (1, 0.5)])
+def test_experts_err_by_lot_as_often_as_is_said(tmp_path, precision, recall):
+    lab, truth = lab_with_truth(tmp_path)
     right = found = present = 0
     for row, said in zip(truth, study.simulated_detections(lab, precision, recall)):
         names = {thing["object"] for thing in said["detections"]}
@@ -146,6 +152,19 @@ def test_simulated_experts_are_as_bad_as_is_said(tmp_path, precision, recall):
         right, found, present = right + len(names & there), found + len(names), present + len(there)
     assert right / found == pytest.approx(precision, abs=0.03)
     assert right / present == pytest.approx(recall, abs=0.03)
+
+
+def test_an_expert_that_is_confused_errs_always_alike(tmp_path):
+    lab, truth = lab_with_truth(tmp_path)
+    taken_for = {}
+    for row, said in zip(truth, study.simulated_detections(lab, 1, 1, 0.25)):
+        for thing, found in zip(row["objects"], said["detections"], strict=True):
+            taken_for.setdefault(thing["object"], set()).add(found["object"])
+    assert all(len(names) == 1 for names in taken_for.values())
+    wrong = {kind: name for kind, [name] in taken_for.items() if kind != name}
+    assert len(wrong) == 10
+    for kind, name in wrong.items():
+        assert kind.split()[1] == name.split()[1]
 
 
 # ---- Intervals and tables ------------------------------------------------------------------------
