@@ -32,6 +32,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -509,6 +510,44 @@ def validate(model, processor, pairs, folder, name, **judging):
     return result
 
 
+def paired_gain(before, after):
+    """(mean, half-width of its 95 % interval) of the gain in accuracy between two judges.
+
+    before, after: judgement rows {"id" of the pair, "label", "verdict"} of the same questions. Per
+    pair the share of its orders judged right; interval: 1.96 standard errors over pairs.
+
+    >>> wrong, right = {"label": "A", "verdict": None}, {"label": "A", "verdict": "A"}
+    >>> paired_gain([{**wrong, "id": k} for k in "pq"], [{**right, "id": k} for k in "pq"])
+    (1.0, 0.0)
+    """
+    gains_of = {}  # {pair id: of each of its orders -1, 0 or 1}
+    for was, now in zip(before, after, strict=True):
+        gain = (now["verdict"] == now["label"]) - (was["verdict"] == was["label"])
+        gains_of.setdefault(now["id"], []).append(gain)
+    gains = [mean(of_orders) for of_orders in gains_of.values()]
+    half = 1.96 * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+    return float(mean(gains)), half
+
+
+def report_gain(before, after, why_none):
+    """Says what a training has gained on the validation pairs, or that it has gained nothing."""
+    if not before or not after:
+        return
+    gain, half = paired_gain(before, after)
+    print(
+        f"gain in accuracy on {len(after) // 2} validation pairs: {gain:+.3f} (95 % +-{half:.3f})"
+    )
+    if gain <= half:
+        print(f"warning: no gain beyond its interval: {why_none}")
+
+
+def read_validation(folder, is_before=False):
+    """Rows of the validation after the folder's training, or before stage 03's; [] without any."""
+    path = folder / "validation.jsonl"
+    rows = read_jsonl(path) if path.exists() else []
+    return [row for row in rows if (row["condition"] == "before") == is_before]
+
+
 # ---- Arguments and main --------------------------------------------------------------------------
 def wrong_verdict(row):
     """None for a critique to train on; else (field, what is wrong with it) for read_jsonl."""
@@ -631,6 +670,8 @@ def main(args):
     train(model, data, folder, **training_settings(args))
     save_checkpoint(model, processor, folder)
     after = validate(model, processor, validation, folder, "after 03", **judging)
+    judged = [read_validation(folder, is_before) for is_before in (True, False)]
+    report_gain(*judged, "the verdicts' loss, of few tokens, hides in the critiques': more --steps")
 
     # 3. report ------------------------------------------------------------------------------------
     counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}

@@ -38,7 +38,7 @@ import random
 import shlex
 from collections import Counter
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 import torch
 from matplotlib.figure import Figure
@@ -215,42 +215,6 @@ def draw_margins(path, margins, kept_ids, title):
 
 
 # ---- Iterations, arguments and main --------------------------------------------------------------
-def paired_gain(before, after):
-    """(mean, half-width of its 95 % interval) of the gain in accuracy between two judges.
-
-    before, after: judgement rows {"id" of the pair, "label", "verdict"} of the same questions. Per
-    pair the share of its orders judged right; interval: 1.96 standard errors over pairs.
-
-    >>> right, wrong = {"label": "A", "verdict": "A"}, {"label": "A", "verdict": None}
-    >>> before, after = [{**wrong, "id": k} for k in "pq"], [{**right, "id": k} for k in "pq"]
-    >>> paired_gain(before, after)
-    (1.0, 0.0)
-    """
-    of_pair = {}
-    for sign, rows in ((-1, before), (1, after)):
-        for row in rows:
-            gain = sign * (row["verdict"] == row["label"])
-            of_pair.setdefault(row["id"], []).append(gain)
-    gains = [2 * mean(of_orders) for of_orders in of_pair.values()]  # half of them are "before"
-    return mean(gains), 1.96 * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-
-
-def report_gain(t, folder, folder_before):
-    """Says what iteration t has gained on the validation pairs, or that it has stopped gaining."""
-    judged = []
-    for place in (folder_before, folder):
-        path = place / "validation.jsonl"
-        rows = common.read_jsonl(path) if path.exists() else []
-        judged.append([row for row in rows if row["condition"] != "before"])  # 03 judges twice
-    if not all(judged):
-        return
-    gain, half = paired_gain(*judged)
-    n = len({row["id"] for row in judged[1]})
-    print(f"iteration {t}: {gain:+.3f} (95 % +-{half:.3f}) on {n} validation pairs")
-    if gain <= half:
-        print("warning: no gain beyond its interval: saturation, or too few pairs to see one")
-
-
 def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judging):
     """(kept critique rows, counts) of iteration t: sample the pool, take margins, keep the best.
 
@@ -363,7 +327,7 @@ def main(args):
     judging["max_new_tokens"] = args.max_new_tokens
 
     # 2. iterate -----------------------------------------------------------------------------------
-    n_done = len(results)
+    n_done, judged_before = len(results), ift.read_validation(checkpoint.parent)
     for t in range(n_done + 1, args.iterations + 1):
         here = folder / f"iter{t}"
         here.mkdir(exist_ok=True)
@@ -378,7 +342,9 @@ def main(args):
         ift.train(model, data, here, **ift.training_settings(args))
         ift.save_checkpoint(model, processor, here)
         result = ift.validate(model, processor, validation, here, f"iteration {t}", **judging)
-        report_gain(t, here, folder / f"iter{t - 1}" if t > 1 else run / "03_ift")
+        judged = ift.read_validation(here)
+        ift.report_gain(judged_before, judged, "saturation, or too few pairs to see a gain")
+        judged_before = judged
         results[f"iteration {t}"] = {"counts": {**counts, **more}, "validation": result}
         made_with = common.read_json(folder / "args.json")  # by which 05 knows this judge
         common.write_json(here / "done.json", {**results[f"iteration {t}"], **made_with})

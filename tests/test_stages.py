@@ -811,12 +811,12 @@ def test_04_says_that_an_iteration_gains_nothing(critiqued, run, capsys):
         return answer(right if request["id"] == "v0-ab" else mirrored(right), 0.9)
 
     critiqued(3, Judge(mostly_wrong))
-    capsys.readouterr()
+    assert "no gain beyond its interval: the verdicts' loss" in capsys.readouterr().out
     critiqued(4, Judge(pool_judge), *FLAGS_04)
     first, second = capsys.readouterr().out.split("iteration 2: kept")
-    assert "iteration 1: +0.750 (95 % +-0.490) on 2 validation pairs" in first
+    assert "on 2 validation pairs: +0.750 (95 % +-0.490)" in first
     assert "saturation" not in first
-    assert "iteration 2: +0.000 (95 % +-0.000) on 2 validation pairs" in second
+    assert "on 2 validation pairs: +0.000 (95 % +-0.000)" in second
     assert "no gain beyond its interval: saturation" in second
 
 
@@ -830,7 +830,7 @@ def test_04_gains_are_paired_by_pair():
             row = {"id": name, "order": order, "label": "A"}
             before.append({**row, "verdict": "A" if a == "1" else "B"})
             after.append({**row, "verdict": "A" if b == "1" else None})
-    gain, half = four.paired_gain(before, after)
+    gain, half = ift.paired_gain(before, after)
     assert gain == pytest.approx(0.2)
     deviations = [0.3, 0.2, 0.2, 0.7, 0.8]  # from the mean
     error = math.sqrt(sum(d * d for d in deviations) / 4 / 5)
