@@ -349,14 +349,14 @@ def test_main_on_findings(tmp_path):
 
 
 def test_01_says_that_the_expert_calls_next_to_nothing_absent(tmp_path, capsys):
-    """It finds a cat in 11 of 12 pictures: what is hallucinated there, it has missed."""
+    """It finds cats in 11 of 12 pictures: what is hallucinated there, it has missed."""
     pairs, findings = [], []
     for i in range(12):
         Image.new("RGB", (40, 40)).save(tmp_path / f"{i}.png")
         texts = {"prompt": "What is there?", "chosen": "A dog.", "rejected": "A dog and a cat."}
         pairs.append({"image": f"{i}.png", **texts})
-        names = ["dog", "cat"] if i else ["dog"]
-        findings.append({"id": f"{i}.png", "detections": [found(name, 0.9) for name in names]})
+        detections = [found("dog", 0.9), found("cat", 0.9 if i < 11 else 0.2)]  # unsure in the last
+        findings.append({"id": f"{i}.png", "detections": detections if i else detections[:1]})
     pairs = write_rows(tmp_path / "pairs.jsonl", pairs)
     flags = ["--pairs", pairs, "--image-root", tmp_path, "--detections"]
     run(tmp_path, *flags, write_rows(tmp_path / "found.jsonl", findings))

@@ -770,19 +770,34 @@ def test_04_continue_trains_on_stage_03s_own_rows(trained, run):
     assert trainings[0][0].seed != trainings[1][0].seed
 
 
+def test_04_takes_a_study_s_own_rule(trained, run, monkeypatch):
+    """With its own margin: here the smallest is the largest."""
+
+    def turned(confidences, right):
+        return 1 - four.margin(confidences, right)
+
+    rule = (turned, four.pairs_by_margin, four.best_critique)
+    monkeypatch.setitem(four.RULES, "turned", rule)
+    trained(4, Judge(pool_judge), *FLAGS_04, "--select", "turned", "--iterations", "1")
+    kept = [row["pair_id"] for row in kept_rows(run, 1, "turned")][::2]
+    assert kept == ["p04", "p05", "p06", "p07"]
+
+
 # ---- Failure signatures: each is said by the stage in which it appears ---------------------------
 def describes(request, k):
-    """Two of five critiques check nothing."""
+    """Two of five critiques with a verdict check nothing; a sixth has none."""
     right = right_critique(request)
+    if k == 5:
+        return answer("A dog, and nothing else.", 0.9)
     return answer(right.splitlines()[-1] if k in (1, 3) else right, 0.9)
 
 
 def test_02_says_that_critiques_describe(stages, run, capsys):
-    stages(2, Judge(always_right), "--critiques", "5")
+    stages(2, Judge(always_right), "--critiques", "6")
     assert "describe" not in capsys.readouterr().out
-    stages(2, Judge(describes), "--critiques", "5", "--overwrite")
+    stages(2, Judge(describes), "--critiques", "6", "--overwrite")
     assert "40% of the critiques with a verdict describe" in capsys.readouterr().out
-    stages(2, Judge(describes), "--critiques", "5", "--overwrite", "--style", "none")
+    stages(2, Judge(describes), "--critiques", "6", "--overwrite", "--style", "none")
     assert "describe" not in capsys.readouterr().out  # as asked
 
 
