@@ -3,6 +3,7 @@
 import copy
 
 import bench
+import bench_gpu
 import pytest
 import torch
 from conftest import ROOT
@@ -113,3 +114,24 @@ def test_without_trl_train_says_what_to_install(monkeypatch, tmp_path):
     lines, [note] = bench.bench_train(tmp_path, tmp_path, 1)
     assert lines == []
     assert "pip install trl" in note
+
+
+# ---- Memory at real sizes: the same lines at a tiny one, on the CPU ------------------------------
+@pytest.mark.parametrize("name", ["7b", "2b"])
+def test_the_memory_bench_runs(name, monkeypatch, capsys):
+    family, text, vision = bench_gpu.SHAPES[name]
+    rope = {**text["rope_parameters"], "mrope_section": [2, 3, 3]}
+    text = {**text, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+    text |= {"rope_parameters": rope}
+    vision = {**vision, "depth": 2, "num_heads": 2}
+    if family == "Qwen2VL":
+        vision |= {"embed_dim": 32, "hidden_size": 64}
+    else:
+        text["head_dim"] = 16
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    flags = ["--max-image-tokens", "8", "--steps", "1", "--questions", "2", "--micro-batch", "16"]
+    args = bench_gpu.parse_args([name, *flags, "--max-new-tokens", "4"])
+    lines = bench_gpu.measure((family, text, vision), args, "cpu")
+    assert [line.split()[0] for line in lines] == ["weights", "sampling:", "training:"]
