@@ -101,7 +101,7 @@ def build(shape, max_image_tokens, device):
 
 
 def write_questions(folder, n_pairs, seed=0):
-    """Critique rows of pairs of 120-word responses about pictures of noise, written to the folder."""
+    """Critique rows of 80-word responses to pictures of noise, which it writes to the folder."""
     rng = np.random.default_rng(seed)
     objects = ("red circle", "blue star", "green heart", "purple square")
     rows = []
