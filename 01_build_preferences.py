@@ -41,7 +41,6 @@ import os
 import random
 import re
 import shlex
-import textwrap
 import tomllib
 from collections import Counter, defaultdict
 from contextlib import suppress
@@ -52,7 +51,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from pyarrow import ipc
@@ -999,44 +997,37 @@ def read_detections(path, images, vocabulary):
 
 
 # ---- The contact sheet: what a person should look at before training on the pairs ----------------
-def draw_pair(axis, row, picture):
-    """The evidence's boxes in the picture; below it both responses and each object's status."""
-    width, height = picture.size
-    picture.thumbnail((640, 640))
-    axis.imshow(picture, extent=(0, width, height, 0))  # boxes count the original's pixels
-    axis.set(adjustable="datalim")  # all axes of one size, whatever the picture's: room for text
-    style = {"fontsize": 7.5, "parse_math": False}  # "$5 and $6" is no formula
-    colours = {"present": "limegreen", "absent": "red", "unsure": "darkorange"}
-    objects = {status: [] for status in colours}
-    for found in row["evidence"]:
-        name, status = found["object"], found["status"]
-        objects[status].append(name)
-        if found["box"] is not None:
-            x1, y1, x2, y2 = found["box"]
-            frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colours[status])
-            axis.add_patch(frame)
-            label = f"{name} {found['confidence']:.2f} {status}"
-            at = {"x": x1, "ha": "left"} if x1 + x2 < width else {"x": x2, "ha": "right"}
-            axis.text(y=y1, s=label, backgroundcolor=colours[status], va="bottom", **at, **style)
-    lines = [f"+ {row['chosen']}", f"- {row['rejected']}"]
-    lines += [f"{status}: {', '.join(names)}" for status, names in objects.items()]
-    text = "\n".join(textwrap.fill(line, 46, max_lines=3) for line in lines)
-    axis.text(0, -0.04, text, transform=axis.transAxes, va="top", **style)
+STATUS_COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange"}
+
+
+def draw_boxes(axis, card, size):
+    """The evidence's boxes, with status and confidence."""
+    for found in card["evidence"]:
+        if found["box"] is None:
+            continue
+        status, (x1, y1, x2, y2) = found["status"], found["box"]
+        colour = STATUS_COLOURS[status]
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
+        label = f"{found['object']} {found['confidence']:.2f} {status}"
+        at = {"x": x1, "ha": "left"} if x1 + x2 < size[0] else {"x": x2, "ha": "right"}
+        style = {"fontsize": 7.5, "parse_math": False, "backgroundcolor": colour}
+        axis.text(y=y1, s=label, va="bottom", **at, **style)
 
 
 def draw_contact_sheet(path, rows, image_root):
-    """The first 12 pairs. One that cannot be drawn is named: the pairs are worth more than this."""
-    figure = Figure((14, 15))
-    axes = figure.subplots(3, 4)
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, axis in zip(rows, axes.flat):
-        try:
-            draw_pair(axis, row, common.load_image(Path(image_root) / row["image"]))
-        except (Exception, common.Stop) as error:
-            print(f"not in {path}: {row['image']}: {error}")
-    figure.subplots_adjust(0.01, 0.12, 0.99, 0.98, wspace=0.06, hspace=0.5)
-    figure.savefig(path, dpi=80)
+    """The first 12 pairs: boxes, both responses, each object's status."""
+    cards = []
+    for row in rows[:12]:
+        lines = [f"+ {row['chosen']}", f"- {row['rejected']}"]
+        for status in STATUS_COLOURS:
+            names = [found["object"] for found in row["evidence"] if found["status"] == status]
+            if names:
+                lines.append(f"{status}: {', '.join(names)}")
+        evidence = row["evidence"]
+        cards.append(
+            {"image": Path(image_root) / row["image"], "lines": lines, "evidence": evidence}
+        )
+    common.draw_cards(path, cards, 4, draw_boxes)
 
 
 # ---- Arguments and main --------------------------------------------------------------------------

@@ -13,9 +13,9 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   4) what is trained is float32, also where the rest is bf16, which would round most updates away.
 
 Reads  02_critiques/critiques.jsonl; 01_preferences/preferences.jsonl (split "validation").
-Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), validation.jsonl (judgements before
-       and after), until it is done training.safetensors (from which an interrupted training goes
-       on), and metrics.jsonl, one line for each step, such as
+Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), validation.jsonl and critiques.png
+       (judgements before and after), until it is done training.safetensors (from which an
+       interrupted training goes on), and metrics.jsonl, one line for each step, such as
     {"step": 1, "loss": 0.1839, "loss_critique": 0.1032, "loss_correct": 0.2422,
      "bradley_terry": null, "grad_norm": 0.3713, "lr": 0.0004286, "tokens_per_s": 1923.7}
 
@@ -548,6 +548,24 @@ def read_validation(folder, is_before=False):
     return [row for row in rows if (row["condition"] == "before") == is_before]
 
 
+def draw_critiques(path, pairs, before, after, image_root):
+    """Up to four questions that the judge before got wrong and the judge after right, with what
+    both have written; before, after: judgement rows in the order of the pairs' questions.
+    """
+    questions, cards = {}, []
+    for pair in pairs:
+        questions |= {question["id"]: question for question in both_orders(pair)}
+    for was, now in zip(before, after):
+        if was["verdict"] != was["label"] and now["verdict"] == now["label"]:
+            asked = questions[now["question"]]
+            lines = [f"A: {asked['response_a']}", f"B: {asked['response_b']}"]
+            for name, row in (("before", was), ("after", now)):
+                lines += ["", f"{name}:", *row["critique"].splitlines()[:20]]
+            cards.append({"image": Path(image_root) / now["image"], "lines": lines})
+    if cards:
+        common.draw_cards(path, cards[:4], 4)
+
+
 # ---- Arguments and main --------------------------------------------------------------------------
 def wrong_verdict(row):
     """None for a critique to train on; else (field, what is wrong with it) for read_jsonl."""
@@ -671,6 +689,8 @@ def main(args):
     save_checkpoint(model, processor, folder)
     after = validate(model, processor, validation, folder, "after 03", **judging)
     judged = [read_validation(folder, is_before) for is_before in (True, False)]
+    picture = folder / "critiques.png"
+    common.draw(draw_critiques, picture, validation, *judged, first["image_root"])
     report_gain(*judged, "the verdicts' loss, of few tokens, hides in the critiques': more --steps")
 
     # 3. report ------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
 
 Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterations), 03_ift/,
        02_critiques/critiques.jsonl.
-Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), margins.png, adapter/,
-       validation.jsonl, kept.jsonl:
+Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), margins.png, examples.png,
+       adapter/, validation.jsonl, kept.jsonl:
     {"id": "00748-0-ab-0", "pair_id": "00748-0", "order": "ab", "image": "images/00748.png",
      "prompt": "List the objects in the image.", "response_a": "purple star, red cross, blue
      diamond.", "response_b": "purple star, red cross, red diamond.", "label": "A", "critique":
@@ -201,17 +201,38 @@ def mix_in(kept, old, replay, seed):
 
 
 def draw_margins(path, margins, kept_ids, title):
-    """Histogram of the pool's margins, the kept ones in front."""
+    """Histogram of the pool's margins, the kept ones in front, from the smallest kept one on."""
     figure = Figure((6, 3.2), layout="tight")
     axis = figure.subplots()
     bins = [i / 25 for i in range(26)]
     kept = [margins[key] for key in kept_ids]
     axis.hist(margins.values(), bins, color="lightgrey", label=f"pool, {len(margins)} pairs")
     axis.hist(kept, bins, color="seagreen", label=f"kept, {len(kept)}")
+    smallest = min(kept)
+    axis.axvline(smallest, color="black", linestyle=":", label=f"smallest kept, {smallest:.3f}")
     axis.set_xlabel("margin of a pair: mean over orders of S(c+) - S(c-)")
     axis.set(ylabel="pairs", title=title, yscale="log")
     axis.legend()
     figure.savefig(path, dpi=110)
+
+
+def draw_examples(path, margins, questions, image_root):
+    """A pair of low, of middle and of high margin, of those with passing critiques: of one order
+    the critique c+ with the largest S among the passing, and c- with the smallest S of all.
+    """
+    ranked = [key for key in sorted(margins, key=margins.get) if margins[key] > 0]
+    places = [0, len(ranked) // 2, len(ranked) - 1] if ranked else []
+    cards = []
+    for pair_id in dict.fromkeys(ranked[place] for place in places):
+        rows = sorted(questions[pair_id, "ab"], key=lambda row: row["confidence_in_label"])
+        best = [row for row in rows if row["dropped"] is None][-1]
+        lines = [f"margin {margins[pair_id]:.3f}, the better response is {best['label']}"]
+        lines += [f"A: {best['response_a']}", f"B: {best['response_b']}"]
+        for name, row in (("c+", best), ("c-", rows[0])):
+            of_row = row["critique"].splitlines()[:20]
+            lines += ["", f"{name}, S = {row['confidence_in_label']:.3f}:", *of_row]
+        cards.append({"image": Path(image_root) / best["image"], "lines": lines})
+    common.draw_cards(path, cards, 3)
 
 
 # ---- Iterations, arguments and main --------------------------------------------------------------
@@ -246,6 +267,8 @@ def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judg
     share, smallest = len(kept_ids) / len(pool), min(margins[key] for key in kept_ids)
     title = f"iteration {t}, {args.select}: {share:.0%} kept"
     common.draw(draw_margins, folder / "margins.png", margins, kept_ids, title)
+    image_root = judging["image_root"]
+    common.draw(draw_examples, folder / "examples.png", margins, questions, image_root)
     print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {share:.1%}")
     print(f"smallest kept margin {smallest:.3f}")
     if not 0.3 <= share <= 0.5:

@@ -21,8 +21,9 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      and no more.
 
 Reads   pairs (a file, folder or hub id); 01-04 of the run, as far as they are there
-Writes  05_evaluation[_BENCHMARK[_official]]/: report.md, metrics.json, reliability.png,
-        best_of_n.jsonl and its judgements, answers_*.jsonl (LLaVA-Bench), judgements.jsonl:
+Writes  05_evaluation[_BENCHMARK[_official]]/: report.md with accuracy.png, reliability.png and
+        pictures/, metrics.json, best_of_n.jsonl and its judgements, answers_*.jsonl (LLaVA-Bench),
+        judgements.jsonl:
         {"id": "toy-00000-0", "question": "toy-00000-0-ba", "condition": "after 03", "order": "ba",
          "image": "heldout/00000.png", "category": "shape", "label": "B", "verdict": "B",
          "probability_a": 0.0292, "critique": "A: yellow ring: yes\\nA: purple square: yes\\nA:
@@ -460,23 +461,59 @@ def answer_in_the_wild(rows, name, checkpoint, load, folder, n, judging, samplin
 
 
 # ---- Report --------------------------------------------------------------------------------------
-def draw_reliability(path, judged):
-    """Share right against P(verdict given) in the ECE's ten bins, one line per condition."""
-    figure = Figure((4.6, 4.4), layout="tight")
+def draw_accuracy(path, table):
+    """Accuracy by iteration of each rule of 04, with 95 % intervals; base and after 03 first."""
+    figure = Figure((6.4, 3.8), layout="tight")
     axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
-    for name, rows in judged.items():
-        given, right = given_and_right(rows)
-        if len(given) == 0:
-            continue
-        index = np.digitize(given, np.arange(1, 10) / 10, right=True)
-        bins = np.unique(index)
-        mean_given = [given[index == b].mean() for b in bins]
-        share_right = [right[index == b].mean() for b in bins]
+    axis.grid(color="0.9")
+    lines = {}  # {rule: [(iteration, measures)]}
+    for name, measures in table.items():
+        rule, _, t = name.partition(", iteration ")
+        if t.isdigit():
+            start = [(0, table["after 03"])] if "after 03" in table else []
+            lines.setdefault(rule, start).append((int(t), measures))
+    lines = lines or {"after 03": [(0, table["after 03"])]}
+    for k, (rule, points) in enumerate(lines.items()):
+        x = np.array([t for t, _ in points]) + 0.06 * k  # side by side, not one on the other
+        y = np.array([measures["accuracy"] for _, measures in points])
+        ends = np.array([measures["interval"] for _, measures in points]).T  # (2, points)
+        style = {"marker": "os^Dv"[k % 5], "capsize": 2, "label": rule}
+        axis.errorbar(x, y, np.abs(ends - y), **style)
+    if "base" in table:
+        axis.axhline(table["base"]["accuracy"], color="grey", linestyle=":", label="base model")
+    last = max(t for points in lines.values() for t, _ in points)
+    axis.set_xticks(range(last + 1), ["after 03", *range(1, last + 1)])
+    axis.set(xlabel="iteration of 04", ylabel="accuracy, mean of both orders")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_reliability(path, judged):
+    """Share right against P(verdict given) in the ECE's ten bins, each judge by itself, with the
+    number of its judgements in each bin.
+    """
+    columns = min(4, len(judged))
+    rows = math.ceil(len(judged) / columns)
+    figure = Figure((2.7 * columns, 2.8 * rows), layout="tight")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (name, of_judge) in zip(axes, judged.items()):
+        given, right = given_and_right(of_judge)
         error = expected_calibration_error(given, right)
-        axis.plot(mean_given, share_right, "o-", markersize=3, label=f"{name}, ECE {error:.3f}")
-    axis.set(xlabel="P(verdict given)", ylabel="share right", ylim=(0, 1.02))
-    axis.legend(fontsize=7)
+        axis.set_title(f"{name}\nECE {error:.3f}", fontsize=8, parse_math=False)
+        axis.plot([0, 1], [0, 1], color="grey", linestyle=":")  # perfectly calibrated
+        index = np.digitize(given, np.arange(1, 10) / 10, right=True)
+        for b in np.unique(index):
+            x, y, n = given[index == b].mean(), right[index == b].mean(), (index == b).sum()
+            axis.plot(x, y, "o", color="tab:blue", markersize=4)
+            axis.annotate(
+                str(n), (x, y), (-2, 5), textcoords="offset points", fontsize=6, ha="right"
+            )
+        axis.set(xlim=(0, 1.02), ylim=(0, 1.1))
+        axis.tick_params(labelsize=7)
+    for axis in axes[len(judged) :]:
+        axis.axis("off")
+    figure.supxlabel("P(verdict given)", fontsize=8)
+    figure.supylabel("share right", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -560,18 +597,43 @@ def expert_line(expert):
     )
 
 
-def before_and_after(judged, names):
-    """One question that the first named judge gets wrong and the second right, as lines with both
-    critiques. All judges' rows stand in the order of the questions.
+def picture_lines(folder, table, judged):
+    """Draws accuracy.png and reliability.png -> the report's lines that show them."""
+    common.draw(draw_accuracy, folder / "accuracy.png", table)
+    common.draw(draw_reliability, folder / "reliability.png", judged)
+    lines = []
+    for name in ("accuracy", "reliability"):
+        if (folder / f"{name}.png").exists():
+            lines += ["", f"![{name}]({name}.png)"]
+    return lines
+
+
+def judgement_lines(folder, name, rows, questions, image_root, n=5):
+    """The judge's first n judgements that are right and the first n that are wrong, as lines with
+    picture, responses, critique and verdict; the pictures are copied to the folder.
+
+    rows: judgements in the order of the questions.
     """
-    for before, after in zip(judged[names[0]], judged[names[1]]):
-        if before["verdict"] != before["label"] and after["verdict"] == after["label"]:
-            where = f"{before['image']}, order {before['order']}"
-            lines = ["", f"{where}, the better response is {before['label']}"]
-            for name, row in zip(names, (before, after)):
-                lines += ["", f"{name}:", "```", row["critique"], "```"]
-            return lines
-    return []
+    (folder / "pictures").mkdir(exist_ok=True)
+    lines, n_shown = (
+        ["", f"## Judgements of {name}: the first right ones, the first wrong ones"],
+        {},
+    )
+    for row, asked in zip(rows, questions):
+        kind = "right" if row["verdict"] == row["label"] else "wrong"
+        number = n_shown[kind] = n_shown.get(kind, 0) + 1
+        if number > n:
+            continue
+        picture = common.load_image(Path(image_root) / asked["image"])
+        picture.thumbnail((320, 320))
+        file = f"pictures/{kind}-{number}.png"
+        picture.save(folder / file)
+        lines += ["", f"**{kind} {number}**: `{row['question']}`", "", f"![]({file})", "", "~~~~"]
+        lines += [asked["prompt"], "", f"Response A: {asked['response_a']}"]
+        lines += [f"Response B: {asked['response_b']}", "", row["critique"], ""]
+        p = f"P(A) = {row['probability_a']:.3f}"
+        lines += [f"({p}; the better response is {row['label']})", "~~~~"]
+    return lines
 
 
 # ---- Arguments and main --------------------------------------------------------------------------
@@ -645,9 +707,10 @@ def read_truth(path):
     return truth
 
 
-def finish(folder, args, counts, lines):
+def finish(folder, args, counts, lines, shown_by_report_alone=()):
     """Print the lines, write report.md, finish the stage."""
-    common.write_text(folder / "report.md", "\n".join([f"# `{args.pairs}`", *lines, ""]))
+    report = [f"# `{args.pairs}`", *lines, *shown_by_report_alone, ""]
+    common.write_text(folder / "report.md", "\n".join(report))
     print("\n".join(lines))
     common.finish_stage(folder, args, counts, (), f"read {folder}/report.md")
 
@@ -739,10 +802,10 @@ def main(args):
     note = f"n = {len(pairs)} pairs, {len(questions)} questions, {args.votes} vote(s) each. "
     note += OFFICIAL_NOTE if official else NOTE
     lines = table_lines(results, note)
-    lines += before_and_after(judged, ("base", last))
-    drawn = {name: judged[name] for name in ("base", "after 03", last) if name in judged}
-    common.draw(draw_reliability, folder / "reliability.png", drawn)
-    finish(folder, args, counts, [*lines, "", "![reliability](reliability.png)"])
+    of_judges = {name: judged[name] for name in conditions}
+    more = picture_lines(folder, table, of_judges)
+    more += judgement_lines(folder, last, judged[last], questions, judging["image_root"])
+    finish(folder, args, counts, lines, more)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -852,6 +854,44 @@ def draw(function, path, *content):
             raise
         except Exception as error:
             print(f"{path} is not drawn: {one_line(error)}")
+
+
+def draw_cards(path, cards, columns, draw_on=None):
+    """Pictures in a grid, each with lines of text below; one that cannot be read is named instead.
+
+    cards: {"image": path, "lines": [str]}; draw_on(axis, card, (width, height)) draws on a picture,
+    in its own pixels.
+    """
+    shown = []
+    for card in cards:
+        try:
+            picture = load_image(card["image"])
+        except Stop as error:
+            print(f"not in {path}: {error}")
+            continue
+        text = "\n".join(textwrap.fill(line, 46, max_lines=3) for line in card["lines"])
+        shown.append((card, picture, text))
+    rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
+    heights = []  # inches: a picture, and its text
+    for row in rows:
+        heights.append(3.3 + 0.14 * max(text.count("\n") + 1 for _, _, text in row))
+    figure = Figure((3.5 * columns, sum(heights)))
+    bottom = sum(heights)
+    for row, height in zip(rows, heights):
+        for column, (card, picture, text) in enumerate(row):
+            place = (column + 0.04) / columns, (bottom - 3.2) / sum(heights)
+            axis = figure.add_axes((*place, 0.92 / columns, 3.1 / sum(heights)))
+            axis.axis("off")
+            width, height_ = picture.size
+            if draw_on:
+                draw_on(axis, card, picture.size)
+            picture.thumbnail((640, 640))
+            axis.imshow(picture, extent=(0, width, height_, 0))
+            axis.set(adjustable="datalim")  # all axes of one size, whatever the picture's
+            style = {"fontsize": 7.5, "parse_math": False}  # "$5 and $6" is no formula
+            axis.text(0, -0.03, text, transform=axis.transAxes, va="top", **style)
+        bottom -= height
+    figure.savefig(path, dpi=80)
 
 
 def write_text(path, text):

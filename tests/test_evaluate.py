@@ -536,10 +536,37 @@ def test_a_run_with_all_its_judges(tmp_path, shapes, fake):
     assert cells(report, "margin, iteration 1 - base")[1:] == ["+0.500", "+0.500 to +0.500"]
     # 3.png holds nothing by the truth: one of 12 findings and one of 6 labels are wrong
     assert "8.3% of 12 findings" in report and "16.7% have a wrong label" in report
-    assert "p0" not in report and "0.png, order ba, the better response is B" in report
-    base, after = report.split("\nbase:\n")[1].split("\nmargin, iteration 1:\n")
-    assert "Verdict: A" in base and "Verdict: B" in after
+    shown = report.split("## Judgements of margin, iteration 1")[1]
+    assert [f"**right {k}**" in shown for k in range(1, 7)] == [True] * 5 + [False]
+    assert "**right 1**: `p0-ab`" in shown and "wrong 1" not in shown
+    for name in ("accuracy.png", "reliability.png", *(f"pictures/right-{k}.png" for k in (1, 5))):
+        assert f"]({name})" in report
+        with Image.open(folder / name) as picture:
+            picture.load()
     assert (folder / "reliability.png").stat().st_size > 5000
+
+
+def test_judgements_are_shown_with_their_texts_and_pictures(tmp_path):
+    Image.new("RGB", (900, 300), "red").save(tmp_path / "wide.png")
+    questions, rows = [], []
+    for k, verdict in enumerate(("A", None, "B", "A")):
+        texts = {"prompt": "What?", "response_a": f"a{k}", "response_b": f"b{k}"}
+        questions.append({**texts, "image": "wide.png"})
+        row = {"question": f"q{k}", "verdict": verdict, "label": "A", "probability_a": k / 10}
+        rows.append({**row, "critique": f"because {k}"})
+    shown = five.judgement_lines(tmp_path, "judge", rows, questions, tmp_path, n=2)
+    names = [line for line in shown if line.startswith("**")]
+    kinds = ("right 1", "wrong 1", "wrong 2", "right 2")
+    assert names == [f"**{kind}**: `q{k}`" for k, kind in enumerate(kinds)]
+    text = "\n".join(shown)
+    for k in range(4):
+        lines = ("~~~~", "What?", "", f"Response A: a{k}", f"Response B: b{k}", "", f"because {k}")
+        end = ("", f"(P(A) = {k / 10:.3f}; the better response is A)", "~~~~")
+        assert "\n".join(lines + end) in text
+    with Image.open(tmp_path / "pictures" / "wrong-2.png") as picture:
+        assert picture.size == (320, 107)
+    one_each = five.judgement_lines(tmp_path, "judge", rows, questions, tmp_path, n=1)
+    assert sum(line.startswith("**") for line in one_each) == 2
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, shapes, fake):
