@@ -245,31 +245,22 @@ def last_tables(lines):
 
 
 def processors_table(lines):
-    """The same setting and seed on two processors: mean and largest difference of a condition."""
-    found = {}
+    """The same start, judged after one iteration of margins, on different processors."""
+    found = {}  # {(what, seed): {processor: accuracy}}
+    places = {("start", "the demo's flags"): ("after 03", "margin, iteration 1")}
+    places[("margins", "findings, margin")] = ("margin, iteration 1",)
+    places[("expert", "YOLO")] = places[("training", "critique, lambda 1/3")] = ("after 03",)
     for line in lines:
-        found.setdefault((line["study"], line["setting"], line["seed"]), []).append(line)
-    out = [
-        "",
-        "| measured twice | seeds | processors | mean |difference| | largest |".replace(
-            "|d", "of d"
-        ).replace("e| |", "es |"),
-    ]
-    out = [
-        "",
-        "| measured twice | seed | processors | mean of differences | largest |",
-        "|---|---|---|---|---|",
-    ]
-    for (study, setting, seed), (first, *others) in found.items():
-        for other in others:
-            gaps = []
-            for name, value in first["accuracies"].items():
-                if name in other["accuracies"]:
-                    gaps.append(abs(value - other["accuracies"][name]))
-            if gaps:
-                names = f"{first['processor']} / {other['processor']}"
-                gap = f"{number(mean(gaps))} | {number(max(gaps))}"
-                out.append(f"| {study}, {setting} | {seed} | {names} | {gap} |")
+        for condition in places.get((line["study"], line["setting"]), ()):
+            if condition in line["accuracies"]:
+                of_line = found.setdefault((condition, line["seed"]), {})
+                accuracy = line["accuracies"][condition]
+                of_line.setdefault(line["processor"], []).append(number(accuracy))
+    out = ["", "| made anew on | judge | world | accuracy |", "|---|---|---|---|"]
+    for (condition, seed), of_processor in sorted(found.items()):
+        if len(of_processor) > 1:
+            for processor, accuracies in of_processor.items():
+                out.append(f"| {processor} | {condition} | {seed} | {' '.join(accuracies)} |")
     return out
 
 
