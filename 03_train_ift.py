@@ -513,31 +513,33 @@ def validate(model, processor, pairs, folder, name, **judging):
 def paired_gain(before, after):
     """(mean, half-width of its 95 % interval) of the gain in accuracy between two judges.
 
-    before, after: judgement rows {"id" of the pair, "label", "verdict"} of the same questions. Per
-    pair the share of its orders judged right; interval: 1.96 standard errors over pairs.
+    before, after: judgement rows {"question", "image", "label", "verdict"} of the same questions.
+    Interval: 1.96 standard errors over images, whose questions succeed and fail together.
 
-    >>> wrong, right = {"label": "A", "verdict": None}, {"label": "A", "verdict": "A"}
-    >>> paired_gain([{**wrong, "id": k} for k in "pq"], [{**right, "id": k} for k in "pq"])
+    >>> wrong = [{"question": k, "image": k, "label": "A", "verdict": None} for k in "pq"]
+    >>> paired_gain(wrong, [{**row, "verdict": "A"} for row in wrong])
     (1.0, 0.0)
     """
-    gains_of = {}  # {pair id: of each of its orders -1, 0 or 1}
-    for was, now in zip(before, after, strict=True):
-        gain = (now["verdict"] == now["label"]) - (was["verdict"] == was["label"])
-        gains_of.setdefault(now["id"], []).append(gain)
-    gains = [mean(of_orders) for of_orders in gains_of.values()]
+    was_right = {row["question"]: row["verdict"] == row["label"] for row in before}
+    gains_of = {}  # {image: of each of its questions -1, 0 or 1}
+    for row in after:
+        gain = (row["verdict"] == row["label"]) - was_right[row["question"]]
+        gains_of.setdefault(row["image"], []).append(gain)
+    gains = [mean(of_image) for of_image in gains_of.values()]
     half = 1.96 * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     return float(mean(gains)), half
 
 
 def report_gain(before, after, why_none):
     """Says what a training has gained on the validation pairs, or that it has gained nothing."""
-    if not before or not after:
+    if not after or {row["question"] for row in before} != {row["question"] for row in after}:
         return
     gain, half = paired_gain(before, after)
-    print(
-        f"gain in accuracy on {len(after) // 2} validation pairs: {gain:+.3f} (95 % +-{half:.3f})"
-    )
-    if gain <= half:
+    n = len(after) // 2
+    print(f"gain in accuracy on {n} validation pairs: {gain:+.3f} (95 % +-{half:.3f})")
+    if gain < -half:
+        print("warning: the judge has become worse: lower --lr or --steps")
+    elif gain <= half:
         print(f"warning: no gain beyond its interval: {why_none}")
 
 
@@ -691,7 +693,7 @@ def main(args):
     judged = [read_validation(folder, is_before) for is_before in (True, False)]
     picture = folder / "critiques.png"
     common.draw(draw_critiques, picture, validation, *judged, first["image_root"])
-    report_gain(*judged, "the verdicts' loss, of few tokens, hides in the critiques': more --steps")
+    report_gain(*judged, "read critiques.png or validation.jsonl, and try more --steps")
 
     # 3. report ------------------------------------------------------------------------------------
     counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}

@@ -462,7 +462,8 @@ def answer_in_the_wild(rows, name, checkpoint, load, folder, n, judging, samplin
 
 # ---- Report --------------------------------------------------------------------------------------
 def draw_accuracy(path, table):
-    """Accuracy by iteration of each rule of 04, with 95 % intervals; base and after 03 first."""
+    """Accuracy by iteration of each rule of 04 with 95 % intervals, from after 03 on."""
+    table = {name: measures for name, measures in table.items() if "interval" in measures}
     figure = Figure((6.4, 3.8), layout="tight")
     axis = figure.subplots()
     axis.grid(color="0.9")
@@ -472,7 +473,6 @@ def draw_accuracy(path, table):
         if t.isdigit():
             start = [(0, table["after 03"])] if "after 03" in table else []
             lines.setdefault(rule, start).append((int(t), measures))
-    lines = lines or {"after 03": [(0, table["after 03"])]}
     for k, (rule, points) in enumerate(lines.items()):
         x = np.array([t for t, _ in points]) + 0.06 * k  # side by side, not one on the other
         y = np.array([measures["accuracy"] for _, measures in points])
@@ -483,7 +483,7 @@ def draw_accuracy(path, table):
         axis.axhline(table["base"]["accuracy"], color="grey", linestyle=":", label="base model")
     last = max(t for points in lines.values() for t, _ in points)
     axis.set_xticks(range(last + 1), ["after 03", *range(1, last + 1)])
-    axis.set(xlabel="iteration of 04", ylabel="accuracy, mean of both orders")
+    axis.set(xlabel="iteration of 04", ylabel="accuracy")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -599,7 +599,8 @@ def expert_line(expert):
 
 def picture_lines(folder, table, judged):
     """Draws accuracy.png and reliability.png -> the report's lines that show them."""
-    common.draw(draw_accuracy, folder / "accuracy.png", table)
+    if any("iteration" in name for name in judged):
+        common.draw(draw_accuracy, folder / "accuracy.png", table)
     common.draw(draw_reliability, folder / "reliability.png", judged)
     lines = []
     for name in ("accuracy", "reliability"):
@@ -609,31 +610,34 @@ def picture_lines(folder, table, judged):
 
 
 def judgement_lines(folder, name, rows, questions, image_root, n=5):
-    """The judge's first n judgements that are right and the first n that are wrong, as lines with
-    picture, responses, critique and verdict; the pictures are copied to the folder.
+    """The judge's first n pairs that it judges right and the first n wrong, as lines with picture,
+    responses, critique and verdict; the pictures are copied to the folder.
 
     rows: judgements in the order of the questions.
     """
-    (folder / "pictures").mkdir(exist_ok=True)
-    lines, n_shown = (
-        ["", f"## Judgements of {name}: the first right ones, the first wrong ones"],
-        {},
-    )
+    lines = ["", f"## Judgements of {name}: the first right ones, the first wrong ones"]
+    shown = {"right": set(), "wrong": set()}  # pairs, each once
     for row, asked in zip(rows, questions):
         kind = "right" if row["verdict"] == row["label"] else "wrong"
-        number = n_shown[kind] = n_shown.get(kind, 0) + 1
-        if number > n:
+        if row["id"] in shown[kind] or len(shown[kind]) == n:
             continue
-        picture = common.load_image(Path(image_root) / asked["image"])
-        picture.thumbnail((320, 320))
+        shown[kind].add(row["id"])
+        number = len(shown[kind])
         file = f"pictures/{kind}-{number}.png"
-        picture.save(folder / file)
+        common.draw(copy_small, folder / file, Path(image_root) / asked["image"])
         lines += ["", f"**{kind} {number}**: `{row['question']}`", "", f"![]({file})", "", "~~~~"]
         lines += [asked["prompt"], "", f"Response A: {asked['response_a']}"]
         lines += [f"Response B: {asked['response_b']}", "", row["critique"], ""]
-        p = f"P(A) = {row['probability_a']:.3f}"
-        lines += [f"({p}; the better response is {row['label']})", "~~~~"]
+        said = f"verdict {row['verdict']}, P(A) = {row['probability_a']:.3f}"
+        lines += [f"({said}; the better response is {row['label']})", "~~~~"]
     return lines
+
+
+def copy_small(path, image):
+    path.parent.mkdir(exist_ok=True)
+    picture = common.load_image(image)
+    picture.thumbnail((320, 320))
+    picture.save(path)
 
 
 # ---- Arguments and main --------------------------------------------------------------------------

@@ -869,28 +869,31 @@ def draw_cards(path, cards, columns, draw_on=None):
         except Stop as error:
             print(f"not in {path}: {error}")
             continue
+        size = picture.size
+        picture.thumbnail((640, 640))
         text = "\n".join(textwrap.fill(line, 46, max_lines=3) for line in card["lines"])
-        shown.append((card, picture, text))
+        shown.append((card, picture, size, text))
     rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
     heights = []  # inches: a picture, and its text
     for row in rows:
-        heights.append(3.3 + 0.14 * max(text.count("\n") + 1 for _, _, text in row))
-    figure = Figure((3.5 * columns, sum(heights)))
+        heights.append(3.3 + 0.14 * max(text.count("\n") + 1 for *_, text in row))
+    figure = Figure((3.5 * columns, max(1, sum(heights))))
     bottom = sum(heights)
-    for row, height in zip(rows, heights):
-        for column, (card, picture, text) in enumerate(row):
+    for row, of_row in zip(rows, heights):
+        for column, (card, picture, (width, height), text) in enumerate(row):
             place = (column + 0.04) / columns, (bottom - 3.2) / sum(heights)
             axis = figure.add_axes((*place, 0.92 / columns, 3.1 / sum(heights)))
             axis.axis("off")
-            width, height_ = picture.size
             if draw_on:
-                draw_on(axis, card, picture.size)
-            picture.thumbnail((640, 640))
-            axis.imshow(picture, extent=(0, width, height_, 0))
+                try:
+                    draw_on(axis, card, (width, height))
+                except Exception as error:  # such as a box of two numbers
+                    print(f"not wholly in {path}: {card['image']}: {one_line(error)}")
+            axis.imshow(picture, extent=(0, width, height, 0))
             axis.set(adjustable="datalim")  # all axes of one size, whatever the picture's
             style = {"fontsize": 7.5, "parse_math": False}  # "$5 and $6" is no formula
             axis.text(0, -0.03, text, transform=axis.transAxes, va="top", **style)
-        bottom -= height
+        bottom -= of_row
     figure.savefig(path, dpi=80)
 
 
@@ -1203,6 +1206,10 @@ def differences(was, now):
     return changed
 
 
+# What a later stage reads of an earlier one's arguments, where it is there.
+READ_LATER = ("model", "image_root", "max_image_tokens", "style")
+
+
 def args_of(run, stage, *needed):
     """The arguments that a complete earlier stage was made with, from its meta.json, these among
     them.
@@ -1213,7 +1220,7 @@ def args_of(run, stage, *needed):
     args = read_json(path).get("args")
     if not isinstance(args, dict):
         stop(f"{path} holds no 'args': run its script with --overwrite")
-    read = {name: args.get(name) for name in (*needed, "max_image_tokens")}
+    read = {name: args.get(name) for name in (*needed, *READ_LATER)}
     if wrong := misfit(read, needed):
         stop(f"{path}, field {wrong[0]!r}: {wrong[1]}")
     for key in ("model", "image_root"):  # as portable has left them

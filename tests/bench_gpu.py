@@ -6,7 +6,7 @@
 
 Nothing is downloaded: the weights are drawn at random in the shape of Qwen2-VL-7B, Qwen3-VL-4B or
 Qwen3-VL-2B, the text goes through the toy's tokenizer, the pictures are noise of 640 x 480 pixels.
---gib: the process may take no more than so much of the GPU's memory, as a smaller one would have.
+--gib: torch may reserve no more than so much of the GPU's memory; some .5 GiB come on top.
 Sampling: 8 critiques of 256 tokens a question; training: steps of 32 critiques and 32 responses.
 """
 

@@ -26,6 +26,7 @@ import common  # noqa: E402
 one = importlib.import_module("01_build_preferences")
 ift = importlib.import_module("03_train_ift")
 four = importlib.import_module("04_rejection_sampling")
+five = importlib.import_module("05_evaluate")
 
 INK, GREY, GREEN, RED = "#222222", "#777777", "#1a7f37", "#c62828"
 
@@ -123,7 +124,7 @@ def draw_pipeline(path, run, root):
     axis = panel(figure, 4, "05  judged in both orders")
     judged = common.read_jsonl(run / "05_evaluation/judgements.jsonl")
     heldout = {row["id"]: row for row in common.read_jsonl(root / "heldout.jsonl")}
-    last = last_of_margins(judged)
+    last = five.last_judge(five.find_conditions(run))
     rows = [row for row in judged if row["condition"] == last][:2]
     pair = heldout[rows[0]["id"]]
     show_picture(figure, 4, common.load_image(root / pair["image"]))
@@ -135,12 +136,6 @@ def draw_pipeline(path, run, root):
         lines.append((answer, GREEN if is_right else RED))
     write_lines(axis, lines)
     figure.savefig(path, dpi=90)
-
-
-def last_of_margins(judged):
-    """The judge of margin selection's last iteration."""
-    names = {row["condition"] for row in judged}
-    return max(name for name in names if name.startswith("margin") and "image" not in name)
 
 
 def main(args):

@@ -50,6 +50,7 @@ SCRIPTS = {
     "04": "04_rejection_sampling",
     "05": "05_evaluate",
 }
+FOLDERS = {"01": "01_preferences", "02": "02_critiques", "03": "03_ift", "04": "04_rejection"}
 one, two, ift, four, five = (import_module(script) for script in SCRIPTS.values())
 
 N_IMAGES = 3600  # enough pairs for four pools of 600
@@ -70,7 +71,8 @@ class Refused(Failed):
 
 # ---- Rules that only a study needs ---------------------------------------------------------------
 def margin_to_median(confidences, right):
-    """As 04's margin, but c- is the median critique, not the worst of all."""
+    """As 04's margin, but c- is the median critique, not the worst of all. It is 0 or less where
+    half of the critiques are as sure, so fewer pairs may be kept."""
     passing = [s for s, ok in zip(confidences, right, strict=True) if ok]
     return max(passing) - median(confidences) if passing else 0.0
 
@@ -131,6 +133,11 @@ def beside(run, ending):
     return run.parent / f"{run.name}.{ending}"
 
 
+def last_line(log):
+    lines = log.read_text().strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "no word"
+
+
 class Lab:
     """The commands on the world of one seed."""
 
@@ -171,8 +178,7 @@ class Lab:
         process.start()
         process.join()
         if process.exitcode:
-            last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
-            raise Failed(f"{log}: {' '.join(last)}")
+            raise Failed(f"{log}: {last_line(log)}")
 
     def build(self):
         """The world; its pictures come last, so where they are it is complete."""
@@ -181,13 +187,18 @@ class Lab:
                 return
             shipped = read_json(demo.WORLD / "world.json")["seed"]
             if self.seed == shipped and not self.world.exists():  # the same build, to the bit
-                shutil.copytree(demo.WORLD, self.world)
+                half = self.world.with_name(f"{self.world.name}.half")
+                shutil.rmtree(half, ignore_errors=True)
+                shutil.copytree(demo.WORLD, half)
+                half.rename(self.world)
             if not (self.world / "world.json").exists():
                 line = ["tests/build_world.py", "--out", str(self.world), "--seed", str(self.seed)]
                 log = self.world.with_suffix(".log")
                 log.parent.mkdir(parents=True, exist_ok=True)
                 if demo.start(line, log).wait():
-                    raise Refused(log.read_text().strip().splitlines()[-1])
+                    last = last_line(log)
+                    is_refused = last.startswith("error: no judge that stage 03 can train")
+                    raise Refused(last) if is_refused else Failed(f"{log}: {last}")
             scenes.write_pictures(self.pictures, self.seed, N_IMAGES, N_HELDOUT)
 
     def make(self, name, *steps, source=None):
@@ -221,8 +232,7 @@ class Lab:
     def copy_stages(self, source, run, *numbers):
         """Copies of complete stages: a setting never changes those of another."""
         for number in numbers:
-            name = SCRIPTS[number].replace("build_", "").replace("generate_", "")
-            name = {"03": "03_ift", "04": "04_rejection"}.get(number, name)
+            name = FOLDERS[number]
             if not (run / name).exists():
                 half = run / f"{name}.half"
                 shutil.rmtree(half, ignore_errors=True)
@@ -267,12 +277,13 @@ def swap_label(row):
     return {**row, **texts, "evidence": evidence}
 
 
-def change_pairs(run, change, *stamp):
-    """Rewrites 01's pairs by change(row) -> row, or None to leave it out, in a run of copies."""
-    path = run / "01_preferences" / "preferences.jsonl"
-    rows = [change(row) for row in read_jsonl(path)]
-    write_jsonl(path, [row for row in rows if row])
-    stamp_anew(run, *stamp)
+def change_pairs(source, run, change, *stages):
+    """Writes the source's pairs, by change(row) -> row or None to leave it out, into a run of
+    copies; stages: those that then hold files which the study has changed, or read them."""
+    name = Path("01_preferences") / "preferences.jsonl"
+    rows = [change(row) for row in read_jsonl(source / name)]
+    write_jsonl(run / name, [row for row in rows if row])
+    stamp_anew(run, *stages)
 
 
 def stamp_anew(run, *stages):
@@ -287,7 +298,7 @@ def stamp_anew(run, *stages):
         write_json(path, meta)
 
 
-def altered_pool(run, seed, findings, flipped):
+def alter_pool(source, run, seed, findings, flipped):
     """In a run of copies: the pool without the expert's findings, or with flipped labels."""
 
     def change(row):
@@ -297,7 +308,7 @@ def altered_pool(run, seed, findings, flipped):
             row = swap_label(row)
         return row if findings else {**row, "evidence": []}
 
-    change_pairs(run, change, "01_preferences", "02_critiques", "03_ift")
+    change_pairs(source, run, change, "01_preferences", "02_critiques", "03_ift")
 
 
 def share_samples(source, run, rule, n=8, size=600):
@@ -410,8 +421,11 @@ def expert_judgements(expert, pictures, heldout, folder):
     return rows
 
 
-def expert_counts(metrics):
-    return {f"expert: {name}": value for name, value in metrics["expert"].items()}
+def expert_counts(lab, run):
+    """How often the expert is wrong, by the pairs whose findings the run holds."""
+    rows = read_jsonl(run / "01_preferences" / "preferences.jsonl")
+    measures = five.expert_against_truth([row for row in rows if row["evidence"]], lab.truth())
+    return {f"expert: {name}": value for name, value in measures.items()}
 
 
 # ---- The settings: each (lab, run) -> ({condition: judgement rows}, counts) ----------------------
@@ -420,8 +434,8 @@ STARTS = ("base", "after 03")  # judges that settings share
 
 def start(lab, run):
     """The run that the others start from."""
-    judged, metrics = lab.judge_base()
-    counts = expert_counts(metrics)
+    judged, _ = lab.judge_base()
+    counts = expert_counts(lab, lab.base)
     counts |= read_json(lab.base / "01_preferences" / "meta.json")["counts"]
     counts |= selection_counts(lab.base, "margin", lab.truth())
     return judged, counts
@@ -474,7 +488,7 @@ def shuffled_labels(lab, run):
             row = swap_label(row)
         return {**row, "evidence": []}
 
-    change_pairs(run, change, "01_preferences")
+    change_pairs(lab.base, run, change, "01_preferences")
     lab.command("02", run)
     lab.command("03", run)
     judged, _ = lab.judge(run, lab.base, ("base",))
@@ -489,8 +503,8 @@ def select(
     if start != "weak":
         lab.judge_base()
     lab.copy_stages(source, run, "01", "02", "03")
-    if not (findings and not flipped):
-        altered_pool(run, lab.seed, findings, flipped)
+    if flipped or not findings:
+        alter_pool(source, run, lab.seed, findings, flipped)
     share_samples(source, run, rule, n)
     lab.command("04", run, "--iterations", "1", "--select", rule, "--samples", str(n), *flags)
     if start == "weak":
@@ -519,11 +533,11 @@ def with_expert(lab, run, flags=(), expert=None, quality=None, findings=True):
             shutil.copy(lab.base / "01_preferences" / name, run / "01_preferences")
     lab.command("01", run, *flags, expert=expert)
     if not findings:
-        change_pairs(run, without_findings, "01_preferences")
+        change_pairs(run, run, without_findings, "01_preferences")
     lab.command("02", run)
     lab.command("03", run)
-    judged, metrics = lab.judge(run, lab.base, ("base",))
-    return judged, expert_counts(metrics)
+    judged, _ = lab.judge(run, lab.base, ("base",))
+    return judged, expert_counts(lab, run)
 
 
 def without_findings(row):
@@ -549,7 +563,9 @@ def simulated_detections(lab, precision, recall, confused=0):
                 kind = other_colour(kind) if kind in blind else kind
                 found.append({**thing, "object": kind, "confidence": 0.9})
         n_wrong = int(rng.poisson(len(present) * recall * (1 - precision) / precision))
-        wrong = {scenes.pick_absent(rng, rng.choice(present), present)[0] for _ in range(n_wrong)}
+        wrong = set()
+        while len(wrong) < n_wrong:
+            wrong.add(scenes.pick_absent(rng, rng.choice(present), present)[0])
         found += [{"object": kind, "confidence": 0.9, "box": None} for kind in sorted(wrong)]
         rows.append({"id": row["image"], "detections": found})
     return rows
@@ -589,7 +605,7 @@ def trained(lab, run, style=None, flags=()):
     steps = read_json(run / "03_ift" / "meta.json")["args"]["steps"]
     words = [len(row["critique"].replace(":", " : ").split()) for row in rows]
     counts["critiques trained on"] = len(rows)
-    counts["supervised tokens"] = round(32 * steps * (mean(words) + 1))  # and the stop token
+    counts["words of critiques trained on"] = round(32 * steps * mean(words))
     return judged, counts
 
 
@@ -611,8 +627,8 @@ def without(lab, run, component):
     lab.command("02", run, filter_by=filter_by)
     lab.command("03", run, *lam)
     lab.command("04", run, "--iterations", "1", *lam, filter_by=filter_by)
-    judged, metrics = lab.judge(run, lab.base, ("base",))
-    counts = expert_counts(metrics) | selection_counts(run, "margin", lab.truth())
+    judged, _ = lab.judge(run, lab.base, ("base",))
+    counts = expert_counts(lab, run) | selection_counts(run, "margin", lab.truth())
     return judged, counts | caption_counts(lab, run)
 
 
@@ -659,14 +675,20 @@ def transfer(lab, run):
         n_left[split] -= 1
         return {**row, "split": split}
 
-    change_pairs(run, change, "01_preferences")
+    change_pairs(lab.base, run, change, "01_preferences")
     size = len(common.read_preferences(run, "pool")) // 2
     lab.command("02", run)
     lab.command("03", run)
     lab.command("04", run, "--pool", str(min(size, 600)))
     lab.command("04", run, "--pool", str(min(size, 600)), "--select", "random")
-    ordinary, _ = lab.judge(run, lab.base, ("base",))
-    (run / "05_evaluation").rename(run / "05_evaluation.ordinary")
+    kept = run / "judged.json"
+    if not kept.exists():
+        ordinary, _ = lab.judge(run, lab.base, ("base",))
+        write_json(kept, ordinary)
+    ordinary, emptied = read_json(kept), run / "emptied"
+    if not emptied.exists():
+        shutil.rmtree(run / "05_evaluation")
+        emptied.touch()
     strange = ("--pairs", str(lab.pictures / "strange.jsonl"))
     strange += ("--truth", str(lab.pictures / "truth.jsonl"), "--withhold", "blank")
     judged, _ = lab.judge(run, flags=strange)
@@ -877,7 +899,7 @@ def run_setting(lab, study, setting, results, lock):
         judged, counts, failure = {}, {}, str(error)
     except Failed as error:
         print(f"FAILED {study}, {setting}, seed {lab.seed}: {error}", flush=True)
-        return
+        return False
     git = ["git", "-C", str(demo.ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     line = {"study": study, "setting": setting, "seed": lab.seed}
@@ -906,6 +928,7 @@ def run_setting(lab, study, setting, results, lock):
         write_jsonl(kept / f"{name}.jsonl", rows)
         if study not in ("start", "headline"):
             shutil.rmtree(run, ignore_errors=True)
+    return True
 
 
 def rounded(counts):
@@ -931,6 +954,9 @@ def parse_args(argv=None):
     for study in args.studies:
         if study not in STUDIES:
             parser.error(f"no study {study!r}: one of {', '.join(STUDIES)}")
+        for setting in args.settings or ():
+            if setting not in STUDIES[study]:
+                parser.error(f"no setting {setting!r} in {study}: {'; '.join(STUDIES[study])}")
     if not (args.studies or args.table or args.plot):
         parser.error("name a study, or --table")
     return args
@@ -952,8 +978,13 @@ def main(args):
         lock = threading.Lock()
         with ThreadPoolExecutor(args.parallel) as pool:
             futures = [pool.submit(run_setting, *job, args.results, lock) for job in jobs]
-        for future in futures:
-            future.result()
+            try:
+                is_done = [future.result() for future in futures]
+            except BaseException:  # Ctrl-C, a full disk: the settings at work end, no other begins
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if not all(is_done):
+            sys.exit(f"error: {is_done.count(False)} of {len(is_done)} settings failed, see above")
     if args.table:
         print(study_report.tables(study_report.read(args.results)))
     if args.plot:

@@ -552,7 +552,8 @@ def test_judgements_are_shown_with_their_texts_and_pictures(tmp_path):
     for k, verdict in enumerate(("A", None, "B", "A")):
         texts = {"prompt": "What?", "response_a": f"a{k}", "response_b": f"b{k}"}
         questions.append({**texts, "image": "wide.png"})
-        row = {"question": f"q{k}", "verdict": verdict, "label": "A", "probability_a": k / 10}
+        row = {"id": f"q{k}", "question": f"q{k}", "verdict": verdict, "label": "A"}
+        row["probability_a"] = k / 10
         rows.append({**row, "critique": f"because {k}"})
     shown = five.judgement_lines(tmp_path, "judge", rows, questions, tmp_path, n=2)
     names = [line for line in shown if line.startswith("**")]
@@ -561,7 +562,8 @@ def test_judgements_are_shown_with_their_texts_and_pictures(tmp_path):
     text = "\n".join(shown)
     for k in range(4):
         lines = ("~~~~", "What?", "", f"Response A: a{k}", f"Response B: b{k}", "", f"because {k}")
-        end = ("", f"(P(A) = {k / 10:.3f}; the better response is A)", "~~~~")
+        said = f"verdict {rows[k]['verdict']}, P(A) = {k / 10:.3f}"
+        end = ("", f"({said}; the better response is A)", "~~~~")
         assert "\n".join(lines + end) in text
     with Image.open(tmp_path / "pictures" / "wrong-2.png") as picture:
         assert picture.size == (320, 107)
