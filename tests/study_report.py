@@ -23,7 +23,7 @@ def read(path):
 
 # ---- Cells: of each world a mean and its resamples -----------------------------------------------
 def of_setting(lines, study, setting):
-    """{seed: line}, of each seed the one that was recorded first; without worlds that were refused."""
+    """{seed: the line recorded first}, without worlds that were refused."""
     found = {}
     for line in lines:
         if (line["study"], line["setting"]) == (study, setting) and line["accuracies"]:
