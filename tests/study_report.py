@@ -110,10 +110,23 @@ FULL = ("headline", "pools of 600")
 MARGIN, RANDOM, BEST, ON = "margin", "random", "best", "continue"
 
 
-def by_iteration(lines, rule, setting="pools of 600"):
-    """[cells after 03, iteration 1, 2, ...] of a rule."""
-    found = [cells(lines, "headline", setting, "after 03")]
-    while new := cells(lines, "headline", setting, f"{rule}, iteration {len(found)}"):
+TOOK = 0.8  # accuracy after 03 from which stage 03 has taken: no world lies near it
+
+
+def where_03_took(lines, has_taken=True):
+    """The worlds in which stage 03 has taught the verdict to follow the checks, or the others."""
+    after_03 = cells(lines, *FULL, "after 03")
+    return [seed for seed, (value, _) in after_03.items() if (value >= TOOK) == has_taken]
+
+
+def only(of_worlds, seeds):
+    return {seed: cell for seed, cell in of_worlds.items() if seed in seeds}
+
+
+def by_iteration(lines, rule, seeds):
+    """[cells after 03, iteration 1, 2, ...] of a rule in these worlds."""
+    found = [only(cells(lines, *FULL, "after 03"), seeds)]
+    while new := only(cells(lines, *FULL, f"{rule}, iteration {len(found)}"), seeds):
         found.append(new)
     return found
 
@@ -154,6 +167,8 @@ def headline_tables(lines):
     for a, b in pairs:
         if found := minus(cells(lines, *FULL, a), cells(lines, *FULL, b)):
             differences[f"{a} - {b}"] = found
+    took = where_03_took(lines)
+    here = {name: only(found, took) for name, found in differences.items()}
     small = cells(lines, "headline", "pools of 300", "margin, iteration 4")
     last = "margin, iteration 4"
     differences[f"{last}: pools of 600 - of 300"] = minus(cells(lines, *FULL, last), small)
@@ -162,6 +177,7 @@ def headline_tables(lines):
     return [
         *table("1. headline", rows),
         *table("1. differences", differences, "+"),
+        *table("1. differences where 03 took", here, "+"),
         *counts_table(lines, "1. shares of the pool, by iteration", {"margins": FULL}, kept),
     ]
 
@@ -305,6 +321,8 @@ def tables(lines):
 # ---- The README's table of claims ----------------------------------------------------------------
 def told(of_worlds, sign="+"):
     """A mean, its interval, and the number of worlds."""
+    if not of_worlds:
+        return "not measured"
     low, high = interval(of_worlds)
     span = f"{number(low, sign)} to {number(high, sign)}"
     return f"{number(average(of_worlds), sign)} ({span}), {len(of_worlds)} worlds"
@@ -460,24 +478,36 @@ def axes(path, size=(6.4, 3.8)):
 
 
 def draw_iterations(path, lines):
-    """Accuracy by iteration with controls; a band of intervals."""
-    figure, axis = axes(path)
-    for shift, rule in enumerate(COLOURS):
-        found = by_iteration(lines, rule)
+    """Accuracy by iteration with controls: means and intervals where 03 took, else each world."""
+    figure = Figure((8.4, 3.8), layout="tight", facecolor="white")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = {"margin": "margins", "random": "random pairs", "best": "best of random pairs"}
+    names["continue"] = "stage 03 continued"
+    took, others = where_03_took(lines), where_03_took(lines, has_taken=False)
+    for shift, (rule, name) in enumerate(names.items()):
+        style = {"color": COLOURS[rule], "marker": MARKERS[rule], "markersize": 5}
+        found = by_iteration(lines, rule, took)
         spans = np.array([interval(of_worlds) for of_worlds in found])
         middle = np.array([average(of_worlds) for of_worlds in found])
-        x = np.arange(len(found)) + (shift - 1.5) * 0.06
-        label = {"margin": "margins", "random": "random pairs", "best": "best of random pairs"}
-        name = label.get(rule, "stage 03 continued")
-        errors = np.abs(spans.T - middle)
-        style = {"color": COLOURS[rule], "marker": MARKERS[rule], "label": name, "capsize": 2}
-        axis.errorbar(x, middle, errors, linewidth=1.6, markersize=5, elinewidth=0.9, **style)
-    n_worlds = len(cells(lines, *FULL, "after 03"))
-    axis.set_xticks(range(5), ["after 03", "1", "2", "3", "4"])
-    axis.set(xlabel="iteration of stage 04", ylabel="accuracy, share of questions judged right")
-    axis.set_title(f"{n_worlds} worlds, 1,000 held-out pairs each; bars: 95 %", fontsize=9)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+        x = np.arange(len(found)) + (shift - 1.5) * 0.08
+        bars = {"capsize": 2, "elinewidth": 0.9, "label": name}
+        left.errorbar(x, middle, np.abs(spans.T - middle), **style, **bars)
+        for seed in others:
+            values = [of_worlds[seed][0] for of_worlds in by_iteration(lines, rule, [seed])]
+            right.plot(range(len(values)), values, **style)
+    expert = average(only(cells(lines, *FULL, "expert"), took))
+    left.axhline(expert, color="0.3", linestyle=":", label="the detector as judge")
+    left.set_title(f"where stage 03 took: {len(took)} worlds, bars 95 %", fontsize=9)
+    right.set_title("where it did not: each world a line", fontsize=9)
+    for axis in (left, right):
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
+        axis.set_xticks(range(5), ["after 03", "1", "2", "3", "4"])
+        axis.set_xlabel("iteration of stage 04")
+    left.set_ylabel("accuracy, share of questions")
+    handles, labels = left.get_legend_handles_labels()
+    right.legend(handles, labels, fontsize=7, loc="upper left")
+    figure.savefig(path, dpi=120)
 
 
 def draw_expert(path, lines):
