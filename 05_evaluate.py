@@ -481,7 +481,7 @@ def draw_accuracy(path, table):
         axis.errorbar(x, y, np.abs(ends - y), **style)
     if "base" in table:
         axis.axhline(table["base"]["accuracy"], color="grey", linestyle=":", label="base model")
-    last = max(t for points in lines.values() for t, _ in points)
+    last = max(points[-1][0] for points in lines.values())
     axis.set_xticks(range(last + 1), ["after 03", *range(1, last + 1)])
     axis.set(xlabel="iteration of 04", ylabel="accuracy")
     axis.legend(fontsize=8)
