@@ -1,0 +1,124 @@
+"""What the README says is so: commands parse, paths, flags and lines exist, code stands in the
+files, numbers of the claims are those of assets/results.jsonl."""
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+import study
+import study_report
+from conftest import ROOT, STAGES, stage
+from PIL import Image
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)  # [(language, code)]
+PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+SCRIPTS = ("bench", "bench_gpu", "build_world", "demo", "faults", "pictures", "study")
+
+
+def commands():
+    """Every command of the README, in blocks and in the text, without comments."""
+    lines = [line for language, code in BLOCKS if not language for line in code.splitlines()]
+    lines += re.findall(r"`((?:python|pytest|torchrun|pip) [^`]+)`", PROSE)
+    found = []
+    for line in lines:
+        for part in line.split(" && "):
+            if part.split(" ")[0] in ("python", "pytest", "torchrun", "pip"):
+                found.append(shlex.split(part, comments=True))
+    return found
+
+
+def flags_of(source):
+    return set(re.findall(r'"(--[a-z][\w-]*)"', source))
+
+
+def test_there_are_commands():
+    assert len(commands()) > 15
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_parse(command, monkeypatch):
+    if command[0] == "torchrun":  # torchrun FLAGS -- script flags
+        command = ["python", *command[command.index("--") + 1 :]]
+    if command[0] != "python":
+        return
+    script, *argv = command[1:]
+    assert (ROOT / script).exists()
+    name = script.removesuffix(".py").removeprefix("tests/")
+    if name in STAGES:
+        stage(name).parse_args(argv)
+        return
+    module = importlib.import_module(name)
+    if hasattr(module, "parse_args"):
+        module.parse_args(argv)
+    known = flags_of((ROOT / script).read_text(encoding="utf-8"))
+    assert {word for word in argv if word.startswith("--")} <= known
+
+
+def test_flags_exist():
+    known = {"--nproc-per-node", "--help"}
+    for name in (*STAGES, "common"):
+        known |= flags_of((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    for name in SCRIPTS:
+        known |= flags_of((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8"))
+    negative = {f"--no-{flag[2:]}" for flag in known}
+    for flag in re.findall(r"`[^`]*?(--[a-z][\w-]*)[^`]*`", PROSE):
+        assert flag in known | negative, flag
+
+
+def test_excerpts_stand_in_the_files():
+    files = [(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in (*STAGES, "common")]
+    excerpts = [code for language, code in BLOCKS if language == "python" and code[0] == " "]
+    assert len(excerpts) == 5
+    for code in excerpts:
+        assert len(code.splitlines()) <= 10
+        assert any(code in text for text in files), code
+
+
+def test_links_lead_to_what_they_name():
+    links = re.findall(r"\[`([\w.]+)`\]\(([\w./]+)#L(\d+)\)", TEXT)
+    assert len(links) > 10
+    for name, file, line in links:
+        text = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b", text), (name, file, line)
+    headings = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for anchor in re.findall(r"\]\(#([\w-]+)\)", TEXT):
+        assert anchor in anchors, anchor
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+def test_pictures_are_small_and_all_shown():
+    shown = set(re.findall(r"!\[[^]]*\]\((assets/[^)]+)\)", TEXT))
+    there = {f"assets/{path.name}" for path in (ROOT / "assets").glob("*.png")}
+    assert shown == there
+    for path in shown:
+        assert (ROOT / path).stat().st_size < 150_000, path
+        with Image.open(ROOT / path) as picture:
+            assert picture.width >= 600
+
+
+def test_it_is_read_in_twenty_minutes():
+    assert len(PROSE.split()) <= 2500
+
+
+def test_claims_are_the_results():
+    lines = study_report.read(ROOT / "assets" / "results.jsonl")
+    for line in study_report.claims(lines):
+        assert line in TEXT
+    rows = [row for row in TEXT.splitlines() if row.startswith("|")]
+    studies = set(study.STUDIES)
+    for row in study_report.claims(lines)[2:]:
+        assert row in rows
+        assert re.search(r"`([\w-]+)`", row.split("|")[-2])[1] in studies
+
+
+def test_python_blocks_are_python():
+    assert sys.version_info >= (3, 11)
+    for language, code in BLOCKS:
+        if language == "python" and code[0] != " ":
+            ast.parse(code)
