@@ -306,10 +306,8 @@ def show(bar, line, steps):
     """Move the bar by a step; every tenth part of them leaves its line on the screen."""
     bar.update()
     if line["step"] % max(1, steps // 10) == 0:
-        shown = {
-            name: x for name, x in line.items() if x is not None and name not in ("step", "lr")
-        }
-        numbers = [f"{name} {x:.4g}" for name, x in shown.items()]
+        names = ("loss", "loss_critique", "loss_correct", "bradley_terry")
+        numbers = [f"{name} {line[name]:.4g}" for name in names if line[name] is not None]
         bar.write(f"step {line['step']:>5}/{steps} | {' | '.join(numbers)}")
 
 
@@ -503,7 +501,8 @@ def validate(model, processor, pairs, folder, name, **judging):
     result = {**accuracy_by_order(rows), "bradley_terry_loss": mean_bradley_terry(rows)}
     names = ("accuracy", "both", "agreement", "bradley_terry_loss", "unparseable")
     numbers = [f"{measure} {result[measure]:.3f}" for measure in names]
-    print(f"validation, {name}: {' | '.join(numbers)} | {len(pairs)} pairs")
+    print(f"validation, {name}: {' | '.join(numbers[:3])}")
+    print(f"    {' | '.join(numbers[3:])} | {len(pairs)} pairs")
     print(f"{rows[0]['image']}, label {rows[0]['label']}:\n{rows[0]['critique']}\n")
     log = RowWriter(folder / "metrics.jsonl", key=("step", "validation"))
     log.write({"validation": name, **result})
@@ -693,7 +692,7 @@ def main(args):
     judged = [read_validation(folder, is_before) for is_before in (True, False)]
     picture = folder / "critiques.png"
     common.draw(draw_critiques, picture, validation, *judged, first["image_root"])
-    report_gain(*judged, "read critiques.png or validation.jsonl, and try more --steps")
+    report_gain(*judged, "read critiques.png, try more --steps")
 
     # 3. report ------------------------------------------------------------------------------------
     counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}
