@@ -62,7 +62,7 @@ def average(of_worlds):
 
 # ---- Lines of tables -----------------------------------------------------------------------------
 def number(value, sign=""):
-    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+    return f"{round(value, 3) + 0:{sign}.3f}".replace("0.", ".", 1)  # + 0: no -.000
 
 
 def table_row(name, of_worlds, seeds, sign=""):
@@ -450,28 +450,28 @@ def claim_rows(lines):
             "The expert's findings matter, against its labels alone",
             ".80 / .60-.65",
             gap(lines, yolo, after_03("expert", "YOLO, labels alone")),
-            "",
+            "holds",
             "expert",
         ),
         (
             "... against the policy's own yes or no",
             "",
             gap(lines, yolo, after_03("expert", "the policy's yes or no")),
-            "",
+            "does not hold",
             "expert",
         ),
         (
             "... against an expert that always confuses half of the kinds",
             "",
             gap(lines, yolo, confused),
-            "",
+            "holds",
             "expert",
         ),
         (
             "Margins pick flipped pairs: kept by margins, by random; in the pool",
             "",
             f"{kept[MARGIN]}, {kept[RANDOM]}; {in_pool}",
-            "",
+            "hardly; with findings none passes",
             "margins",
         ),
     ]

@@ -103,7 +103,8 @@ def test_pictures_are_small_and_all_shown():
 
 
 def test_it_is_read_in_twenty_minutes():
-    assert len(PROSE.split()) <= 2500
+    words = [word for word in PROSE.split() if re.search(r"\w", word)]  # no bars of tables
+    assert len(words) <= 2500
 
 
 def test_claims_are_the_results():
