@@ -513,7 +513,8 @@ def paired_gain(before, after):
     """(mean, half-width of its 95 % interval) of the gain in accuracy between two judges.
 
     before, after: judgement rows {"question", "image", "label", "verdict"} of the same questions.
-    Interval: 1.96 standard errors over images, whose questions succeed and fail together.
+    Interval: 1.96 standard errors over images, whose questions succeed and fail together. Needs:
+    mean, stdev (of statistics)
 
     >>> wrong = [{"question": k, "image": k, "label": "A", "verdict": None} for k in "pq"]
     >>> paired_gain(wrong, [{**row, "verdict": "A"} for row in wrong])
