@@ -1,6 +1,6 @@
 """05  How well does it judge? All checkpoints side by side, with intervals and controls.
 
-    accuracy       mean over both orders of each pair; no verdict is wrong (one definition, in 03)
+    accuracy       mean over both orders of each pair; a missing verdict is wrong (one definition, in 03)
     both           right in both orders             agreement   the same response wins in both
     hallucination  accuracy on the pairs whose rejected response names an absent object
     macro          mean over the categories' accuracies
@@ -58,7 +58,7 @@ FOLDERS = {
     ("vl-rewardbench", "official"): "05_evaluation_vl-rewardbench_official",
     ("llava-wild", "both-orders"): "05_evaluation_llava-wild",
 }
-NOTE = "Accuracy is the mean over both orders; no verdict is wrong."
+NOTE = "Accuracy is the mean over both orders; a missing verdict is wrong."
 OFFICIAL_NOTE = "Pairs without a majority of their calls are undecided and leave the accuracy."
 WILD_NOTE = "No score here: the official review (eval_gpt_review_bench.py) reads an answers file."
 OFFICIAL_CALLS = 9  # odd, so that only missing verdicts leave a pair undecided

@@ -152,7 +152,7 @@ def main(args):
         ("pipeline.png", out),
     ):
         with Image.open(folder / name) as picture:  # few colours: small files
-            small = picture.convert("RGB").quantize(64)
+            small = picture.convert("RGB").quantize(64, Image.Quantize.FASTOCTREE, dither=0)
         small.save(out / name, optimize=True)
 
 
