@@ -693,7 +693,7 @@ def main(args):
     judged = [read_validation(folder, is_before) for is_before in (True, False)]
     picture = folder / "critiques.png"
     common.draw(draw_critiques, picture, validation, *judged, first["image_root"])
-    report_gain(*judged, "read critiques.png, try more --steps")
+    report_gain(*judged, "try more --steps, or --bt-weight 1")
 
     # 3. report ------------------------------------------------------------------------------------
     counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}

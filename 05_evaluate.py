@@ -1,6 +1,6 @@
 """05  How well does it judge? All checkpoints side by side, with intervals and controls.
 
-    accuracy       mean over both orders of each pair; a missing verdict is wrong (one definition, in 03)
+    accuracy       mean over both orders of each pair; a missing verdict is wrong (see 03)
     both           right in both orders             agreement   the same response wins in both
     hallucination  accuracy on the pairs whose rejected response names an absent object
     macro          mean over the categories' accuracies

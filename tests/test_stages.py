@@ -826,7 +826,7 @@ def test_04_says_that_an_iteration_gains_nothing(critiqued, run, capsys):
         return answer(right if request["id"] == "v0-ab" else mirrored(right), 0.9)
 
     critiqued(3, Judge(mostly_wrong))
-    assert "no gain beyond its interval: read critiques.png" in capsys.readouterr().out
+    assert "no gain beyond its interval: try more --steps" in capsys.readouterr().out
     critiqued(4, Judge(pool_judge), *FLAGS_04)
     first, second = capsys.readouterr().out.split("iteration 2: kept")
     assert "on 2 validation pairs: +0.750 (95 % +-0.490)" in first
