@@ -357,6 +357,7 @@ def claim_rows(lines):
     """(claim, the paper's figure, ours, verdict, study) of each."""
     took = where_03_took(lines)
     critique = after_03("training", "critique, lambda 1/3")
+    failed, bt = after_03("start", "the demo's flags"), after_03("training", "Bradley-Terry 1")
     yolo = after_03("expert", "YOLO")
     last, second = "margin, iteration 4", "margin, iteration 2"
     start, blank = f"03 took in {len(took)}", f"{last}, blank image"
@@ -438,6 +439,15 @@ def claim_rows(lines):
             "... and verdicts alone",
             "",
             gap(lines, critique, after_03("training", "none")),
+            "holds",
+            "training",
+        ),
+        (
+            "Where 03 did not take, `--bt-weight 1` makes it take",
+            "",
+            told(
+                only(minus(cells(lines, *bt), cells(lines, *failed)), where_03_took(lines, False))
+            ),
             "holds",
             "training",
         ),
