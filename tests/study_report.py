@@ -429,6 +429,13 @@ def claim_rows(lines):
             "headline",
         ),
         (
+            "On other pictures, of kinds never trained on",
+            "",
+            level(lines, "transfer", "other pictures", f"{second}, elsewhere"),
+            "fails",
+            "transfer",
+        ),
+        (
             "Critiques beat descriptions",
             "over +.10",
             gap(lines, critique, after_03("training", "descriptive")),
