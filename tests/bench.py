@@ -5,7 +5,7 @@
 
 train:  stage 03's train against TRL's SFTTrainer (pip install trl): the same rows in each step,
         model, adapter, optimizer and learning rates, so the same losses. Both as they come: 03
-        encodes in a second process and sorts a step's rows by length, TRL by default does neither.
+        encodes ahead in a thread and sorts a step's rows by length, TRL by default does neither.
 sample: common.sample against transformers' generate(num_return_sequences=8) with a forward that
         scores the verdicts, and against the loop that one writes first: prompts encoded once, their
         cache repeated for the samples, ordinary attention, and no sample leaves before the last.

@@ -495,9 +495,7 @@ def shuffled_labels(lab, run):
     return judged, {}
 
 
-def select(
-    lab, run, rule="margin", flags=(), findings=True, flipped=False, start="base", n=8, shared=True
-):
+def select(lab, run, rule="margin", flags=(), findings=True, flipped=False, start="base", n=8):
     """One iteration of 04 by a rule."""
     source = {"base": lab.make_base, "weak": lab.make_weak, "wide": lab.make_wide}[start]()
     if start != "weak":
