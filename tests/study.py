@@ -986,6 +986,7 @@ def main(args):
     if args.table:
         print(study_report.tables(study_report.read(args.results)))
     if args.plot:
+        args.plot.mkdir(parents=True, exist_ok=True)
         study_report.draw(study_report.read(args.results), args.plot)
 
 

@@ -505,7 +505,7 @@ def draw_expert(path, lines):
     axis.set(xlabel="pairs whose label the expert gets wrong, %")
     axis.set(ylabel="accuracy after stage 03", ylim=(0.45, 1))
     axis.set_title("each point one world and one expert, 1,000 held-out pairs", fontsize=9)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center")
     figure.savefig(path, dpi=130)
 
 
