@@ -1,4 +1,4 @@
-"""The README's pictures of a run, from the demo's run directory:
+"""The README's pictures and numbers of a run, from the demo's run directory:
 
     python tests/pictures.py --run runs/demo --out assets
 
@@ -7,6 +7,7 @@ contact_sheet.png   01: the first four pairs with the detector's boxes
 critiques.png       03: what the judge wrote before and after
 margins.png         04: the margins of the first pool
 examples.png        04: critiques of low, middle and high margin
+demo.json           05: accuracies and paired differences with their intervals
 """
 
 import argparse
@@ -138,8 +139,17 @@ def draw_pipeline(path, run, root):
     figure.savefig(path, dpi=90)
 
 
+def write_numbers(path, run):
+    metrics = common.read_json(run / "05_evaluation" / "metrics.json")
+    table = {}
+    for judge, measures in metrics["table"].items():
+        table[judge] = {name: measures[name] for name in ("accuracy", "interval")}
+    common.write_json(path, {"table": table, "differences": metrics["differences"]})
+
+
 def main(args):
     run, out = args.run, args.out
+    write_numbers(out / "demo.json", run)
     root = run / "world"
     rows = common.read_jsonl(run / "01_preferences" / "preferences.jsonl")
     one.draw_contact_sheet(out / "contact_sheet.png", rows[:4], root)

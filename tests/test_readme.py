@@ -12,6 +12,9 @@ import study
 import study_report
 from conftest import ROOT, STAGES, stage
 from PIL import Image
+from study_report import number
+
+from common import read_json
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)  # [(language, code)]
@@ -123,3 +126,28 @@ def test_python_blocks_are_python():
     for language, code in BLOCKS:
         if language == "python" and code[0] != " ":
             ast.parse(code)
+
+
+def test_the_demos_table_is_the_demos():
+    demo = read_json(ROOT / "assets" / "demo.json")
+    names = ("base", "after 03", "margin, iteration 2", "random, iteration 2")
+    names = (*names, "margin, iteration 2, blank image")
+    rows = [row for row in TEXT.splitlines() if re.match(r"\| (base|after|control)", row)]
+    assert len(rows) == len(names)
+    for name, row in zip(names, rows):
+        measured = demo["table"][name]
+        accuracy, low, high = (number(x) for x in (measured["accuracy"], *measured["interval"]))
+        assert row.endswith(f"| {accuracy} | {low}-{high} |"), row
+    for name in ("after 03", "random, iteration 2"):
+        gap = demo["differences"][f"margin, iteration 2 - {name}"]
+        middle, low, high = (number(x, "+") for x in gap)
+        assert f"{middle} ({low} to {high})" in TEXT
+
+
+def test_ratios_are_the_benchs():
+    bench = (ROOT / "assets" / "bench.txt").read_text()
+    printed = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", bench, re.MULTILINE)
+    ratios = [" ".join(row) for row in printed]
+    table = TEXT[TEXT.index("| what | against | toy") :].split("\n\n")[0]
+    told = re.findall(r"\d+\.\d\d \d+\.\d\d \d+\.\d\d", table)
+    assert sorted(told) == sorted(ratios)
