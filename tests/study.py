@@ -947,7 +947,7 @@ def parse_args(argv=None):
     assets = demo.ROOT / "assets"
     parser.add_argument("--results", type=Path, default=assets / "results.jsonl")
     parser.add_argument("--table", action="store_true", help="run nothing, print all tables")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="and draw the three pictures")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="and draw the four pictures")
     args = parser.parse_args(argv)
     for study in args.studies:
         if study not in STUDIES:

@@ -538,7 +538,33 @@ def draw_flipped(path, lines):
     figure.savefig(path, dpi=130)
 
 
+def draw_best_of_n(path, lines):
+    """Quality of the caption that each picker takes from N."""
+    figure, axis = axes(path, (6.4, 3.2))
+    pickers = {
+        "oracle": ("the truth", "black", "*"),
+        "margin 1": ("the judge after 04", "#0072B2", "o"),
+        "after 03": ("the judge after 03", "#009E73", "^"),
+        "base": ("the base judge", "#E69F00", "D"),
+        "random": ("a random one", "#D55E00", "s"),
+        "longest": ("the longest", "0.45", "v"),
+    }
+    found = of_setting(lines, "best", "N and votes").values()
+    sizes = (1, 2, 4, 8, 16)
+    for picker, (label, colour, marker) in pickers.items():
+        names = [f"best of {n}, {picker}: names nothing absent" for n in sizes]
+        shares = [mean(line["counts"][name] for line in found) for name in names]
+        axis.plot(range(len(sizes)), shares, color=colour, marker=marker, label=label)
+    axis.set_xticks(range(len(sizes)), sizes)
+    axis.set(xlabel="N, captions to pick from", ylabel="picks that name nothing absent")
+    axis.set_title(f"means of {len(found)} worlds, 200 pictures each", fontsize=9)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+    axis.legend(fontsize=7, title="picked by", title_fontsize=7, **beside)
+    figure.savefig(path, dpi=130)
+
+
 def draw(lines, folder):
     draw_iterations(folder / "iterations.png", lines)
     draw_expert(folder / "expert_error.png", lines)
     draw_flipped(folder / "flipped.png", lines)
+    draw_best_of_n(folder / "best_of_n.png", lines)

@@ -255,7 +255,7 @@ def test_recorded_lines_are_whole():
 
 def test_pictures_are_drawn(tmp_path):
     study_report.draw(study_report.read(ROOT / "assets/results.jsonl"), tmp_path)
-    for name in ("iterations.png", "expert_error.png", "flipped.png"):
+    for name in ("iterations.png", "expert_error.png", "flipped.png", "best_of_n.png"):
         assert 5_000 < (tmp_path / name).stat().st_size < 150_000
 
 
