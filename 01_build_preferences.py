@@ -1001,16 +1001,16 @@ STATUS_COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange
 
 
 def draw_boxes(axis, card, size):
-    """The evidence's boxes, with status and confidence."""
+    """The evidence's boxes in the colour of their status, with names and confidences."""
     for found in card["evidence"]:
         if found["box"] is None:
             continue
-        status, (x1, y1, x2, y2) = found["status"], found["box"]
-        colour = STATUS_COLOURS[status]
+        x1, y1, x2, y2 = found["box"]
+        colour = STATUS_COLOURS[found["status"]]
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
-        label = f"{found['object']} {found['confidence']:.2f} {status}"
+        label = f"{found['object']} {found['confidence']:.2f}"
         at = {"x": x1, "ha": "left"} if x1 + x2 < size[0] else {"x": x2, "ha": "right"}
-        style = {"fontsize": 7.5, "parse_math": False, "backgroundcolor": colour}
+        style = {"fontsize": 8.5, "parse_math": False, "backgroundcolor": colour}
         axis.text(y=y1, s=label, va="bottom", **at, **style)
 
 

@@ -36,6 +36,9 @@ Writes  05_evaluation[_BENCHMARK[_official]]/: report.md with accuracy.png, reli
 """
 
 import math
+import shlex
+import sys
+import textwrap
 from collections import Counter
 from functools import partial
 from importlib import import_module
@@ -492,9 +495,9 @@ def draw_reliability(path, judged):
     """Share right against P(verdict given) in the ECE's ten bins, each judge by itself, with the
     number of its judgements in each bin.
     """
-    columns = min(4, len(judged))
+    columns = min(3, len(judged))
     rows = math.ceil(len(judged) / columns)
-    figure = Figure((2.7 * columns, 2.8 * rows), layout="tight")
+    figure = Figure((2.7 * columns, 2.6 * rows), layout="tight")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (name, of_judge) in zip(axes, judged.items()):
         given, right = given_and_right(of_judge)
@@ -542,16 +545,14 @@ def markdown(title, columns, scores):
     return lines
 
 
-COLUMNS = {
-    "accuracy": "accuracy",
-    "interval": "95 % interval",
-    "both": "both orders",
+ACCURACY = {"accuracy": "accuracy", "interval": "95 % interval", "both": "both orders"}
+BEYOND = {
     "hallucination": "hallucination",
     "agreement": "agreement",
     "unparseable": "unparseable",
     "undecided": "undecided",
     "ece": "ECE",
-    "bradley_terry_loss": "Bradley-Terry",
+    "bradley_terry_loss": "BT loss",
 }
 CHANCE = {"accuracy": 0.5, "both": 0.25, "hallucination": 0.5, "agreement": 0.5}
 CHANCE["bradley_terry_loss"] = math.log(2)
@@ -561,7 +562,10 @@ RATES = ("present_said_yes", "absent_said_no", "balanced")
 def table_lines(results, note):
     """All tables of the results (see main); note: a sentence on the first."""
     table = results["table"]
-    lines = markdown("judge", COLUMNS, {"chance": CHANCE, **table}) + ["", note]
+    measured = set().union(*table.values())
+    chance = {name: value for name, value in CHANCE.items() if name in measured}
+    lines = markdown("judge", ACCURACY, {"chance": chance, **table}) + ["", note]
+    lines += markdown("judge", BEYOND, {"chance": chance, **table})
     if results["differences"]:
         rows = {}
         for name, (mean, low, high) in results["differences"].items():
@@ -625,11 +629,22 @@ def judgement_lines(folder, name, rows, questions, image_root, n=5):
         number = len(shown[kind])
         file = f"pictures/{kind}-{number}.png"
         common.draw(copy_small, folder / file, Path(image_root) / asked["image"])
-        lines += ["", f"**{kind} {number}**: `{row['question']}`", "", f"![]({file})", "", "~~~~"]
-        lines += [asked["prompt"], "", f"Response A: {asked['response_a']}"]
-        lines += [f"Response B: {asked['response_b']}", "", row["critique"], ""]
-        said = f"verdict {row['verdict']}, P(A) = {row['probability_a']:.3f}"
-        lines += [f"({said}; the better response is {row['label']})", "~~~~"]
+        lines += ["", f"**{kind} {number}**: `{row['question']}`", "", f"![]({file})", ""]
+        text = f"{asked['prompt']}\n\nResponse A: {asked['response_a']}\n"
+        text += f"Response B: {asked['response_b']}\n\n{row['critique']}\n\n"
+        text += f"(verdict {row['verdict']}, P(A) = {row['probability_a']:.3f}; "
+        lines += as_code(f"{text}the better response is {row['label']})")
+    return lines
+
+
+def as_code(text):
+    """Lines of a markdown block that shows every character as it is, wrapped to fit a page. (By
+    indentation: no line of the text can end it.)
+    """
+    lines = []
+    for line in text.splitlines():
+        wrapped = textwrap.wrap(line, 76) or [""]
+        lines += [f"    {part}" for part in wrapped]
     return lines
 
 
@@ -713,7 +728,10 @@ def read_truth(path):
 
 def finish(folder, args, counts, lines, shown_by_report_alone=()):
     """Print the lines, write report.md, finish the stage."""
-    report = [f"# `{args.pairs}`", *lines, *shown_by_report_alone, ""]
+    report = [f"# `{args.pairs}`", "", f"By the judges of `{args.run}` (model `{args.model}`,"]
+    report += [f"style {args.style}); all judgements are in `judgements.jsonl`. Made by", ""]
+    report += as_code(f"python {shlex.join(sys.argv)}")
+    report += [*lines, *shown_by_report_alone, ""]
     common.write_text(folder / "report.md", "\n".join(report))
     print("\n".join(lines))
     common.finish_stage(folder, args, counts, (), f"read {folder}/report.md")

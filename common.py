@@ -871,12 +871,12 @@ def draw_cards(path, cards, columns, draw_on=None):
             continue
         size = picture.size
         picture.thumbnail((640, 640))
-        text = "\n".join(textwrap.fill(line, 46, max_lines=3) for line in card["lines"])
+        text = "\n".join(textwrap.fill(line, 42, max_lines=3) for line in card["lines"])
         shown.append((card, picture, size, text))
     rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
     heights = []  # inches: a picture, and its text
     for row in rows:
-        heights.append(3.3 + 0.14 * max(text.count("\n") + 1 for *_, text in row))
+        heights.append(3.3 + 0.18 * max(text.count("\n") + 1 for *_, text in row))
     figure = Figure((3.5 * columns, max(1, sum(heights))))
     bottom = sum(heights)
     for row, of_row in zip(rows, heights):
@@ -891,7 +891,7 @@ def draw_cards(path, cards, columns, draw_on=None):
                     print(f"not wholly in {path}: {card['image']}: {one_line(error)}")
             axis.imshow(picture, extent=(0, width, height, 0))
             axis.set(adjustable="datalim")  # all axes of one size, whatever the picture's
-            style = {"fontsize": 7.5, "parse_math": False}  # "$5 and $6" is no formula
+            style = {"fontsize": 9.5, "parse_math": False}  # "$5 and $6" is no formula
             axis.text(0, -0.03, text, transform=axis.transAxes, va="top", **style)
         bottom -= of_row
     figure.savefig(path, dpi=80)

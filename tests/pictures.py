@@ -54,7 +54,7 @@ def write_lines(axis, lines, top=0.43, size=8):
     """lines: (text, colour)."""
     y = top
     for text, colour in lines:
-        wrapped = textwrap.wrap(text, 36) or [""]
+        wrapped = textwrap.wrap(text, 32) or [""]
         for part in wrapped:
             axis.text(0, y, part, fontsize=size, color=colour, va="top", family="monospace")
             y -= 0.045
@@ -73,7 +73,7 @@ def draw_pipeline(path, run, root):
     pairs = {row["id"]: row for row in common.read_jsonl(run / "01_preferences/preferences.jsonl")}
     critique = common.read_jsonl(run / "02_critiques/critiques.jsonl")[0]
     pair = pairs[critique["pair_id"]]
-    figure = Figure((15, 4.6), facecolor="white")
+    figure = Figure((11.5, 4.4), facecolor="white")
 
     axis = panel(figure, 0, "01  what is really there")
     show_picture(figure, 0, common.load_image(root / pair["image"]), pair)
@@ -136,7 +136,7 @@ def draw_pipeline(path, run, root):
         answer = f"order {row['order']}: {row['verdict']}, P(A) = {p:.3f}"
         lines.append((answer, GREEN if is_right else RED))
     write_lines(axis, lines)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=110)
 
 
 def write_numbers(path, run):

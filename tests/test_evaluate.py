@@ -532,6 +532,8 @@ def test_a_run_with_all_its_judges(tmp_path, shapes, fake):
     own = [image == shapes / row["image"] for image, row in zip(shown, rows)]
     assert own == [row["condition"] in names for row in rows]
     # report
+    assert f"By the judges of `{tmp_path / 'run'}` (model `" in report and "style none)" in report
+    assert cells(report, "chance")[1:] == ["0.500", "", "0.250"]
     assert cells(report, "after 03")[1:3] == ["1.000", "1.000-1.000"]
     assert cells(report, "margin, iteration 1 - base")[1:] == ["+0.500", "+0.500 to +0.500"]
     # 3.png holds nothing by the truth: one of 12 findings and one of 6 labels are wrong
@@ -561,14 +563,23 @@ def test_judgements_are_shown_with_their_texts_and_pictures(tmp_path):
     assert names == [f"**{kind}**: `q{k}`" for k, kind in enumerate(kinds)]
     text = "\n".join(shown)
     for k in range(4):
-        lines = ("~~~~", "What?", "", f"Response A: a{k}", f"Response B: b{k}", "", f"because {k}")
+        lines = ["What?", "", f"Response A: a{k}", f"Response B: b{k}", "", f"because {k}", ""]
         said = f"verdict {rows[k]['verdict']}, P(A) = {k / 10:.3f}"
-        end = ("", f"({said}; the better response is A)", "~~~~")
-        assert "\n".join(lines + end) in text
+        lines += [f"({said}; the better response is A)"]
+        assert "\n\n" + "\n".join(f"    {line}" for line in lines) in text
     with Image.open(tmp_path / "pictures" / "wrong-2.png") as picture:
         assert picture.size == (320, 107)
     one_each = five.judgement_lines(tmp_path, "judge", rows, questions, tmp_path, n=1)
     assert sum(line.startswith("**") for line in one_each) == 2
+
+
+def test_a_shown_text_stays_a_text():
+    """No line leaves its block, whatever markdown it holds, and none is wider than a page."""
+    text = "~~~~\n# a heading\n\n![](x.png) " + "long " * 40
+    lines = five.as_code(text)
+    assert all(line.startswith("    ") and len(line) <= 80 for line in lines)
+    assert lines[:3] == ["    ~~~~", "    # a heading", "    "]
+    assert " ".join(line.strip() for line in lines).split() == text.split()
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path, shapes, fake):

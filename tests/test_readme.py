@@ -24,8 +24,10 @@ SCRIPTS = ("bench", "bench_gpu", "build_world", "demo", "faults", "pictures", "s
 
 def commands():
     """Every command of the README, in blocks and in the text, without comments."""
-    lines = [line for language, code in BLOCKS if not language for line in code.splitlines()]
-    lines += re.findall(r"`((?:python|pytest|torchrun|pip) [^`]+)`", PROSE)
+    lines = re.findall(r"`((?:python|pytest|torchrun|pip) [^`]+)`", PROSE)
+    for language, code in BLOCKS:
+        if not language:
+            lines += code.replace("\\\n", " ").splitlines()  # a command may go on in a second line
     found = []
     for line in lines:
         for part in line.split(" && "):
