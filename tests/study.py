@@ -689,9 +689,33 @@ def transfer(lab, run):
         emptied.touch()
     strange = ("--pairs", str(lab.pictures / "strange.jsonl"))
     strange += ("--truth", str(lab.pictures / "truth.jsonl"), "--withhold", "blank")
-    judged, _ = lab.judge(run, flags=strange)
+    strange += ("--max-new-tokens", "256")  # up to 13 checks, which an ordinary critique has not
+    judged, metrics = lab.judge(run, flags=strange)
+    counts = {"pool": size}
+    pairs = {pair["id"]: pair for pair in read_jsonl(lab.pictures / "strange.jsonl")}
+    for name in ("base", "after 03", "margin, iteration 2"):
+        measures = metrics["table"][name]
+        counts[f"{name}, elsewhere: unparseable"] = measures["unparseable"]
+        for rate in ("present_said_yes", "absent_said_no"):
+            counts[f"{name}, elsewhere: {rate}"] = measures["checks"][rate]
+        for part, share in strange_shares(judged[name], pairs).items():
+            counts[f"{name}, elsewhere: right, {part}"] = share
     judged = {f"{name}, elsewhere": rows for name, rows in judged.items()}
-    return {**ordinary, **judged}, {"pool": size}
+    return {**ordinary, **judged}, counts
+
+
+def strange_shares(rows, pairs):
+    """What makes strange pairs hard: {part of them: share judged right}."""
+    right = {}
+    for row in rows:
+        pair = pairs[row["id"]]
+        n_claims = len(pair["chosen"].split(",")) + len(pair["rejected"].split(","))
+        parts = ["up to 8 claims" if n_claims <= 8 else "more claims"]
+        is_new = set(pair["hallucinated"]) & set(UNSEEN)
+        parts.append("an unseen kind is absent" if is_new else "a seen kind is absent")
+        for part in parts:
+            right.setdefault(part, []).append(row["verdict"] == row["label"])
+    return {part: mean(found) for part, found in right.items()}
 
 
 # ---- Best-of-N and votes -------------------------------------------------------------------------

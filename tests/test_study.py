@@ -261,3 +261,16 @@ def test_pictures_are_drawn(tmp_path):
 
 def test_what_is_unseen_is_of_the_world():
     assert set(study.UNSEEN) < set(scenes.KINDS)
+
+
+def test_strange_pairs_are_told_apart():
+    pairs = {
+        "few": {"chosen": "a, b", "rejected": "a, red star", "hallucinated": ["red star"]},
+        "many": {"chosen": "a, b, c, d", "rejected": "a, b, c, d, e", "hallucinated": ["e"]},
+    }
+    rows = [{"id": "few", "verdict": "A", "label": "A"}, {"id": "few", "verdict": "A"}]
+    rows += [{"id": "many", "verdict": "B", "label": "A"}]
+    rows[1]["label"] = "B"
+    shares = study.strange_shares(rows, pairs)
+    few, many = ("up to 8 claims", "an unseen kind is absent"), ("more claims",)
+    assert shares == dict.fromkeys(few, 0.5) | dict.fromkeys((*many, "a seen kind is absent"), 0)
