@@ -729,7 +729,8 @@ def best_of_n(model_path, checkpoints, pictures, truth, device, folder, n=16, n_
     candidates = five.write_candidates(rows, load, writer, n, str(pictures), sampling)
     sizes = [2**k for k in range(n.bit_length())]
     judging = {"image_root": str(pictures), "style": "critique"}
-    judging |= {"max_new_tokens": 96, "batch_size": 256, "seed": 0}
+    # two captions of 32 tokens hold up to 20 claims, whose checks take more than the demo's 96 tokens
+    judging |= {"max_new_tokens": 256, "batch_size": 256, "seed": 0}
 
     def quality(name, text):
         """(names nothing absent, share of what is there that it names)."""
@@ -747,6 +748,7 @@ def best_of_n(model_path, checkpoints, pictures, truth, device, folder, n=16, n_
         of_name = candidates[name]
         oracle[name] = [max(of_name[:s], key=lambda text: quality(name, text)) for s in sizes]
     picked = {"random": shares(first), "longest": shares(longest), "oracle": shares(oracle)}
+    means = {}
     for picker, checkpoint in checkpoints.items():
         model, processor = load(checkpoint)
         path = folder / f"games_{picker.replace(' ', '_')}.jsonl"
@@ -756,7 +758,8 @@ def best_of_n(model_path, checkpoints, pictures, truth, device, folder, n=16, n_
             return ift.judge(model, processor, questions, writer, picker, **judging)
 
         picked[picker] = shares(five.best_of_n(rows, candidates, judge))
-    means = {}
+        undecided = [row["verdict"] is None for row in games.rows]
+        means[f"best of {n}, {picker}: judgements without a verdict"] = mean(undecided)
     for picker, by_size in picked.items():
         for size, values in by_size.items():
             true, recall = (float(np.mean(column)) for column in zip(*values))
