@@ -358,6 +358,22 @@ def judge_with(load, checkpoint, asked, writer, judging):
     return judged
 
 
+def count_verdicts(judged):
+    """Counts over {judge: judgement rows}; says where many critiques do not come to a verdict."""
+    n_judgements, n_without = 0, 0
+    for name, rows in judged.items():
+        missing = sum(row["verdict"] is None for row in rows)
+        n_judgements += len(rows)
+        n_without += missing
+        if missing > 0.05 * len(rows):
+            share = missing / len(rows)
+            print(
+                f"warning: {share:.0%} of the critiques of {name} have no verdict: it may need a "
+                "higher --max-new-tokens"
+            )
+    return {"judgements": n_judgements, "without a verdict": n_without}
+
+
 # ---- LLaVA-Bench in the wild: answers for its own review, which scores them, and Best-of-N -------
 def knockout(candidates, prefer):
     """Winners among the first 1, 2, 4, ... candidates of each row, in one knockout: the tree over
@@ -445,12 +461,15 @@ def answer_in_the_wild(rows, name, checkpoint, load, folder, n, judging, samplin
     writer = RowWriter(folder / "best_of_n.jsonl")
     candidates = write_candidates(rows, load, writer, n, judging["image_root"], sampling)
     chosen = {"first": {key: texts[0] for key, texts in candidates.items()}}
+    counts = {"questions": len(rows), "responses sampled": n * len(rows)}
+    counts["responses cut at --max-new-tokens"] = sum(row["n_cut"] for row in writer.rows)
     if n > 1:
         model, processor = load(checkpoint)
         games = RowWriter(folder / "best_of_n_judgements.jsonl", key=("condition", "question"))
         judge = partial(ift.judge, model, processor, writer=games, condition=name, **judging)
         winners = best_of_n(rows, candidates, judge)
         chosen["judge"] = {key: of_row[-1] for key, of_row in winners.items()}
+        counts |= count_verdicts({name: games.rows})
     for picker, texts in chosen.items():
         answers = []
         for row in rows:
@@ -458,9 +477,7 @@ def answer_in_the_wild(rows, name, checkpoint, load, folder, n, judging, samplin
             answer |= {"text": texts[row["id"]], "answer_id": f"{picker}-{row['id']}"}
             answers.append({**answer, "model_id": f"{picker} of {n}", "metadata": {}})
         common.write_jsonl(folder / f"answers_{picker}.jsonl", answers)
-    n_cut = sum(row["n_cut"] for row in writer.rows)
-    counts = {"questions": len(rows), "responses sampled": n * len(rows)}
-    return {**counts, "responses cut at --max-new-tokens": n_cut}
+    return counts
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -803,9 +820,7 @@ def main(args):
     judged = {}
     for name, checkpoint in conditions.items():
         judged |= judge_with(load, checkpoint, shown[name], writer, judging | votes)
-    verdicts = [row["verdict"] for row in sum(judged.values(), [])]
-    counts = {**read, "pairs": len(pairs), "judgements": len(verdicts)}
-    counts["without a verdict"] = verdicts.count(None)
+    counts = {**read, "pairs": len(pairs), **count_verdicts(judged)}
 
     # 3. measure ----------------------------------------------------------------------------------
     score = official_scores if official else partial(measure, vocabulary=vocabulary)

@@ -729,7 +729,7 @@ def best_of_n(model_path, checkpoints, pictures, truth, device, folder, n=16, n_
     candidates = five.write_candidates(rows, load, writer, n, str(pictures), sampling)
     sizes = [2**k for k in range(n.bit_length())]
     judging = {"image_root": str(pictures), "style": "critique"}
-    # two captions of 32 tokens hold up to 20 claims, whose checks take more than the demo's 96 tokens
+    # two captions of 32 tokens hold up to 20 claims: their checks take more than the demo's 96
     judging |= {"max_new_tokens": 256, "batch_size": 256, "seed": 0}
 
     def quality(name, text):

@@ -772,6 +772,16 @@ def test_votes_are_sampled(tmp_path, shapes, fake):
     assert {row["verdict"] for row in read_jsonl(folder / "judgements.jsonl")} == {"A"}
 
 
+def test_missing_verdicts_are_counted_and_said(capsys):
+    rows = [{"verdict": verdict} for verdict in ["A"] * 95 + [None] * 5]
+    more = [*rows, {"verdict": None}]
+    counts = five.count_verdicts({"few": rows, "many": more})
+    assert counts == {"judgements": 201, "without a verdict": 11}
+    said = capsys.readouterr().out
+    assert said.count("warning") == 1 and "6% of the critiques of many" in said
+    assert "--max-new-tokens" in said
+
+
 def test_llava_bench_in_the_wild(tmp_path, shapes, fake):
     questions = []
     for i in (3, 0, 2, 1, 4):
@@ -782,6 +792,8 @@ def test_llava_bench_in_the_wild(tmp_path, shapes, fake):
     given = ["--benchmark", "llava-wild", "--pairs", shapes, "--model", "hub/base"]
     report, folder = evaluate(tmp_path, *given, "--best-of", 4)
     assert folder.name == "05_evaluation_llava-wild" and "No score here" in report
+    counts = json.loads((folder / "meta.json").read_text())["counts"]
+    assert counts["judgements"] == 5 * 3 * 2  # games of a knockout of four, in both orders
     for name, number in (("first", "0"), ("judge", "3")):
         answers = read_jsonl(folder / f"answers_{name}.jsonl")
         assert len({answer["answer_id"] for answer in answers}) == len(questions)
