@@ -660,7 +660,7 @@ def as_code(text):
     """
     lines = []
     for line in text.splitlines():
-        wrapped = textwrap.wrap(line, 76) or [""]
+        wrapped = textwrap.wrap(line, 76, break_on_hyphens=False) or [""]
         lines += [f"    {part}" for part in wrapped]
     return lines
 
@@ -747,8 +747,7 @@ def finish(folder, args, counts, lines, shown_by_report_alone=()):
     """Print the lines, write report.md, finish the stage."""
     report = [f"# `{args.pairs}`", "", f"By the judges of `{args.run}` (model `{args.model}`,"]
     report += [f"style {args.style}); all judgements are in `judgements.jsonl`. Made by", ""]
-    report += as_code(f"python {shlex.join(sys.argv)}")
-    report += [*lines, *shown_by_report_alone, ""]
+    report += [f"    python {shlex.join(sys.argv)}", *lines, *shown_by_report_alone, ""]
     common.write_text(folder / "report.md", "\n".join(report))
     print("\n".join(lines))
     common.finish_stage(folder, args, counts, (), f"read {folder}/report.md")
