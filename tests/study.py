@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
@@ -760,12 +761,34 @@ def best_of_n(model_path, checkpoints, pictures, truth, device, folder, n=16, n_
         picked[picker] = shares(five.best_of_n(rows, candidates, judge))
         undecided = [row["verdict"] is None for row in games.rows]
         means[f"best of {n}, {picker}: judgements without a verdict"] = mean(undecided)
+        is_true = {}
+        for name, texts in candidates.items():
+            is_true[name] = [quality(name, text)[0] for text in texts]
+        for round_, share in true_wins(games.rows, is_true).items():
+            means[f"best of {n}, {picker}: a true caption wins, round {round_}"] = share
     for picker, by_size in picked.items():
         for size, values in by_size.items():
             true, recall = (float(np.mean(column)) for column in zip(*values))
             means[f"best of {size}, {picker}: names nothing absent"] = true
             means[f"best of {size}, {picker}: share of objects named"] = recall
     return means
+
+
+def true_wins(judgements, is_true):
+    """{round of the knockout: of its games between a true caption and one that names something
+    absent, the share that the true one wins}. is_true: {picture: of each of its captions}."""
+    for_first = Counter()  # P(the first wins), summed over both orders
+    for row in judgements:
+        p = row["probability_a"]
+        for_first[row["id"]] += p if row["label"] == "A" else 1 - p
+    wins = {}
+    for game, p in for_first.items():  # "picture/3-5", as five.best_of_n names them
+        name, _, places = game.rpartition("/")
+        first, second = (int(place) for place in places.split("-"))
+        if is_true[name][first] != is_true[name][second]:
+            round_ = (first ^ second).bit_length()  # from the size of the subtree that holds both
+            wins.setdefault(round_, []).append((p >= 1) == is_true[name][first])
+    return {round_: mean(found) for round_, found in sorted(wins.items())}
 
 
 def vote(model_path, checkpoint, pictures, heldout, device, sizes=(1, 3, 5, 9)):

@@ -274,3 +274,12 @@ def test_strange_pairs_are_told_apart():
     shares = study.strange_shares(rows, pairs)
     few, many = ("up to 8 claims", "an unseen kind is absent"), ("more claims",)
     assert shares == dict.fromkeys(few, 0.5) | dict.fromkeys((*many, "a seen kind is absent"), 0)
+
+
+def test_wins_are_counted_by_the_round_of_the_knockout():
+    is_true = {"x/y.png": [True, False, False, True]}
+    rows = []
+    for game, p_first in (("0-1", 0.9), ("2-3", 0.7), ("0-2", 0.2)):
+        rows.append({"id": f"x/y.png/{game}", "label": "A", "probability_a": p_first})
+        rows.append({"id": f"x/y.png/{game}", "label": "B", "probability_a": 1 - p_first})
+    assert study.true_wins(rows, is_true) == {1: 0.5, 2: 0}
