@@ -226,7 +226,7 @@ def draw_examples(path, margins, questions, image_root):
     for pair_id in dict.fromkeys(ranked[place] for place in places):
         rows = sorted(questions[pair_id, "ab"], key=lambda row: row["confidence_in_label"])
         best = [row for row in rows if row["dropped"] is None][-1]
-        lines = [f"margin, mean of both orders: {margins[pair_id]:.3f}; better: {best['label']}"]
+        lines = [f"margin of the pair {margins[pair_id]:.3f}; better: {best['label']}"]
         lines += [f"A: {best['response_a']}", f"B: {best['response_b']}"]
         for name, row in (("c+", best), ("c-", rows[0])):
             of_row = row["critique"].splitlines()[:20]

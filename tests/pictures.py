@@ -2,6 +2,8 @@
 
     python tests/pictures.py --run runs/demo --out assets
 
+after the demo and, for the judge under attack, its command of stage 05 once more with --attack.
+
 pipeline.png        one example of what each stage makes
 contact_sheet.png   01: the first four pairs with the detector's boxes
 critiques.png       03: what the judge wrote before and after
