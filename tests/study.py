@@ -608,6 +608,20 @@ def trained(lab, run, style=None, flags=()):
     return judged, counts
 
 
+def trained_with_bradley_terry(lab, run):
+    """Stages 03 and 04 with --bt-weight 1: two iterations of margins, and of random pairs."""
+    flags = ("--bt-weight", "1")
+    lab.judge_base()
+    lab.copy_stages(lab.base, run, "01", "02")
+    lab.command("03", run, *flags)
+    for rule in ("margin", "random"):
+        if rule != "margin":
+            share_samples(run, run, rule)
+        lab.command("04", run, "--iterations", "2", "--select", rule, *flags)
+    judged, _ = lab.judge(run, lab.base, ("base",))
+    return judged, selection_counts(run, "margin", lab.truth())
+
+
 def without(lab, run, component):
     """The method with one component off: 01 to 03 and one iteration of 04."""
     lab.judge_base()
@@ -888,6 +902,7 @@ def trainings():
         settings[f"lambda {lam}"] = partial(trained, flags=("--lam", lam))
     for weight in ("0.1", "1"):
         settings[f"Bradley-Terry {weight}"] = partial(trained, flags=("--bt-weight", weight))
+    settings["Bradley-Terry 1, and 04"] = trained_with_bradley_terry
     return settings
 
 

@@ -230,44 +230,92 @@ def plain_tables(lines, number_, study, condition, reference, counts):
     return out
 
 
-def last_tables(lines):
-    """Transfer, Best-of-N and votes, leaks."""
-    out = []
+def bradley_terry_table(lines):
+    """The whole method with the verdict's own loss, beside the method without it."""
+    rows, differences = {}, {}
+    for name in ("after 03", "margin, iteration 2", "random, iteration 2"):
+        rows[name] = cells(lines, "training", "Bradley-Terry 1, and 04", name)
+        without = cells(lines, *FULL, name)
+        differences[f"{name}: with - without"] = minus(rows[name], without)
+    second = rows["margin, iteration 2"]
+    for other in ("after 03", "random, iteration 2"):
+        differences[f"margin, iteration 2 - {other}"] = minus(second, rows[other])
+    return [
+        *table("5. --bt-weight 1 in 03 and 04", rows),
+        *table("5. differences, --bt-weight 1", differences, "+"),
+    ]
+
+
+def transfer_tables(lines):
     line = next((x for x in lines if x["study"] == "transfer"), None)
-    if line:
-        names = [*line["accuracies"]]
-        rows = {name: cells(lines, "transfer", "other pictures", name) for name in names}
-        out += table("7. transfer", rows)
-        elsewhere = {}
-        for a, b in (
-            ("margin, iteration 2", "after 03"),
-            ("margin, iteration 2", "random, iteration 2"),
-        ):
-            for where in ("", ", elsewhere"):
-                elsewhere[f"{a} - {b}{where}"] = minus(rows[a + where], rows[b + where])
-        out += table("7. differences", elsewhere, "+")
+    if line is None:
+        return []
+    names = [*line["accuracies"]]
+    rows = {name: cells(lines, "transfer", "other pictures", name) for name in names}
+    elsewhere = {}
+    for other in ("after 03", "random, iteration 2"):
+        for where in ("", ", elsewhere"):
+            a, b = rows[f"margin, iteration 2{where}"], rows[other + where]
+            elsewhere[f"margin, iteration 2 - {other}{where}"] = minus(a, b)
+    out = table("7. transfer", rows) + table("7. differences", elsewhere, "+")
+    names = [name for name in line["counts"] if name.startswith("after 03, elsewhere: ")]
+    columns = [name.partition(": ")[2] for name in names]
+    out += ["", f"| 7. elsewhere: shares | {' | '.join(columns)} |"]
+    out.append("|---" * (len(columns) + 1) + "|")
+    for judge in ("base", "after 03", "margin, iteration 2"):
+        means = [elsewhere_share(lines, judge, column) for column in columns]
+        out.append(f"| {judge} | {' | '.join(map(number, means))} |")
+    return out
+
+
+def best_tables(lines):
+    """Votes and Best-of-N."""
     line = next((x for x in lines if x["study"] == "best"), None)
-    if line:
-        votes = {name: cells(lines, "best", "N and votes", name) for name in line["accuracies"]}
-        more = {f"{name} - votes 1": minus(votes[name], votes["votes 1"]) for name in [*votes][1:]}
-        out += table("8. votes", votes) + table("8. differences", more, "+")
-        pickers = ("random", "longest", "base", "after 03", "margin 1", "oracle")
-        for what in ("names nothing absent", "share of objects named"):
-            head = f"8. Best-of-N: {what}"
-            out += ["", f"| {head} | {' | '.join(pickers)} |", "|---" * (len(pickers) + 1) + "|"]
-            for n in (1, 2, 4, 8, 16):
-                found = []
-                for picker in pickers:
-                    key = f"best of {n}, {picker}: {what}"
-                    of_seeds = of_setting(lines, "best", "N and votes").values()
-                    found.append(number(mean(x["counts"][key] for x in of_seeds)))
-                out.append(f"| N = {n} | {' | '.join(found)} |")
+    if line is None:
+        return []
+    votes = {name: cells(lines, "best", "N and votes", name) for name in line["accuracies"]}
+    more = {f"{name} - votes 1": minus(votes[name], votes["votes 1"]) for name in [*votes][1:]}
+    out = table("8. votes", votes) + table("8. differences", more, "+")
+    pickers = ("random", "longest", "base", "after 03", "margin 1", "oracle")
+    for what in ("names nothing absent", "share of objects named"):
+        head = f"8. Best-of-N: {what}"
+        out += ["", f"| {head} | {' | '.join(pickers)} |", "|---" * (len(pickers) + 1) + "|"]
+        for n in (1, 2, 4, 8, 16):
+            found = []
+            for picker in pickers:
+                key = f"best of {n}, {picker}: {what}"
+                of_seeds = of_setting(lines, "best", "N and votes").values()
+                found.append(number(mean(x["counts"][key] for x in of_seeds)))
+            out.append(f"| N = {n} | {' | '.join(found)} |")
+    judges = ("base", "after 03", "margin 1")
+    out += ["", f"| 8. a true caption beats a false one | {' | '.join(judges)} |"]
+    out.append("|---" * (len(judges) + 1) + "|")
+    for round_ in (1, 2, 3, 4):
+        found = [number(true_wins(lines, judge, round_)) for judge in judges]
+        out.append(f"| round {round_} of the knockout | {' | '.join(found)} |")
+    return out
+
+
+def leak_table(lines):
     leaks = {}
     for name in ("base", "after 03"):
         leaks[f"shuffled labels: {name}"] = cells(lines, "leak", "shuffled labels", name)
     for how in ("blank", "other"):
         leaks[f"{how} image"] = cells(lines, *FULL, f"margin, iteration 4, {how} image")
-    return out + table("leak checks", leaks)
+    return table("leak checks", leaks)
+
+
+def elsewhere_share(lines, judge, name):
+    """A count of study 7: mean over worlds."""
+    found = of_setting(lines, "transfer", "other pictures").values()
+    return mean(line["counts"][f"{judge}, elsewhere: {name}"] for line in found)
+
+
+def true_wins(lines, judge, round_):
+    """Share of the games of a round of Best-of-16 that the true caption wins: mean over worlds."""
+    count = f"best of 16, {judge}: a true caption wins, round {round_}"
+    found = of_setting(lines, "best", "N and votes").values()
+    return mean(line["counts"][count] for line in found)
 
 
 def processors_table(lines):
@@ -315,7 +363,10 @@ def tables(lines):
     counts = wrong | kept | {"captions hallucinate, greedy": "captions hallucinate, greedy"}
     nothing = ("components", "without nothing", "margin, iteration 1")
     out += plain_tables(lines, 6, "components", off, nothing, counts)
-    return "\n".join(out + last_tables(lines) + processors_table(lines))
+    out += (
+        bradley_terry_table(lines) + transfer_tables(lines) + best_tables(lines) + leak_table(lines)
+    )
+    return "\n".join(out + processors_table(lines))
 
 
 # ---- The README's table of claims ----------------------------------------------------------------
@@ -381,6 +432,7 @@ def claim_rows(lines):
     shuffled, untrained = after_03("leak", "shuffled labels"), ("leak", "shuffled labels", "base")
     lifts = "Training on checked critiques lifts the base judge"
     mends = "Where 03 did not take, `--bt-weight 1` makes it take"
+    helps = "... and helps where it took"
     strange = "It is above chance on other pictures, of unseen kinds"
     confuses = "... and an expert always wrong about half the kinds"
     return [
@@ -406,6 +458,7 @@ def claim_rows(lines):
         ("... and verdicts alone", "", critique, verdicts, None, gains),
         ("02's filters beat the verdict alone", "", whole, unchecked, None, gains),
         (mends, "", bt, demo, failed, gains),
+        (helps, "", bt, demo, took, gains),
         ("λ: 1 does for accuracy what 0 does", "", lam_1, lam_0, None, no_effect),
         ("The expert's findings beat its labels alone", "+.15-.20", yolo, labels, None, gains),
         ("... and the policy's own yes or no", "", yolo, policy, None, gains),
