@@ -25,6 +25,7 @@ Writes 03_ift/adapter/ (plain PEFT; model/ with --lora-rank 0), validation.jsonl
 
 import argparse
 import copy
+import importlib
 import math
 import random
 import shlex
@@ -40,6 +41,8 @@ from safetensors.torch import load_file, save_file
 
 import common
 from common import RANK, WORLD, RowWriter, both_orders, build_judge_prompt, read_jsonl, row_seed
+
+two = importlib.import_module("02_generate_critiques")
 
 # Every linear layer of the language model, and of nothing else: attention, linear attention, MLP.
 LORA_TARGETS = r".*language_model\.layers\.\d+\..*_proj\w*"
@@ -543,6 +546,27 @@ def report_gain(before, after, why_none):
         print(f"warning: no gain beyond its interval: {why_none}")
 
 
+def share_following(rows):
+    """(share of the critiques whose verdict is that of their own checks, number of those whose
+    checks decide between the responses); (None, 0) without any. rows: {"critique", "verdict"}.
+    """
+    follows = []
+    for row in rows:
+        better = two.verdict_of_checks(common.parse_checks(row["critique"]))
+        if better is not None:
+            follows.append(row["verdict"] == better)
+    return (float(mean(follows)), len(follows)) if follows else (None, 0)
+
+
+def report_following(rows):
+    """Says how often the verdict follows the checks: the loss may fall while it ignores them."""
+    share, n = share_following(rows)
+    if n:
+        print(f"the verdict follows the checks in {share:.0%} of {n} critiques")
+    if n and share < 0.85:
+        print("warning: the verdict does not read the checks: try --bt-weight 1")
+
+
 def read_validation(folder, is_before=False):
     """Rows of the validation after the folder's training, or before stage 03's; [] without any."""
     path = folder / "validation.jsonl"
@@ -694,6 +718,7 @@ def main(args):
     picture = folder / "critiques.png"
     common.draw(draw_critiques, picture, validation, *judged, first["image_root"])
     report_gain(*judged, "try more --steps, or --bt-weight 1")
+    report_following(judged[1])
 
     # 3. report ------------------------------------------------------------------------------------
     counts = {"critiques read": len(critiques), **counts, "validation pairs": len(validation)}

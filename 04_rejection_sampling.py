@@ -367,6 +367,7 @@ def main(args):
         result = ift.validate(model, processor, validation, here, f"iteration {t}", **judging)
         judged = ift.read_validation(here)
         ift.report_gain(judged_before, judged, "saturation, or too few pairs")
+        ift.report_following(judged)
         judged_before = judged
         results[f"iteration {t}"] = {"counts": {**counts, **more}, "validation": result}
         made_with = common.read_json(folder / "args.json")  # by which 05 knows this judge

@@ -131,8 +131,8 @@ def check_rates(rows, pairs, vocabulary):
     """How the judge's checks stand to the evidence of the pairs; {} without any.
 
     Of the checks of present objects the share that says yes, of absent ones the share that says
-    no, and their mean (balanced): a judge that trusts every text has 1, 0 and .5. One critique of a
-    question is read, the first of several votes.
+    no, and their mean (balanced): a judge that trusts every text has 1, 0 and .5. And how often the
+    verdict is that of the checks. One critique of a question is read, the first of several votes.
     """
     answers = {"present": [], "absent": []}  # what is unsure has no right answer
     for row in rows:
@@ -152,6 +152,7 @@ def check_rates(rows, pairs, vocabulary):
         "present_said_yes": yes,
         "absent_said_no": no,
         "balanced": (yes + no) / 2,
+        "verdict_follows": ift.share_following(rows)[0],
         "n_checks": len(answers["present"]) + len(answers["absent"]),
     }
 
@@ -573,7 +574,7 @@ BEYOND = {
 }
 CHANCE = {"accuracy": 0.5, "both": 0.25, "hallucination": 0.5, "agreement": 0.5}
 CHANCE["bradley_terry_loss"] = math.log(2)
-RATES = ("present_said_yes", "absent_said_no", "balanced")
+RATES = ("present_said_yes", "absent_said_no", "balanced", "verdict_follows")
 
 
 def table_lines(results, note):

@@ -208,9 +208,11 @@ def test_check_rates_by_hand():
         {"id": "1", "critique": "A: red ring: no\nA: red ring: no\nB: a red circle at night: no"},
         {"id": "2", "critique": "A: red ring: yes"},
     ]
+    rows = [{**row, "verdict": verdict} for row, verdict in zip(rows, "BAAB")]
     rates = five.check_rates(rows, pairs, VOCABULARY)
     expected = {"present_said_yes": 2 / 3, "absent_said_no": 3 / 4, "balanced": 17 / 24}
-    assert rates == pytest.approx({**expected, "n_checks": 7})
+    # the first verdict alone is that of its checks; the second's and the fourth's are even
+    assert rates == pytest.approx({**expected, "verdict_follows": 1 / 2, "n_checks": 7})
     assert five.check_rates(rows[3:], pairs, VOCABULARY) == {}
 
 

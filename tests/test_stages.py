@@ -871,3 +871,33 @@ def test_04_stops_where_nothing_is_kept(trained, run):
 
     with pytest.raises(SystemExit, match="iteration 1 keeps nothing.*wrong verdict"):
         trained(4, Judge(write), *FLAGS_04)
+
+
+def test_03_says_that_the_verdict_does_not_read_the_checks(critiqued, capsys):
+    asked = []
+
+    def deaf(request, k):
+        """Right checks; after training, always the same verdict."""
+        asked.append(request)
+        text = right_critique(request)
+        if len(asked) > 4:  # two validation pairs in both orders, before
+            text = text.replace("Verdict: B", "Verdict: A")
+        return answer(text, 0.9)
+
+    critiqued(3, Judge(deaf))
+    said = capsys.readouterr().out
+    assert "the verdict follows the checks in 50% of 4 critiques" in said
+    assert "warning: the verdict does not read the checks: try --bt-weight 1" in said
+
+
+def test_the_verdict_follows_the_checks_that_decide():
+    texts = {
+        "A: a cat: yes\nB: a dog: no\nVerdict: A": "A",
+        "A: a cat: yes\nB: a dog: no\nVerdict: B": "B",
+        "A: a cat: no\nB: a dog: yes": None,  # without a verdict it does not follow
+        "A: a cat: yes\nB: a dog: yes\nVerdict: B": "B",  # even checks decide nothing
+        "Verdict: A": "A",
+    }
+    rows = [{"critique": text, "verdict": verdict} for text, verdict in texts.items()]
+    assert ift.share_following(rows) == (pytest.approx(1 / 3), 3)
+    assert ift.share_following(rows[3:]) == (None, 0)
