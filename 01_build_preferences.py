@@ -1007,7 +1007,7 @@ def draw_boxes(axis, card, size):
             continue
         x1, y1, x2, y2 = found["box"]
         colour = STATUS_COLOURS[found["status"]]
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour))
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, lw=2))
         label = f"{found['object']} {found['confidence']:.2f}"
         at = {"x": x1, "ha": "left"} if x1 + x2 < size[0] else {"x": x2, "ha": "right"}
         style = {"fontsize": 8.5, "parse_math": False, "backgroundcolor": colour}

@@ -871,7 +871,7 @@ def draw_cards(path, cards, columns, draw_on=None):
             continue
         size = picture.size
         picture.thumbnail((640, 640))
-        text = "\n".join(textwrap.fill(line, 42, max_lines=3) for line in card["lines"])
+        text = "\n".join(textwrap.fill(line, 42, max_lines=6) for line in card["lines"])
         shown.append((card, picture, size, text))
     rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
     heights = []  # inches: a picture, and its text
