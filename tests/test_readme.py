@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 import sys
+from statistics import mean
 
 import pytest
 import study
@@ -19,6 +20,7 @@ from common import read_json
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)  # [(language, code)]
 PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+EXPERTS = ("YOLO", "the policy's yes or no")
 SCRIPTS = ("bench", "bench_gpu", "build_world", "demo", "faults", "pictures", "study")
 
 
@@ -153,3 +155,40 @@ def test_ratios_are_the_benchs():
     table = TEXT[TEXT.index("| what | against | toy") :].split("\n\n")[0]
     told = re.findall(r"\d+\.\d\d \d+\.\d\d \d+\.\d\d", table)
     assert sorted(told) == sorted(ratios)
+
+
+def two(value):
+    return f"{value:.2f}".removeprefix("0")
+
+
+def shares(lines, study_name, setting, condition="after 03"):
+    """Accuracies of all worlds."""
+    found = study_report.cells(lines, study_name, setting, condition)
+    return [value for value, _ in found.values()]
+
+
+def counted(lines, study_name, setting, count):
+    found = study_report.of_setting(lines, study_name, setting).values()
+    return mean(line["counts"][count] for line in found)
+
+
+def test_experiments_expect_what_was_measured():
+    lines = study_report.read(ROOT / "assets" / "results.jsonl")
+    table = TEXT[TEXT.index("| change | expect") :].split("\n\n")[0]
+    styles = ("descriptive", "none", "critique, lambda 1/3")
+    described, verdicts, critiques = (two(mean(shares(lines, "training", x))) for x in styles)
+    assert f"after 03 {described}, or {verdicts}, instead of {critiques}" in table
+    few = [two(value) for value in shares(lines, "training", "critique, 30 steps")]
+    assert ", ".join(few) in table
+    lams = [f"lambda {lam}" for lam in (0, 1)]
+    without, equal = (two(mean(shares(lines, "training", lam))) for lam in lams)
+    assert f"{without} and {equal}" in table
+    count = "captions hallucinate, greedy"
+    said = [two(counted(lines, "training", x, count)) for x in (*lams, "nothing trained")]
+    assert f"{said[0]} and {said[1]} hallucinate, {said[2]} of the base" in table
+    wrong = [counted(lines, "expert", x, "expert: labels_wrong") for x in EXPERTS]
+    assert f"labels wrong {100 * wrong[1]:.0f} instead of {100 * wrong[0]:.0f} %" in table
+    yolo, own = (two(mean(shares(lines, "expert", x))) for x in EXPERTS)
+    assert f"accuracy {own} for {yolo}" in table
+    attacked = read_json(ROOT / "assets" / "demo.json")["table"]["margin, iteration 2, attack"]
+    assert f"becomes {number(attacked['accuracy'])}" in table
