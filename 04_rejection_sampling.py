@@ -12,11 +12,11 @@ mislabelled ones alike. The expert's findings, in stage 02's filters, keep the w
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) S is read from the judge's own log-odds at the verdict, in the pass that sampled the critique;
-  2) a share of each epoch is stage 03's rows (--replay), since a few hundred rows alone make the
-     judge forget its format;
-  3) three controls of the same size and steps: --select random (random pairs, a random passing
-     critique), best (random pairs, the critique with the largest S), continue (stage 03's own rows,
-     trained on for as many steps).
+  2) a share of each epoch is stage 02's critiques (--replay), since a few hundred rows alone make
+     the judge forget its format;
+  3) three controls of the same steps: --select random (as many pairs, drawn among those that have
+     passing critiques, and one of these), best (such pairs, the critique with the largest S),
+     continue (stage 02's critiques, as in stage 03).
 
 Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterations), 03_ift/,
        02_critiques/critiques.jsonl.
@@ -264,13 +264,19 @@ def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judg
         )
     common.write_jsonl(folder / "kept.jsonl", kept)
     kept_ids = list(dict.fromkeys(row["pair_id"] for row in kept))
-    share, smallest = len(kept_ids) / len(pool), min(margins[key] for key in kept_ids)
+    share, kept_margins = len(kept_ids) / len(pool), [margins[key] for key in kept_ids]
     title = f"iteration {t}, {args.select}: {share:.0%} kept"
     common.draw(draw_margins, folder / "margins.png", margins, kept_ids, title)
     image_root = judging["image_root"]
     common.draw(draw_examples, folder / "examples.png", margins, questions, image_root)
     print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {share:.1%}")
-    print(f"smallest kept margin {smallest:.3f}")
+    middle = median(kept_margins)
+    print(f"margins of the kept: median {middle:.3f}, smallest {min(kept_margins):.3f}")
+    if args.select == "margin" and middle < 0.05:
+        print(
+            "warning: margins are narrow, so the judge hardly disagrees with itself and the choice "
+            "is near to chance: try more --samples or a higher --temperature"
+        )
     if not 0.3 <= share <= 0.5:
         print(
             f"warning: retention is outside 30-50 %: the pool's median margin is "
@@ -293,7 +299,7 @@ def parse_args(argv=None):
     add("--margin", type=float, help="tau: keep the pairs with at least this margin instead")
     rules = (*RULES, "continue")
     add("--select", choices=rules, default="margin", help="the rule, or a control")
-    add("--replay", type=float, default=0.25, help="share of an epoch that is stage 03's rows")
+    add("--replay", type=float, default=0.25, help="share of an epoch that is stage 02's")
     ift.add_training_arguments(parser, steps=125, lr=5e-5)
     return parser.parse_args(argv)
 

@@ -607,9 +607,9 @@ def sample(
 
     requests: [{"id", "image": path or PIL, "text"}] -> in their order, lists of n answers {"text",
     "complete": it wrote the stop token, "verdict": "A" | "B" | None, "log_odds": r at the verdict
-    in nats, None only without one (a server's log-probabilities of the tokens A and B give it)}. A
-    row's randomness comes from (seed, id) alone. batch_size: sequences decoded together; out of
-    memory halves it.
+    in nats, None only without one (a server's log-probabilities of the tokens A and B give it; it
+    would also have to load the adapter of each iteration of 04)}. A row's randomness comes from
+    (seed, id) alone. batch_size: sequences decoded together; out of memory halves it.
     """
     tokenizer, device = processor.tokenizer, unwrap(model).device
     stop_ids = stop_token_ids(model, tokenizer)

@@ -435,8 +435,11 @@ STARTS = ("base", "after 03")  # judges that settings share
 
 def start(lab, run):
     """The run that the others start from."""
-    judged, _ = lab.judge_base()
+    judged, metrics = lab.judge_base()
     counts = expert_counts(lab, lab.base)
+    for judge in STARTS:
+        counts[f"{judge}: checks right"] = metrics["table"][judge]["checks"]["balanced"]
+        counts[f"{judge}: verdict follows"] = ift.share_following(judged[judge])[0]
     counts |= read_json(lab.base / "01_preferences" / "meta.json")["counts"]
     counts |= selection_counts(lab.base, "margin", lab.truth())
     return judged, counts
@@ -869,6 +872,8 @@ def retentions():
         settings[f"tau {tau}"] = partial(select, flags=("--margin", tau))
     for n in (4, 8, 16):
         settings[f"N {n}"] = partial(select, start="wide", n=n)
+    few = ("--retention", "0.1")
+    settings["retention 0.1, random"] = partial(select, rule="random", flags=few)
     settings["pass rate in (0, 1)"] = partial(select, rule="sometimes")
     return settings
 
