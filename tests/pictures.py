@@ -9,7 +9,8 @@ contact_sheet.png   01: the first four pairs with the detector's boxes
 critiques.png       03: what the judge wrote before and after
 margins.png         04: the margins of the first pool
 examples.png        04: critiques of low, middle and high margin
-demo.json           05: accuracies and paired differences with their intervals
+demo.json           05: accuracies and paired differences with their intervals, rates of checks;
+                    counts of 02, margins that 04 has kept
 """
 
 import argparse
@@ -145,8 +146,12 @@ def write_numbers(path, run):
     metrics = common.read_json(run / "05_evaluation" / "metrics.json")
     table = {}
     for judge, measures in metrics["table"].items():
-        table[judge] = {name: measures[name] for name in ("accuracy", "interval")}
-    common.write_json(path, {"table": table, "differences": metrics["differences"]})
+        table[judge] = {name: measures[name] for name in ("accuracy", "interval", "checks")}
+    kept = common.read_jsonl(run / "04_rejection" / "iter1" / "kept.jsonl")
+    numbers = {"table": table, "differences": metrics["differences"]}
+    numbers["counts of 02"] = common.read_json(run / "02_critiques" / "meta.json")["counts"]
+    numbers["margins kept"] = sorted({row["margin"] for row in kept})
+    common.write_json(path, numbers)
 
 
 def main(args):

@@ -185,10 +185,73 @@ def test_experiments_expect_what_was_measured():
     assert f"{without} and {equal}" in table
     count = "captions hallucinate, greedy"
     said = [two(counted(lines, "training", x, count)) for x in (*lams, "nothing trained")]
-    assert f"{said[0]} and {said[1]} hallucinate, {said[2]} of the base" in table
+    third = two(counted(lines, "training", "critique, lambda 1/3", count))
+    assert f"{said[0]} and {said[1]} hallucinate ({third} at 1/3), {said[2]} of the" in table
+    first, *seconds = (
+        study_report.cells(lines, *study_report.FULL, judge)
+        for judge in ("after 03", "continue, iteration 2", "margin, iteration 2")
+    )
+    gains = [study_report.average(study_report.minus(second, first)) for second in seconds]
+    continued, margins = (number(gain, "+") for gain in gains)
+    assert f"{continued} where margins gain {margins}" in table
     wrong = [counted(lines, "expert", x, "expert: labels_wrong") for x in EXPERTS]
     assert f"labels wrong {100 * wrong[1]:.0f} instead of {100 * wrong[0]:.0f} %" in table
     yolo, own = (two(mean(shares(lines, "expert", x))) for x in EXPERTS)
     assert f"accuracy {own} for {yolo}" in table
-    attacked = read_json(ROOT / "assets" / "demo.json")["table"]["margin, iteration 2, attack"]
-    assert f"becomes {number(attacked['accuracy'])}" in table
+    demo = read_json(ROOT / "assets" / "demo.json")["table"]
+    attacked, usual = demo["margin, iteration 2, attack"], demo["margin, iteration 2"]
+    assert f"{number(usual['accuracy'])} becomes {number(attacked['accuracy'])}" in table
+    missing = 1 - attacked["checks"]["n_checks"] / usual["checks"]["n_checks"]
+    assert f"but {100 * missing:.0f} % are missing" in table
+    assert attacked["checks"]["balanced"] == pytest.approx(usual["checks"]["balanced"], abs=0.005)
+
+
+def test_the_demos_numbers_in_the_text():
+    demo = read_json(ROOT / "assets" / "demo.json")
+    counts = demo["counts of 02"]
+    passing = counts["kept"] + counts["repeated"]
+    wrong_order = counts["dropped: verdict does not follow from its checks"]
+    written = f"{counts['critiques written']:,}"
+    assert f"demo {passing} of {written} pass; {wrong_order} fall to the second rule" in TEXT
+    largest = number(max(demo["margins kept"]))
+    assert f"is {largest}, the pool's largest" in " ".join(TEXT.split())
+
+
+def test_what_worlds_say_in_the_text():
+    """The numbers between the tables, in words that stand together in the README."""
+    lines = study_report.read(ROOT / "assets" / "results.jsonl")
+    text = " ".join(TEXT.split())
+    took = study_report.where_03_took(lines)
+    spans = []
+    for judge in ("after 03", "margin, iteration 2"):
+        found = study_report.cells(lines, *study_report.FULL, judge)
+        values = [value for value, _ in study_report.only(found, took).values()]
+        spans.append(f"{two(min(values))}-{two(max(values))}")
+    assert f"03 ends at {spans[0]} and 04 at {spans[1]}" in text
+    starts = study_report.of_setting(lines, "start", "the demo's flags")
+    follows = {seed: x["counts"]["after 03: verdict follows"] for seed, x in starts.items()}
+    deaf = [two(value) for seed, value in follows.items() if seed not in took]
+    others = two(min(value for seed, value in follows.items() if seed in took))
+    assert f"in {deaf[0]} and {deaf[1]} of the critiques, elsewhere in {others} or more" in text
+    right = [x["counts"]["after 03: checks right"] for x in starts.values()]
+    assert f"though {100 * min(right):.0f} % of the checks were right" in text
+    weighted = shares(lines, "training", "Bradley-Terry 1, and 04")
+    assert f"all worlds come to {two(min(weighted))}-{two(max(weighted))}" in text
+    labels = mean(shares(lines, "expert", "YOLO, labels alone"))
+    assert f"the judge stays at {two(labels)}" in text
+    picks = []
+    for picker, n in (("random", 4), ("after 03", 4), ("after 03", 16)):
+        name = f"best of {n}, {picker}: names nothing absent"
+        picks.append(two(counted(lines, "best", "N and votes", name)))
+    assert f"{picks[0]} at random, {picks[1]} the best of 4" in text
+    assert f"{picks[2]} of 16" in text
+    first, last = (100 * study_report.true_wins(lines, "after 03", round_) for round_ in (1, 4))
+    assert f"in {first:.0f} % of a knockout's first games, in {last:.0f} % of its last" in text
+    names = ("absent_said_no", "present_said_yes", "right, up to 8 claims", "right, more claims")
+    judge = "margin, iteration 2"
+    absent, present, few, many = (
+        study_report.elsewhere_share(lines, judge, name) for name in names
+    )
+    assert f"it denies {100 * absent:.0f} % of what is absent" in text
+    assert f"but also {100 * (1 - present):.0f} % of what is there" in text
+    assert f"it judges {two(few)} right, of those with more {two(many)}" in text
