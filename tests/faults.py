@@ -160,7 +160,7 @@ def contents(folder):
     for path in folder.rglob("*"):
         if path.is_dir():
             continue
-        data = path.read_bytes()
+        data = path.read_bytes().replace(bytes(folder.parent), b"RUN")  # report.md names it
         if path.suffix in (".json", ".jsonl"):
             lines = data.splitlines() if path.suffix == ".jsonl" else [data]
             data = [without(VOLATILE, json.loads(line)) for line in lines]
