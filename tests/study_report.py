@@ -424,6 +424,8 @@ def claim_rows():
     whole = iterated("components", "without nothing")
     unchecked = iterated("components", "without checks")
     some, everything = (iterated("retention", f"retention {share}") for share in ("0.4", "1.0"))
+    tenth = iterated("retention", "retention 0.1")
+    tenth_random = ("retention", "retention 0.1, random", "random, iteration 1")
     votes_3 = ("best", "N and votes", "votes 3")
     elsewhere = ("transfer", "other pictures", "margin, iteration 2, elsewhere")
     blank = full("margin, iteration 4, blank image")
@@ -435,6 +437,7 @@ def claim_rows():
         ("04 lifts it further: two iterations of margins", "+.02-.03", second, first, gains),
         ("... more than stage 03 continued", "", second, continued, gains),
         ("... more than random pairs", "", second, random_2, gains),
+        ("... more than these where a tenth of the pool is kept", "", tenth, tenth_random, gains),
         ("A third and fourth iteration change nothing", "saturates", last, second, no_effect),
         ("40 % of a pool's pairs beat all that pass", "", some, everything, gains),
         ("The judge exceeds the detector that taught it", "", last, full("expert"), gains),
