@@ -437,7 +437,7 @@ def claim_rows():
         ("04 lifts it further: two iterations of margins", "+.02-.03", second, first, gains),
         ("... more than stage 03 continued", "", second, continued, gains),
         ("... more than random pairs", "", second, random_2, gains),
-        ("... more than these where a tenth of the pool is kept", "", tenth, tenth_random, gains),
+        ("... where a tenth of the pool is kept", "", tenth, tenth_random, gains),
         ("A third and fourth iteration change nothing", "saturates", last, second, no_effect),
         ("40 % of a pool's pairs beat all that pass", "", some, everything, gains),
         ("The judge exceeds the detector that taught it", "", last, full("expert"), gains),

@@ -236,7 +236,9 @@ def test_what_worlds_say_in_the_text():
     right = [x["counts"]["after 03: checks right"] for x in starts.values()]
     assert f"though {100 * min(right):.0f} % of the checks were right" in text
     weighted = shares(lines, "training", "Bradley-Terry 1, and 04")
-    assert f"all worlds come to {two(min(weighted))}-{two(max(weighted))}" in text
+    last = shares(lines, "training", "Bradley-Terry 1, and 04", "margin, iteration 2")
+    spans = [f"{two(min(values))}-{two(max(values))}" for values in (weighted, last)]
+    assert f"all worlds come to {spans[0]}, and 04 takes them to {spans[1]}" in text
     labels = mean(shares(lines, "expert", "YOLO, labels alone"))
     assert f"the judge stays at {two(labels)}" in text
     picks = []
