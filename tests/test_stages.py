@@ -817,6 +817,18 @@ def test_04_says_that_margins_are_narrow(trained, capsys):
     assert "retention is outside 30-50 %: the pool's median margin is 0.000" in printed
 
 
+def test_04_says_that_margins_do_not_choose(trained, capsys):
+    def hardly_wavers(request, k):
+        return answer(right_critique(request), 0.9 if k else 0.88)
+
+    words = "margins are narrow, so the judge hardly disagrees with itself"
+    trained(4, Judge(pool_judge), *FLAGS_04)
+    assert words not in capsys.readouterr().out
+    trained(4, Judge(hardly_wavers), *FLAGS_04, "--iterations", "1", "--overwrite")
+    printed = capsys.readouterr().out
+    assert "margins of the kept: median 0.020, smallest 0.020" in printed and words in printed
+
+
 def test_04_says_that_an_iteration_gains_nothing(critiqued, run, capsys):
     """Iteration 1 judges the two validation pairs right, of which 03 had one order in four; then
     there is nothing left to gain."""
