@@ -360,7 +360,7 @@ def judge_with(load, checkpoint, asked, writer, judging):
 
 
 def count_verdicts(judged):
-    """Counts over {judge: judgement rows}; says where many critiques do not come to a verdict."""
+    """Counts over {judge: judgement rows}; says where many come to no verdict."""
     n_judgements, n_without = 0, 0
     for name, rows in judged.items():
         missing = sum(row["verdict"] is None for row in rows)
@@ -369,7 +369,7 @@ def count_verdicts(judged):
         if missing > 0.05 * len(rows):
             share = missing / len(rows)
             print(
-                f"warning: {share:.0%} of the critiques of {name} have no verdict: it may need a "
+                f"warning: {share:.0%} of the judgements of {name} have no verdict: it may need a "
                 "higher --max-new-tokens"
             )
     return {"judgements": n_judgements, "without a verdict": n_without}

@@ -10,7 +10,7 @@ critiques.png       03: what the judge wrote before and after
 margins.png         04: the margins of the first pool
 examples.png        04: critiques of low, middle and high margin
 demo.json           05: accuracies and paired differences with their intervals, rates of checks;
-                    counts of 02, margins that 04 has kept
+                    counts of 02, the largest margin of 04's first pool
 """
 
 import argparse
@@ -150,7 +150,7 @@ def write_numbers(path, run):
     kept = common.read_jsonl(run / "04_rejection" / "iter1" / "kept.jsonl")
     numbers = {"table": table, "differences": metrics["differences"]}
     numbers["counts of 02"] = common.read_json(run / "02_critiques" / "meta.json")["counts"]
-    numbers["margins kept"] = sorted({row["margin"] for row in kept})
+    numbers["largest margin"] = max(row["margin"] for row in kept)
     common.write_json(path, numbers)
 
 

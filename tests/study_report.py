@@ -41,6 +41,11 @@ def cells(lines, study, setting, condition):
     return found
 
 
+def mean_count(lines, study, setting, count):
+    """Of a setting's counts, one's mean over worlds."""
+    return mean(line["counts"][count] for line in of_setting(lines, study, setting).values())
+
+
 def minus(a, b):
     """Paired difference, over the worlds that have both."""
     return {seed: (a[seed][0] - b[seed][0], a[seed][1] - b[seed][1]) for seed in a if seed in b}
@@ -266,8 +271,11 @@ def transfer_tables(lines):
     out += ["", f"| 7. elsewhere: shares | {' | '.join(columns)} |"]
     out.append("|---" * (len(columns) + 1) + "|")
     for judge in ("base", "after 03", "margin, iteration 2"):
-        means = [elsewhere_share(lines, judge, column) for column in columns]
-        out.append(f"| {judge} | {' | '.join(map(number, means))} |")
+        means = []
+        for column in columns:
+            count = f"{judge}, elsewhere: {column}"
+            means.append(number(mean_count(lines, "transfer", "other pictures", count)))
+        out.append(f"| {judge} | {' | '.join(means)} |")
     return out
 
 
@@ -286,15 +294,17 @@ def best_tables(lines):
         for n in (1, 2, 4, 8, 16):
             found = []
             for picker in pickers:
-                key = f"best of {n}, {picker}: {what}"
-                of_seeds = of_setting(lines, "best", "N and votes").values()
-                found.append(number(mean(x["counts"][key] for x in of_seeds)))
+                count = f"best of {n}, {picker}: {what}"
+                found.append(number(mean_count(lines, "best", "N and votes", count)))
             out.append(f"| N = {n} | {' | '.join(found)} |")
     judges = ("base", "after 03", "margin 1")
     out += ["", f"| 8. a true caption beats a false one | {' | '.join(judges)} |"]
     out.append("|---" * (len(judges) + 1) + "|")
     for round_ in (1, 2, 3, 4):
-        found = [number(true_wins(lines, judge, round_)) for judge in judges]
+        found = []
+        for judge in judges:
+            count = f"best of 16, {judge}: a true caption wins, round {round_}"
+            found.append(number(mean_count(lines, "best", "N and votes", count)))
         out.append(f"| round {round_} of the knockout | {' | '.join(found)} |")
     return out
 
@@ -306,19 +316,6 @@ def leak_table(lines):
     for how in ("blank", "other"):
         leaks[f"{how} image"] = cells(lines, *FULL, f"margin, iteration 4, {how} image")
     return table("leak checks", leaks)
-
-
-def elsewhere_share(lines, judge, name):
-    """A count of study 7: mean over worlds."""
-    found = of_setting(lines, "transfer", "other pictures").values()
-    return mean(line["counts"][f"{judge}, elsewhere: {name}"] for line in found)
-
-
-def true_wins(lines, judge, round_):
-    """Share of the games of a round of Best-of-16 that the true caption wins: mean over worlds."""
-    count = f"best of 16, {judge}: a true caption wins, round {round_}"
-    found = of_setting(lines, "best", "N and votes").values()
-    return mean(line["counts"][count] for line in found)
 
 
 def processors_table(lines):

@@ -763,6 +763,7 @@ def test_vl_rewardbench(tmp_path, shapes, fake, protocol):
         agree = sum(count >= 5 for count in n_right.values())  # of 9 calls
         assert table["base"]["accuracy"] == pytest.approx(agree / 6)
         assert table["base"]["undecided"] == 0
+        assert "both orders" not in report and "agreement" not in report  # chance alone has these
 
 
 def test_votes_are_sampled(tmp_path, shapes, fake):
@@ -780,7 +781,7 @@ def test_missing_verdicts_are_counted_and_said(capsys):
     counts = five.count_verdicts({"few": rows, "many": more})
     assert counts == {"judgements": 201, "without a verdict": 11}
     said = capsys.readouterr().out
-    assert said.count("warning") == 1 and "6% of the critiques of many" in said
+    assert said.count("warning") == 1 and "6% of the judgements of many" in said
     assert "--max-new-tokens" in said
 
 

@@ -13,7 +13,7 @@ import study
 import study_report
 from conftest import ROOT, STAGES, stage
 from PIL import Image
-from study_report import number
+from study_report import mean_count, number
 
 from common import read_json
 
@@ -167,11 +167,6 @@ def shares(lines, study_name, setting, condition="after 03"):
     return [value for value, _ in found.values()]
 
 
-def counted(lines, study_name, setting, count):
-    found = study_report.of_setting(lines, study_name, setting).values()
-    return mean(line["counts"][count] for line in found)
-
-
 def test_experiments_expect_what_was_measured():
     lines = study_report.read(ROOT / "assets" / "results.jsonl")
     table = TEXT[TEXT.index("| change | expect") :].split("\n\n")[0]
@@ -184,8 +179,8 @@ def test_experiments_expect_what_was_measured():
     without, equal = (two(mean(shares(lines, "training", lam))) for lam in lams)
     assert f"{without} and {equal}" in table
     count = "captions hallucinate, greedy"
-    said = [two(counted(lines, "training", x, count)) for x in (*lams, "nothing trained")]
-    third = two(counted(lines, "training", "critique, lambda 1/3", count))
+    said = [two(mean_count(lines, "training", x, count)) for x in (*lams, "nothing trained")]
+    third = two(mean_count(lines, "training", "critique, lambda 1/3", count))
     assert f"{said[0]} and {said[1]} hallucinate ({third} at 1/3), {said[2]} of the" in table
     first, *seconds = (
         study_report.cells(lines, *study_report.FULL, judge)
@@ -194,7 +189,7 @@ def test_experiments_expect_what_was_measured():
     gains = [study_report.average(study_report.minus(second, first)) for second in seconds]
     continued, margins = (number(gain, "+") for gain in gains)
     assert f"{continued} where margins gain {margins}" in table
-    wrong = [counted(lines, "expert", x, "expert: labels_wrong") for x in EXPERTS]
+    wrong = [mean_count(lines, "expert", x, "expert: labels_wrong") for x in EXPERTS]
     assert f"labels wrong {100 * wrong[1]:.0f} instead of {100 * wrong[0]:.0f} %" in table
     yolo, own = (two(mean(shares(lines, "expert", x))) for x in EXPERTS)
     assert f"accuracy {own} for {yolo}" in table
@@ -213,7 +208,7 @@ def test_the_demos_numbers_in_the_text():
     wrong_order = counts["dropped: verdict does not follow from its checks"]
     written = f"{counts['critiques written']:,}"
     assert f"demo {passing} of {written} pass; {wrong_order} fall to the second rule" in TEXT
-    largest = number(max(demo["margins kept"]))
+    largest = number(demo["largest margin"])
     assert f"is {largest}, the pool's largest" in " ".join(TEXT.split())
 
 
@@ -244,15 +239,18 @@ def test_what_worlds_say_in_the_text():
     picks = []
     for picker, n in (("random", 4), ("after 03", 4), ("after 03", 16)):
         name = f"best of {n}, {picker}: names nothing absent"
-        picks.append(two(counted(lines, "best", "N and votes", name)))
+        picks.append(two(mean_count(lines, "best", "N and votes", name)))
     assert f"{picks[0]} at random, {picks[1]} the best of 4" in text
     assert f"{picks[2]} of 16" in text
-    first, last = (100 * study_report.true_wins(lines, "after 03", round_) for round_ in (1, 4))
+    wins = "best of 16, after 03: a true caption wins, round"
+    first, last = (
+        100 * mean_count(lines, "best", "N and votes", f"{wins} {round_}") for round_ in (1, 4)
+    )
     assert f"in {first:.0f} % of a knockout's first games, in {last:.0f} % of its last" in text
     names = ("absent_said_no", "present_said_yes", "right, up to 8 claims", "right, more claims")
-    judge = "margin, iteration 2"
+    places = [f"margin, iteration 2, elsewhere: {name}" for name in names]
     absent, present, few, many = (
-        study_report.elsewhere_share(lines, judge, name) for name in names
+        mean_count(lines, "transfer", "other pictures", place) for place in places
     )
     assert f"it denies {100 * absent:.0f} % of what is absent" in text
     assert f"but also {100 * (1 - present):.0f} % of what is there" in text

@@ -265,7 +265,11 @@ def test_what_is_unseen_is_of_the_world():
 
 def test_strange_pairs_are_told_apart():
     pairs = {
-        "few": {"chosen": "a, b", "rejected": "a, red star", "hallucinated": ["red star"]},
+        "few": {
+            "chosen": "a, b, c, d",
+            "rejected": "a, b, c, red star",
+            "hallucinated": ["red star"],
+        },
         "many": {"chosen": "a, b, c, d", "rejected": "a, b, c, d, e", "hallucinated": ["e"]},
     }
     rows = [{"id": "few", "verdict": "A", "label": "A"}, {"id": "few", "verdict": "A"}]
