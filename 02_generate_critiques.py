@@ -16,7 +16,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      from elsewhere may) are kept on verdict, leak and their own checks.
 
 Reads  01_preferences/preferences.jsonl (split "train"), vocabulary.json.
-Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped), critiques.jsonl:
+Writes 02_critiques/: answers.jsonl (what the model wrote), samples.jsonl (the same as critiques,
+       with the reason why one was dropped), critiques.jsonl:
     {"id": "00453-0-ab-0", "pair_id": "00453-0", "order": "ab", "image": "images/00453.png",
      "prompt": "List the objects in the image.", "response_a": "purple ring, purple cross.",
      "response_b": "yellow ring, purple ring.", "label": "A", "critique": "A: purple ring: yes\\nA:
@@ -27,19 +28,18 @@ Writes 02_critiques/samples.jsonl (all, with the reason why one was dropped), cr
     python 02_generate_critiques.py                # one GPU: 5,000 pairs x 2 orders x 4 critiques
 """
 
-import importlib
 import re
-import shlex
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 
 import common
-from common import RowWriter, both_orders, finish_stage, parse_checks, parse_verdict
+from common import both_orders, find_verdict, parse_checks, stop, verdict_of_checks
 
-one = importlib.import_module("01_build_preferences")
+one = import_module("01_build_preferences")
+claimed_objects = one.claimed_objects
 find_mentions = one.find_mentions
-spaced = one.spaced
 
 LEAK = re.compile(  # a critique that cites what only its writer was told
     r"""\b(?:reference | ground[- ]truth | detector | known\ to\ be\ true | the\ findings?
@@ -64,221 +64,192 @@ def render_reference(question, status, vocabulary):
     return "\n".join([*lines, f"Verdict: {question['label']}"])
 
 
-def verdict_of_checks(checks):
-    """The response with fewer unsupported claims: "A", "B", or None where they are even."""
-    unsupported = Counter(side for side, _, supported in checks if not supported)
-    if unsupported["A"] == unsupported["B"]:
-        return None
-    return "A" if unsupported["A"] < unsupported["B"] else "B"
-
-
-def bare_phrase(claim):
-    """'There is a dog' -> 'dog': the claim without what only says that something is there."""
-    return re.sub(r"^(?:there (?:is|are) )?(?:(?:an?|the|some|one|two|three) )?", "", spaced(claim))
-
-
-def contradicts_expert(checks, said, status, vocabulary):
+def contradicts_expert(checks, mentions, status, vocabulary):
     """None, or how the checks fall short of the findings: against one, leaving one out, or beside.
 
-    said: {"A": objects that response A mentions, "B": ...}; status: {object: "present" | ...}.
+    mentions: {"A": objects that response A mentions, "B": ...}; status: {object: "present" | ...}.
     """
     checked = {"A": set(), "B": set()}
     for side, claim, supported in checks:
-        named = find_mentions(claim, vocabulary)
-        if not set(named) <= set(said[side]):
+        mentioned = find_mentions(claim, vocabulary)
+        if not set(mentioned) <= set(mentions[side]):
             return "checks what the response does not say"
-        if supported:
-            wrong = any(status.get(name) == "absent" for name in named)
-        else:  # only the bare object: "a dog with a hat: no" may be right where a dog is present
-            name = vocabulary.get(bare_phrase(claim))  # None, of no status, where it says more
-            wrong = status.get(name) == "present"
-        if wrong:
-            return "contradicts the expert"
-        checked[side].update(named)
+        false = "absent" if supported else "present"
+        for name in claimed_objects(claim, supported, vocabulary):
+            if status.get(name) == false:
+                return "contradicts the expert"
+        checked[side].update(mentioned)
     for side in "AB":
-        for name in said[side]:
+        for name in mentions[side]:
             if status.get(name) in ("present", "absent") and name not in checked[side]:
                 return "leaves out a verified object"
     return None
 
 
-def reason_to_drop(critique, complete, question, evidence, vocabulary, style):
+def reason_to_drop(critique, complete, question, status, vocabulary, style):
     """None for a critique worth training on, else the first reason against it (02 and 04).
 
     complete: it wrote its stop token; question: {"prompt", "response_a", "response_b", "label"};
-    evidence: the pair's list of {"object", "status", ...}, empty for pairs without findings;
-    vocabulary: {phrase: class}. Needs: parse_verdict, parse_checks, find_mentions, LEAK,
-    verdict_of_checks, contradicts_expert, bare_phrase, spaced.
+    status: {object: "present" | "absent" | "unsure"}, empty for pairs without findings; vocabulary:
+    {phrase: class}. Needs: find_verdict, parse_checks, verdict_of_checks, LEAK, find_mentions,
+    contradicts_expert
     """
-    verdict = parse_verdict(critique)
+    verdict, _ = find_verdict(critique)
     if not complete or verdict is None:
         return "malformed: unfinished, or no verdict line"
     checks = parse_checks(critique) if style == "critique" else []
-    status = {found["object"]: found["status"] for found in evidence}
     if style == "critique" and status and not checks:
         return "malformed: no checks"
     if verdict != question["label"]:
         return "wrong verdict"
-    if checks:
-        better = verdict_of_checks(checks)
-        # Even checks (None) decide nothing: fine where no response is known to name what is absent.
-        if better != verdict and (better is not None or status):
-            return "verdict does not follow from its checks"
+    better = verdict_of_checks(checks)
+    # Even checks (None) decide nothing: fine where no response is known to name what is absent.
+    is_undecided = better is None and checks and status
+    if is_undecided or better not in (None, verdict):
+        return "verdict does not follow from its checks"
     responses = {"A": question["response_a"], "B": question["response_b"]}
     given = "\n".join([question["prompt"], *responses.values()])
     if LEAK.search(critique) and not LEAK.search(given):
         return "cites the reference"
     if checks and status:
-        said = {side: find_mentions(text, vocabulary) for side, text in responses.items()}
-        return contradicts_expert(checks, said, status, vocabulary)
+        mentions = {side: find_mentions(text, vocabulary) for side, text in responses.items()}
+        return contradicts_expert(checks, mentions, status, vocabulary)
     return None
 
 
 # ---- Writing and keeping -------------------------------------------------------------------------
-def write_critiques(
-    pairs, model, processor, vocabulary, path, *, n, guided, style, image_root, **sampling
-):
+def status_of(pair):
+    """{object: "present" | "absent" | "unsure"} of a pair's evidence."""
+    return {found["object"]: found["status"] for found in pair["evidence"]}
+
+
+def write_critiques(path, judge, pairs, vocabulary, *, style, is_guided, **asking):
     """n critiques per pair and order, with the reference in the prompt (guided) or without (04).
 
-    sampling: temperature, max_new_tokens, seed, batch_size of common.sample. Kept in path as they
-    come -> all rows of the file: the question's fields, its id with -k, and {critique, style,
+    path: where the answers are kept; asking: image_root, batch_size, n, temperature, max_new_tokens
+    and seed of common.ask. -> rows: the question's fields, its id with -k, and {critique, style,
     verdict, log_odds: r in nats or None, dropped: the reason against it or None}.
     """
-    status_of, evidence_of, questions = {}, {}, []
+    questions, statuses, requests = [], [], []
     for pair in pairs:
-        evidence_of[pair["id"]] = pair["evidence"]
-        status_of[pair["id"]] = {found["object"]: found["status"] for found in pair["evidence"]}
-        questions += both_orders(pair)
-    writer = RowWriter(path)
-
-    def is_written(question):
-        return all(writer.is_done({"id": f"{question['id']}-{k}"}) for k in range(n))
-
-    chunks = common.in_chunks(questions, is_written, max(1, common.CHUNK // n), "critiques")
-    for chunk, bar in chunks:
-        requests = []
-        for question in chunk:
-            a, b = question["response_a"], question["response_b"]
-            reference = None
-            if guided:
-                reference = render_reference(question, status_of[question["pair_id"]], vocabulary)
-            text = common.build_judge_prompt(question["prompt"], a, b, style, reference)
-            image = Path(image_root) / question["image"]
-            requests.append({"id": question["id"], "image": image, "text": text})
-        answers = common.sample(model, processor, requests, n, bar=bar, **sampling)
-        for question, samples in zip(chunk, answers):
-            for k, answer in enumerate(samples):
-                text, complete = answer["text"], answer["complete"]
-                evidence = evidence_of[question["pair_id"]]
-                row = {**question, "id": f"{question['id']}-{k}", "critique": text, "style": style}
-                row |= {"verdict": answer["verdict"], "log_odds": answer["log_odds"]}
-                reason = reason_to_drop(text, complete, question, evidence, vocabulary, style)
-                writer.write({**row, "dropped": reason})
-    return writer.rows
+        for question in both_orders(pair):
+            questions.append(question)
+            statuses.append(status_of(pair))
+    for question, status in zip(questions, statuses):
+        a, b = question["response_a"], question["response_b"]
+        reference = render_reference(question, status, vocabulary) if is_guided else None
+        text = common.build_judge_prompt(question["prompt"], a, b, style, reference)
+        requests.append({"id": question["id"], "image": question["image"], "text": text})
+    samples = []
+    answers = common.ask(path, judge, requests, "critiques", **asking)
+    for question, status, of_question in zip(questions, statuses, answers):
+        for k, answer in enumerate(of_question):
+            text, complete = answer["text"], answer["complete"]
+            row = {**question, "id": f"{question['id']}-{k}", "critique": text, "style": style}
+            row |= {"verdict": answer["verdict"], "log_odds": answer["log_odds"]}
+            row["dropped"] = reason_to_drop(text, complete, question, status, vocabulary, style)
+            samples.append(row)
+    return samples
 
 
-def keep_distinct(samples):
-    """The kept critiques, each text once per question."""
-    kept = {}
+def distinct_critiques(samples):
+    """Those that are not dropped, each text once per question."""
+    critiques = {}
     for row in samples:
         key = (row["pair_id"], row["order"], row["critique"])
-        if row["dropped"] is None and key not in kept:
-            kept[key] = {k: v for k, v in row.items() if k not in ("dropped", "log_odds")}
-    return list(kept.values())
+        if row["dropped"] is None and key not in critiques:
+            critiques[key] = {k: v for k, v in row.items() if k not in ("dropped", "log_odds")}
+    return list(critiques.values())
 
 
-def share_describing(samples):
-    """Of the critiques with a verdict, the share that checks no claim: they describe, or assert."""
-    judged = [row for row in samples if row["verdict"]]
-    return sum(not parse_checks(row["critique"]) for row in judged) / max(1, len(judged))
-
-
-def count(samples, kept):
+def count(samples, critiques):
     """What was written, dropped and kept: {line of the report: number}."""
     reasons = Counter(row["dropped"] for row in samples)
+    n_passing = reasons.pop(None)
     counts = {"critiques written": len(samples)}
     for reason, number in reasons.most_common():
-        if reason:
-            counts[f"dropped: {reason}"] = number
-    counts |= {"repeated": reasons[None] - len(kept), "kept": len(kept)}
-    for order, number in sorted(Counter(row["order"] for row in kept).items()):
-        counts[f"  kept in order {order}"] = number
-    free = [row for row in kept if not parse_checks(row["critique"])]
-    lengths = [len(row["critique"].split()) for row in kept]
-    questions = {(row["pair_id"], row["order"]) for row in kept}
-    counts["  kept without checks"] = len(free)
+        counts[f"dropped: {reason}"] = number
+    counts["repeated"] = n_passing - len(critiques)
+    counts["kept"] = len(critiques)
+    for order in ("ab", "ba"):
+        counts[f"  kept in order {order}"] = sum(row["order"] == order for row in critiques)
+    counts["  kept without checks"] = sum(not parse_checks(row["critique"]) for row in critiques)
+    questions = {(row["pair_id"], row["order"]) for row in critiques}
     counts["  questions with a kept critique"] = len(questions)
+    lengths = [len(row["critique"].split()) for row in critiques]
     counts["  median length in words"] = round(median(lengths))
     return counts
+
+
+def warn_of_descriptions(samples):
+    """Critiques with a verdict that check no claim describe, or assert."""
+    decided = [row for row in samples if row["verdict"]]
+    n = sum(not parse_checks(row["critique"]) for row in decided)
+    if n > 0.2 * len(decided):
+        part = n / len(decided)
+        print(f"warning: {part:.0%} of the critiques with a verdict describe: they check no claim")
 
 
 # ---- Arguments and main --------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("critiques").add_argument
-    add("--limit", type=int, help="use only the first so many training pairs")
-    add("--critiques", type=int, default=4, help="M, critiques per pair and order")
+    whole, real = common.whole, common.real
+    add("--limit", type=whole(1), help="use only the first so many training pairs")
+    add("--critiques", type=whole(1), default=4, help="M, per pair and order (%(default)s)")
     add(
         "--style",
         choices=tuple(common.INSTRUCTIONS),
         default="critique",
-        help="checks of the claims, a description first, or the verdict alone",
+        help="checks of the claims, a description first, or the verdict alone (%(default)s)",
     )
-    add("--temperature", type=float, default=1.0, help="of sampling")
-    add("--max-new-tokens", type=int, default=512, help="tokens of a critique; longer are dropped")
+    add("--temperature", type=real(0, 100), default=1.0, help="of sampling (%(default)s)")
+    longest = "tokens of a critique; longer ones are dropped (%(default)s)"
+    add("--max-new-tokens", type=whole(1), default=512, help=longest)
     return parser.parse_args(argv)
 
 
 def main(args):
-    first = common.args_of(args.run, "01_preferences", "model", "image_root")
-    inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl", "vocabulary.json")
-    folder = common.start_stage(args, "02_critiques", inputs)
-    if folder is None:
-        return
+    first = common.stage_args(args.run, "01_preferences")
+    folder = common.start_stage(args, "02_critiques")
 
     # 1. load --------------------------------------------------------------------------------------
-    vocabulary = one.read_vocabulary(Path(args.run) / "01_preferences" / "vocabulary.json")
+    vocabulary = common.read_json(Path(args.run) / "01_preferences" / "vocabulary.json")
     pairs = common.read_preferences(args.run, "train")[: args.limit]
     if not pairs:
-        common.stop(
-            f"{args.run}/01_preferences has no pair in split 'train': there raise --train, lower "
-            "--validation, or give it more"
-        )
+        stop(f"{args.run}/01_preferences has no pair in split 'train': see --train of stage 01")
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
-    model, processor = common.load_judge(
-        first["model"], device=args.device, max_image_tokens=first.get("max_image_tokens")
-    )
+    bound = first["max_image_tokens"]
+    judge = common.Judge(args.run, first["model"], device=args.device, max_image_tokens=bound)
 
     # 2. write, filter -----------------------------------------------------------------------------
     samples = write_critiques(
+        folder / "answers.jsonl",
+        judge,
         pairs,
-        model,
-        processor,
         vocabulary,
-        folder / "samples.jsonl",
-        n=args.critiques,
-        guided=True,
         style=args.style,
+        is_guided=True,
         image_root=first["image_root"],
+        n=args.critiques,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         seed=args.seed,
     )
-    kept = keep_distinct(samples)
-    share = share_describing(samples)
-    if args.style == "critique" and share > 0.2:
-        print(f"warning: {share:.0%} of the critiques with a verdict describe: they check no claim")
-    if not kept:
+    (folder / "meta.json").unlink(missing_ok=True)
+    common.write_jsonl(folder / "samples.jsonl", samples)
+    critiques = distinct_critiques(samples)
+    if args.style == "critique":
+        warn_of_descriptions(samples)
+    if not critiques:
         reasons = dict(Counter(row["dropped"] for row in samples))
-        common.stop(f"no critique was kept: {reasons}; read {folder}/samples.jsonl")
+        stop(f"no critique was kept: {reasons}; read {folder}/samples.jsonl")
 
     # 3. save and report ---------------------------------------------------------------------------
-    common.write_jsonl(folder / "critiques.jsonl", kept)
-    print(f"\nthe first kept critique, {kept[0]['id']}:\n{kept[0]['critique']}\n")
-    next_command = f"python 03_train_ift.py --run {shlex.quote(args.run)}"
-    outputs = [folder / "critiques.jsonl"]
-    finish_stage(folder, args, count(samples, kept), outputs, next_command)
+    common.write_jsonl(folder / "critiques.jsonl", critiques)
+    print(f"\nthe first kept critique, {critiques[0]['id']}:\n{critiques[0]['critique']}\n")
+    common.finish_stage(folder, args, count(samples, critiques), "python 03_train_ift.py")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
 
 Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterations), 03_ift/,
        02_critiques/critiques.jsonl.
-Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), margins.png, examples.png,
-       adapter/, validation.jsonl, kept.jsonl:
+Writes 04_rejection[_TAG][_<control>]/iter<t>/: answers.jsonl, samples.jsonl (all critiques),
+       margins.png, adapter/, validation.jsonl, kept.jsonl:
     {"id": "00748-0-ab-0", "pair_id": "00748-0", "order": "ab", "image": "images/00748.png",
      "prompt": "List the objects in the image.", "response_a": "purple star, red cross, blue
      diamond.", "response_b": "purple star, red cross, red diamond.", "label": "A", "critique":
@@ -33,10 +33,9 @@ Writes 04_rejection[_<control>]/iter<t>/: samples.jsonl (all critiques), margins
     python 04_rejection_sampling.py        # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
 """
 
-import importlib
 import random
-import shlex
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, median
 
@@ -44,11 +43,10 @@ import torch
 from matplotlib.figure import Figure
 
 import common
-from common import row_seed
+from common import real, row_seed, stop, whole
 
-one = importlib.import_module("01_build_preferences")
-two = importlib.import_module("02_generate_critiques")
-ift = importlib.import_module("03_train_ift")
+two = import_module("02_generate_critiques")
+three = import_module("03_train_ift")
 
 
 # ---- The method: confidence, margin, selection ---------------------------------------------------
@@ -57,14 +55,14 @@ def confidence_in_label(log_odds, label_is_a):
     return torch.where(label_is_a, log_odds, -log_odds).sigmoid()
 
 
-def margin(confidences, right):
-    """S(c+) - S(c-) of one question, in [0,1]: c+ has the largest S among the right (passing)
-    critiques, c- the smallest S of all. 0 where none is right: there is nothing to learn from.
+def margin(confidences, passes):
+    """S(c+) - S(c-) of one question, in [0,1]: c+ has the largest S among the critiques that pass
+    02's filters, c- the smallest S of all. 0 where none passes: there is nothing to learn from.
 
     >>> round(margin([0.9, 0.2, 0.97], [True, False, False]), 6), margin([0.9, 0.2], [False, False])
     (0.7, 0.0)
     """
-    passing = [s for s, ok in zip(confidences, right, strict=True) if ok]
+    passing = [s for s, ok in zip(confidences, passes, strict=True) if ok]
     return max(passing) - min(confidences) if passing else 0.0
 
 
@@ -99,17 +97,16 @@ def cut_pools(pairs, size, iterations):
         while end < len(pairs) and pairs[end]["image"] == pairs[end - 1]["image"]:
             end += 1  # 01 keeps the pairs of an image together
         if end - start < 2:
-            common.stop(
-                f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower "
-                "--iterations; or begin anew with a lower --pool, or with a lower --train or more "
-                "images or pairs in stage 01"
+            stop(
+                f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool or "
+                "--iterations, or give stage 01 more images or a lower --train"
             )
         pools.append(pairs[start:end])
         start = end
     return pools
 
 
-def confident_rows(samples):
+def critiques_by_question(samples):
     """{(pair id, order): its critiques with a verdict, each with its "confidence_in_label"}.
 
     A critique without a verdict has no S and does not enter.
@@ -117,18 +114,17 @@ def confident_rows(samples):
     questions = {}
     for row in samples:
         if row["log_odds"] is not None:
-            r = torch.tensor([row["log_odds"]])  # (1,)
-            s = confidence_in_label(r, torch.tensor([row["label"] == "A"])).item()
-            row = {**row, "confidence_in_label": s}
-            questions.setdefault((row["pair_id"], row["order"]), []).append(row)
+            r, label_is_a = torch.tensor([row["log_odds"]]), torch.tensor([row["label"] == "A"])
+            s = confidence_in_label(r, label_is_a).item()
+            question = questions.setdefault((row["pair_id"], row["order"]), [])
+            question.append({**row, "confidence_in_label": s})
     return questions
 
 
-def margins_of_pairs(pair_ids, questions, margin=margin):
+def margins_of_pairs(pair_ids, questions):
     """({pair id: mean margin of its two orders}, {(pair id, order): passing critiques}).
 
-    The margin is 0 where an order offers no passing critique: such a pair is not kept. margin: of
-    a question, from its critiques' confidences and which of them pass.
+    The margin is 0 where an order offers no passing critique: such a pair is not kept.
     """
     margins, passing = {}, {}
     for pair_id in pair_ids:
@@ -137,67 +133,44 @@ def margins_of_pairs(pair_ids, questions, margin=margin):
             rows = questions.get((pair_id, order), [])
             passes = [row["dropped"] is None for row in rows]
             margin_of_order.append(margin([row["confidence_in_label"] for row in rows], passes))
-            passing[pair_id, order] = [row for row, ok in zip(rows, passes) if ok]
-        both = passing[pair_id, "ab"] and passing[pair_id, "ba"]
-        margins[pair_id] = mean(margin_of_order) if both else 0.0
+            passing[pair_id, order] = [row for row in rows if row["dropped"] is None]
+        is_eligible = passing[pair_id, "ab"] and passing[pair_id, "ba"]
+        margins[pair_id] = mean(margin_of_order) if is_eligible else 0.0
     return margins, passing
 
 
-# Rules, each with one signature for its kind (see RULES), whether or not it uses every argument.
-def pairs_by_margin(margins, eligible, threshold, retention, seed):
-    """The pairs with the largest margins.
+def choose(margins, passing, select, threshold, retention, seed, iteration):
+    """The kept questions, two per pair, each with the one critique to train on.
 
-    A share counts the whole pool: pairs that are not eligible have margin 0 and are never kept.
-    With --margin 0 they would pass, so a threshold sees only the eligible ones.
+    select: "margin", the pairs with the largest margins and the critique with the largest S of each
+    question; the controls draw as many of the eligible pairs, and of each question "best" takes the
+    same critique, "random" any one that passes.
     """
-    if threshold is None:
-        return select_by_margin(margins, retention=retention)
-    return select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
-
-
-def pairs_at_random(margins, eligible, threshold, retention, seed):
-    """As many eligible pairs as the margin would keep."""
-    n = len(pairs_by_margin(margins, eligible, threshold, retention, seed))
-    return select_random(eligible, n, seed)
-
-
-def best_critique(rows, seed):
-    """c+: the passing critique with the largest S."""
-    return max(rows, key=lambda row: row["confidence_in_label"])
-
-
-def any_critique(rows, seed):
-    return random.Random(seed).choice(rows)
-
-
-# --select: (a question's margin, which pairs, which of a question's passing critiques); a study may
-# add its own rules
-RULES = {
-    "margin": (margin, pairs_by_margin, best_critique),
-    "random": (margin, pairs_at_random, any_critique),
-    "best": (margin, pairs_at_random, best_critique),
-}
-
-
-def keep(margins, passing, select, threshold, retention, seed, iteration):
-    """The kept questions, two per pair, each with the one critique to train on."""
-    _, choose_pairs, choose_critique = RULES[select]
     eligible = [key for key in margins if passing[key, "ab"] and passing[key, "ba"]]
-    pairs_seed = row_seed(seed, "select", iteration)
-    kept = []
-    for pair_id in choose_pairs(margins, eligible, threshold, retention, pairs_seed):
+    if threshold is None:  # a share of the whole pool; pairs that are not eligible have margin 0
+        pair_ids = select_by_margin(margins, retention=retention)
+    else:  # with threshold 0 they would pass
+        pair_ids = select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
+    if select != "margin":
+        pair_ids = select_random(eligible, len(pair_ids), row_seed(seed, "select", iteration))
+    chosen = []
+    for pair_id in pair_ids:
         for order in ("ab", "ba"):
-            critique_seed = row_seed(seed, "critique", iteration, pair_id, order)
-            row = choose_critique(passing[pair_id, order], critique_seed)
-            kept.append({**row, "margin": margins[pair_id], "iteration": iteration})
-    return kept
+            rows = passing[pair_id, order]
+            if select == "random":
+                name = row_seed(seed, "critique", iteration, pair_id, order)
+                row = random.Random(name).choice(rows)
+            else:
+                row = max(rows, key=lambda row: row["confidence_in_label"])
+            chosen.append({**row, "margin": margins[pair_id], "iteration": iteration})
+    return chosen
 
 
-def mix_in(kept, old, replay, seed):
-    """The kept rows and as many old ones as make up the share `replay` of an epoch."""
-    n = round(len(kept) * replay / (1 - replay))
-    chosen = set(select_random([row["id"] for row in old], n, seed))
-    return kept + [row for row in old if row["id"] in chosen]
+def mix_in(chosen, old, replay, seed):
+    """The chosen rows and as many old ones as make up the part `replay` of an epoch."""
+    n = round(len(chosen) * replay / (1 - replay))
+    replayed = set(select_random([row["id"] for row in old], n, seed))
+    return chosen + [row for row in old if row["id"] in replayed]
 
 
 def draw_margins(path, margins, kept_ids, title):
@@ -205,10 +178,10 @@ def draw_margins(path, margins, kept_ids, title):
     figure = Figure((6, 3.2), layout="tight")
     axis = figure.subplots()
     bins = [i / 25 for i in range(26)]
-    kept = [margins[key] for key in kept_ids]
+    of_kept = [margins[key] for key in kept_ids]
     axis.hist(margins.values(), bins, color="lightgrey", label=f"pool, {len(margins)} pairs")
-    axis.hist(kept, bins, color="seagreen", label=f"kept, {len(kept)}")
-    smallest = min(kept)
+    axis.hist(of_kept, bins, color="seagreen", label=f"kept, {len(of_kept)}")
+    smallest = min(of_kept)
     axis.axvline(smallest, color="black", linestyle=":", label=f"smallest kept, {smallest:.3f}")
     axis.set_xlabel("margin of a pair: mean over orders of S(c+) - S(c-)")
     axis.set(ylabel="pairs", title=title, yscale="log")
@@ -216,176 +189,124 @@ def draw_margins(path, margins, kept_ids, title):
     figure.savefig(path, dpi=110)
 
 
-def draw_examples(path, margins, questions, image_root):
-    """A pair of low, of middle and of high margin, of those with passing critiques: of one order
-    the critique c+ with the largest S among the passing, and c- with the smallest S of all.
-    """
-    ranked = [key for key in sorted(margins, key=margins.get) if margins[key] > 0]
-    places = [0, len(ranked) // 2, len(ranked) - 1] if ranked else []
-    cards = []
-    for pair_id in dict.fromkeys(ranked[place] for place in places):
-        rows = sorted(questions[pair_id, "ab"], key=lambda row: row["confidence_in_label"])
-        best = [row for row in rows if row["dropped"] is None][-1]
-        lines = [f"margin of the pair {margins[pair_id]:.3f}; better: {best['label']}"]
-        lines += [f"A: {best['response_a']}", f"B: {best['response_b']}"]
-        for name, row in (("c+", best), ("c-", rows[0])):
-            of_row = row["critique"].splitlines()[:20]
-            lines += ["", f"{name}, S = {row['confidence_in_label']:.3f}:", *of_row]
-        cards.append({"image": Path(image_root) / best["image"], "lines": lines})
-    common.draw_cards(path, cards, 3)
-
-
 # ---- Iterations, arguments and main --------------------------------------------------------------
-def select_critiques(t, pool, model, processor, vocabulary, folder, args, **judging):
-    """(kept critique rows, counts) of iteration t: sample the pool, take margins, keep the best.
-
-    judging: image_root, style, batch_size, max_new_tokens.
-    """
-    samples = two.write_critiques(
-        pool,
-        model,
-        processor,
-        vocabulary,
-        folder / "samples.jsonl",
-        n=args.samples,
-        guided=False,
-        temperature=args.temperature,
-        seed=row_seed(args.seed, t),
-        **judging,
-    )
-    pair_ids, questions = [pair["id"] for pair in pool], confident_rows(samples)
-    margins, passing = margins_of_pairs(pair_ids, questions, RULES[args.select][0])
-    kept = keep(margins, passing, args.select, args.margin, args.retention, args.seed, t)
-    reasons = Counter(row["dropped"] for row in samples)
-    if not kept:
-        common.stop(
-            f"iteration {t} keeps nothing of {dict(reasons)}: lower --margin or raise --retention; "
-            f"where no sample passes (None), read {folder}/samples.jsonl"
-        )
-    common.write_jsonl(folder / "kept.jsonl", kept)
-    kept_ids = list(dict.fromkeys(row["pair_id"] for row in kept))
-    share, kept_margins = len(kept_ids) / len(pool), [margins[key] for key in kept_ids]
-    title = f"iteration {t}, {args.select}: {share:.0%} kept"
-    common.draw(draw_margins, folder / "margins.png", margins, kept_ids, title)
-    image_root = judging["image_root"]
-    common.draw(draw_examples, folder / "examples.png", margins, questions, image_root)
-    print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {share:.1%}")
-    middle = median(kept_margins)
-    print(f"margins of the kept: median {middle:.3f}, smallest {min(kept_margins):.3f}")
-    if args.select == "margin" and middle < 0.05:
+def report_selection(t, samples, margins, chosen, folder, select):
+    """Says how the choice of iteration t went, and draws it -> counts."""
+    kept_ids = list(dict.fromkeys(row["pair_id"] for row in chosen))
+    part, middle = len(kept_ids) / len(margins), median(margins[key] for key in kept_ids)
+    title = f"iteration {t}, {select}: {part:.0%} kept"
+    draw_margins(folder / "margins.png", margins, kept_ids, title)
+    print(f"iteration {t}: kept {len(kept_ids)} of {len(margins)} pairs = {part:.1%}")
+    print(f"margins of the kept: median {middle:.3f}, of the pool {median(margins.values()):.3f}")
+    if select == "margin" and middle < 0.05:
         print(
             "warning: margins are narrow, so the judge hardly disagrees with itself and the choice "
             "is near to chance: try more --samples or a higher --temperature"
         )
-    if not 0.3 <= share <= 0.5:
-        print(
-            f"warning: retention is outside 30-50 %: the pool's median margin is "
-            f"{median(margins.values()):.3f}; change --retention or --margin, or the pool"
-        )
-    counts = {"pairs in the pool": len(pool), "critiques sampled": len(samples)}
-    counts |= {f"dropped: {why}": n for why, n in reasons.most_common() if why}
+    if not 0.3 <= part <= 0.5:
+        print("warning: retention is outside 30-50 %: change --retention or --margin, or the pool")
+    counts = {"pairs in the pool": len(margins), "critiques sampled": len(samples)}
+    for reason, n in Counter(row["dropped"] for row in samples).most_common():
+        if reason:
+            counts[f"dropped: {reason}"] = n
     counts["pairs with margin 0"] = sum(value == 0 for value in margins.values())
-    return kept, {**counts, "pairs kept": len(kept_ids)}
+    return {**counts, "pairs kept": len(kept_ids)}
 
 
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("sampling and selection").add_argument
-    add("--iterations", type=int, default=3, help="T, each with --steps steps of training")
-    add("--pool", type=int, default=5000, help="fresh pairs per iteration")
-    add("--samples", type=int, default=8, help="N, critiques per pair and order")
-    add("--temperature", type=float, default=1.0, help="of sampling")
-    add("--retention", type=float, default=0.4, help="share of the pool to keep")
-    add("--margin", type=float, help="tau: keep the pairs with at least this margin instead")
-    rules = (*RULES, "continue")
+    add("--iterations", type=whole(1), default=3, help="T, each with --steps steps (%(default)s)")
+    add("--pool", type=whole(2), default=5000, help="fresh pairs per iteration (%(default)s)")
+    add("--samples", type=whole(1), default=8, help="N, per pair and order (%(default)s)")
+    add("--temperature", type=real(0, 100), default=1.0, help="of sampling (%(default)s)")
+    add("--retention", type=real(0.001, 1), default=0.4, help="part of the pool (%(default)s)")
+    add("--margin", type=real(0, 1), help="tau: keep the pairs with at least this margin instead")
+    rules = ("margin", "random", "best", "continue")
     add("--select", choices=rules, default="margin", help="the rule, or a control")
-    add("--replay", type=float, default=0.25, help="share of an epoch that is stage 02's")
-    ift.add_training_arguments(parser, steps=125, lr=5e-5)
+    replay = "part of an epoch that is stage 02's (%(default)s)"
+    add("--replay", type=real(0, 0.99), default=0.25, help=replay)
+    three.add_training_arguments(parser, steps=125, lr=5e-5)
     return parser.parse_args(argv)
 
 
-# What only chooses among the first iteration's samples and trains on them may change from one start
-# to the next: these samples stay, the rest is made anew.
-CHOICES = ("retention", "margin", "replay", "steps", "lr", "lam", "bt_weight", "train_batch")
-MAY_CHANGE = dict.fromkeys((*CHOICES, "max_response_tokens"), ["iter1/samples.jsonl"])
-MAY_CHANGE["iterations"] = ["iter*/*", "iter*/*/*"]  # more: all that is there stays
+SAMPLED_BY = ("seed", "pool", "samples", "temperature", "max_new_tokens")
+CHOSEN_BY = ("select", "retention", "margin", "replay")
 
 
 def main(args):
-    ift.check_train_batch(args.train_batch)
-    first = common.args_of(args.run, "01_preferences", "model", "image_root")
-    style = common.args_of(args.run, "02_critiques", "style")["style"]
-    common.args_of(args.run, "03_ift")  # stops where stage 03 is not complete
-    control = "" if args.select == "margin" else f"_{args.select}"
-    inputs = common.files_of(args.run, "01_preferences", "preferences.jsonl", "vocabulary.json")
-    inputs += common.files_of(args.run, "02_critiques", "critiques.jsonl")
-    inputs += common.files_of(args.run, "03_ift")
-    inputs += (Path(args.run) / "03_ift").glob("adapter/*.safetensors")
-    name = f"04_rejection{control}"
-    n_made = len(list((Path(args.run) / name).glob("iter*/done.json")))
-    if n_made > args.iterations and not args.overwrite:  # 05 would still judge by the others
-        common.stop(f"{args.run}/{name} has {n_made} iterations: for fewer --overwrite, or --run")
-    folder = common.start_stage(args, name, inputs, MAY_CHANGE)
-    if folder is None:
-        return
-
-    # 1. load --------------------------------------------------------------------------------------
     run = Path(args.run)
-    vocabulary = one.read_vocabulary(run / "01_preferences" / "vocabulary.json")
+    first = common.stage_args(run, "01_preferences")
+    style = common.stage_args(run, "02_critiques")["style"]
+    tag = args.tag and f"_{args.tag}"
+    common.stage_args(run, f"03_ift{tag}")  # stops where it is not complete
+    control = "" if args.select == "margin" else f"_{args.select}"
+    folder = common.start_stage(args, f"04_rejection{tag}{control}")
+
+    # 1. read --------------------------------------------------------------------------------------
+    vocabulary = common.read_json(run / "01_preferences" / "vocabulary.json")
     validation = common.read_preferences(run, "validation")
-    pool = common.read_preferences(run, "pool")
-    pools = []
+    old = three.read_critiques(run)
+    pools = [[]] * args.iterations
     if args.select != "continue":  # which needs none
-        pools = cut_pools(pool, args.pool, args.iterations)
-    old = ift.read_critiques(run)
-    results, checkpoint = {}, common.find_checkpoint(run / "03_ift")
-    for t in range(1, args.iterations + 1):
-        done = folder / f"iter{t}" / "done.json"
-        if not done.exists():
-            break
-        result = common.read_json(done)
-        results[f"iteration {t}"] = {key: result[key] for key in ("counts", "validation")}
-        checkpoint = common.find_checkpoint(done.parent)
-        ift.forget_training(done.parent)  # a kill may have come between the two
-    model, processor = common.load_judge(
-        first["model"], checkpoint, args.device, first.get("max_image_tokens"), trainable=True
-    )
-    if checkpoint.name == "model":  # load_judge unfreezes adapters alone
-        model = ift.make_trainable(model, 0)
-    judging = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
-    judging["max_new_tokens"] = args.max_new_tokens
+        pools = cut_pools(common.read_preferences(run, "pool"), args.pool, args.iterations)
+    load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
+    judge = common.Judge(run, first["model"], three.find_checkpoint(run / f"03_ift{tag}"), **load)
+    asking = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
+    asking["max_new_tokens"] = args.max_new_tokens
+    sampling = {**asking, "n": args.samples, "temperature": args.temperature}
+    names = (*three.TRAINED_WITH, *SAMPLED_BY, *CHOSEN_BY)
+    settings = {name: getattr(args, name) for name in names}
 
     # 2. iterate -----------------------------------------------------------------------------------
-    n_done, judged_before = len(results), ift.read_validation(checkpoint.parent)
-    for t in range(n_done + 1, args.iterations + 1):
-        here = folder / f"iter{t}"
+    counts, results = {}, {}
+    for t, pool in enumerate(pools, 1):
+        here, seed = folder / f"iter{t}", row_seed(args.seed, t)
         here.mkdir(exist_ok=True)
-        critiques, counts = old, {}
-        if args.select != "continue":
-            kept, counts = select_critiques(
-                t, pools[t - 1], model, processor, vocabulary, here, args, **judging
+        of_t = {**settings, "iteration": t, "start": judge.weights}
+        of_t["rows"] = common.digest([pool, old])
+        trained = three.find_checkpoint(here, of_t)  # before the hours of sampling
+        answers = here / "answers.jsonl"
+        if t == 1:
+            (folder / "meta.json").unlink(missing_ok=True)
+            earlier, _ = three.validate(
+                answers, judge, validation, "after 03", seed=args.seed, **asking
             )
-            critiques = mix_in(kept, old, args.replay, row_seed(args.seed, "replay", t))
-        seed = row_seed(args.seed, t)
-        data, more = ift.training_steps(critiques, processor, first["image_root"], seed, args)
-        ift.train(model, data, here, **ift.training_settings(args))
-        ift.save_checkpoint(model, processor, here)
-        result = ift.validate(model, processor, validation, here, f"iteration {t}", **judging)
-        judged = ift.read_validation(here)
-        ift.report_gain(judged_before, judged, "saturation, or too few pairs")
-        ift.report_following(judged)
-        judged_before = judged
-        results[f"iteration {t}"] = {"counts": {**counts, **more}, "validation": result}
-        made_with = common.read_json(folder / "args.json")  # by which 05 knows this judge
-        common.write_json(here / "done.json", {**results[f"iteration {t}"], **made_with})
-        ift.forget_training(here)
+        critiques, of_choice = old, {}
+        if args.select != "continue":
+            samples = two.write_critiques(
+                answers, judge, pool, vocabulary, is_guided=False, seed=seed, **sampling
+            )
+            common.write_jsonl(here / "samples.jsonl", samples)
+            pair_ids, questions = [pair["id"] for pair in pool], critiques_by_question(samples)
+            margins, passing = margins_of_pairs(pair_ids, questions)
+            rule = (args.select, args.margin, args.retention)
+            chosen = choose(margins, passing, *rule, args.seed, t)
+            if not chosen:
+                stop(f"iteration {t} keeps nothing: read {here}/samples.jsonl, raise --retention")
+            common.write_jsonl(here / "kept.jsonl", chosen)
+            of_choice = report_selection(t, samples, margins, chosen, here, args.select)
+            critiques = mix_in(chosen, old, args.replay, row_seed(args.seed, "replay", t))
+        loaded = None
+        if trained is None:
+            loaded = judge.loaded
+            if not hasattr(loaded[0], "get_base_model"):  # a whole model, not an adapter
+                three.make_trainable(loaded[0], 0)
+            trained = three.fit(loaded, critiques, here, of_t, first["image_root"], seed, args)
+        judge = common.Judge(run, first["model"], trained, **load)
+        if loaded:
+            judge.loaded = loaded
+        later, measures = three.validate(
+            answers, judge, validation, f"iteration {t}", seed=args.seed, **asking
+        )
+        common.write_jsonl(here / "validation.jsonl", later)
+        three.report_gain(earlier, later, "saturation, or too few pairs")
+        earlier, results[f"iteration {t}"] = later, measures
+        of_choice |= common.read_json(trained / "made_with.json")["counts"]
+        counts |= {f"iteration {t}, {line}": n for line, n in of_choice.items()}
 
     # 3. report ------------------------------------------------------------------------------------
-    counts = {}
-    for name, result in results.items():
-        counts |= {f"{name}, {line}": n for line, n in result["counts"].items()}
-    next_command = f"python 05_evaluate.py --run {shlex.quote(args.run)} --pairs HELD_OUT.jsonl"
-    common.finish_stage(folder, args, counts, (), next_command, iterations=results)
+    common.finish_stage(folder, args, counts, "python 05_evaluate.py", validation=results)
 
 
 if __name__ == "__main__":

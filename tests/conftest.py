@@ -2,6 +2,7 @@
 shipped toy world. Nothing is trained here: where a training from random weights ends differs from
 processor to processor."""
 
+import copy
 import importlib
 import json
 import os
@@ -9,23 +10,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = ROOT / "tests" / "world"  # shipped: model/, expert.pt; never written to
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-STAGES = (
-    "01_build_preferences",
-    "02_generate_critiques",
-    "03_train_ift",
-    "04_rejection_sampling",
-    "05_evaluate",
-)
+STAGES = tuple(sorted(path.stem for path in ROOT.glob("0?_*.py")))
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 stage = importlib.import_module  # a name that starts with a digit has no import statement
+common = stage("common")
 EPSILON = 1e-3  # largest difference in nats between two ways to compute a number in float32
 
 
@@ -39,8 +38,6 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Folder with 0.png .. 3.png of three sizes: image tokens and positions differ between rows."""
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("pictures")
     for i, size in enumerate(((84, 84), (140, 56), (56, 112), (84, 84))):
         Image.new("RGB", size, (60 * i, 200 - 50 * i, 90)).save(folder / f"{i}.png")
@@ -52,8 +49,6 @@ def tiny(tmp_path_factory):
     """(model, processor) as a user loads them, random weights. Never change the model: copy it."""
     from build_world import build_model, build_processor
 
-    from common import load_judge
-
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     processor = build_processor()
@@ -64,15 +59,13 @@ def tiny(tmp_path_factory):
                 weight.mul_(8)  # else the last token decides alone: one answer to every prompt
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return load_judge(str(folder), device="cpu")
+    return common.load_judge(str(folder), device="cpu")
 
 
 @pytest.fixture(scope="session")
 def trained():
     """(model, processor): the shipped judge, which writes critiques and verdicts and stops."""
-    from common import load_judge
-
-    return load_judge(str(WORLD / "model"), device="cpu")
+    return common.load_judge(str(WORLD / "model"), device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -87,18 +80,10 @@ def world(tmp_path_factory):
 
 
 # ---- Rows to train on, and training --------------------------------------------------------------
-CRITIQUES = (
-    "A: red circle: yes\nVerdict: A",
-    "B: blue star: no\nA: red ring: yes\nA: blue star: no\nVerdict: B",
-    "Verdict: A",
-    "B: red ring: yes\nVerdict: B",
-)
-RESPONSES = (
-    "red circle.",
-    "blue star, red ring, green heart.",
-    "green heart, red cross, blue ring.",
-    "red ring.",
-)
+CRITIQUES = ("A: red circle: yes\nVerdict: A", "Verdict: A", "B: red ring: yes\nVerdict: B")
+CRITIQUES += ("B: blue star: no\nA: red ring: yes\nA: blue star: no\nVerdict: B",)
+RESPONSES = ("red circle.", "blue star, red ring, green heart.")
+RESPONSES += ("green heart, red cross, blue ring.", "red ring.")
 
 
 def critique_rows():
@@ -108,24 +93,21 @@ def critique_rows():
         row = {"id": f"{i}-ab-0", "pair_id": f"pair-{i}", "order": "ab", "image": f"{i}.png"}
         row |= {"prompt": "List the objects in the image.", "style": "critique"}
         row |= {"response_a": RESPONSES[i], "response_b": RESPONSES[i - 1]}
-        rows.append({**row, "label": critique[-1], "critique": critique})
+        rows.append({**row, "label": critique[-1], "critique": critique, "verdict": critique[-1]})
     return rows
 
 
-def judged_rows():
-    """D_critique of these."""
-    return stage("03_train_ift").training_rows(critique_rows())[0]
+def judged_rows():  # D_critique of these
+    return stage("03_train_ift").training_rows(critique_rows())["critique"]
 
 
-def correct_rows():
-    """D_correct of these."""
-    return stage("03_train_ift").training_rows(critique_rows())[1]
+def correct_rows():  # D_correct of these
+    return stage("03_train_ift").training_rows(critique_rows())["correct"]
 
 
 def requests_of(rows, pictures):
     """What common.sample takes."""
-    names = [(row["id"], pictures / row["image"], row["text"]) for row in rows]
-    return [{"id": key, "image": image, "text": text} for key, image, text in names]
+    return [{**row, "image": pictures / row["image"]} for row in rows]
 
 
 def encode(processor, pictures, rows, limit=None):
@@ -135,25 +117,38 @@ def encode(processor, pictures, rows, limit=None):
     return stage("03_train_ift").encode_supervised(processor, texts, images, responses, limit)
 
 
-def steps_of(processor, pictures, **changed):
-    """Stage 03's TrainingSteps on the four rows; a step of four holds them all."""
-    settings = {"lam": 0.5, "train_batch": 4, "micro_batch": 4, "max_response_tokens": 64}
-    settings |= {"seed": 0, **changed}
-    three = stage("03_train_ift")
-    return three.TrainingSteps(critique_rows(), processor, pictures, **settings)
+def settings_of(**changed):
+    """What decides a training: `settings` of stage 03."""
+    settings = {"steps": 1, "lr": 1e-3, "lam": 0.5, "bt_weight": 0.0, "train_batch": 4}
+    return {**settings, "max_response_tokens": 64, **changed}
 
 
-def train(model, processor, pictures, folder, **changed):
+def steps_of(processor, pictures, seed=0, micro_batch=4, **changed):
+    """Stage 03's function: step -> micro-batches of the four rows, which a step of four holds."""
+    settings = settings_of(**changed)
+    rows_of_kind = stage("03_train_ift").training_rows(critique_rows())
+    if not settings["lam"]:
+        del rows_of_kind["correct"]
+    how = (rows_of_kind, processor, pictures, settings, seed, micro_batch)
+    return partial(stage("03_train_ift").micro_batches, *how)
+
+
+def train(model, processor, pictures, folder, seed=0, micro_batch=4, save_every=1000, **changed):
     """Stage 03's train on the four rows, in place -> rows of metrics.jsonl."""
-    settings = {"steps": 1, "lr": 1e-3, "lam": 0.5, "bt_weight": 0.0}
-    settings |= {"checkpoint_activations": False, "save_every": 1000}
-    of_train = {name: value for name, value in changed.items() if name in settings}
-    of_data = {name: value for name, value in changed.items() if name not in settings}
-    settings |= of_train
-    data = steps_of(processor, pictures, lam=settings["lam"], **of_data)
+    prepare = steps_of(processor, pictures, seed, micro_batch, **changed)
     folder.mkdir(exist_ok=True)
-    stage("03_train_ift").train(model, data, folder, **settings)
+    tokenizer, settings = copy.deepcopy(processor.tokenizer), settings_of(**changed)
+    stage("03_train_ift").train(model, tokenizer, prepare, folder, settings, save_every)
     return read_rows(folder / "metrics.jsonl")
+
+
+def fit(model, processor, pictures, folder, flags=(), **changed):
+    """Stage 03's fit on the four rows, which also saves -> adapter/ or model/. flags: of 03."""
+    three, settings = stage("03_train_ift"), settings_of(**changed)
+    args = three.parse_args(["--no-checkpoint-activations", *flags])
+    vars(args).update(settings)
+    folder.mkdir(exist_ok=True)
+    return three.fit((model, processor), critique_rows(), folder, settings, pictures, 0, args)
 
 
 # ---- Sampling, held against plain forward passes -------------------------------------------------
@@ -161,8 +156,7 @@ def train(model, processor, pictures, folder, **changed):
 # good. So tokens are compared where the choice is clear, and log-odds within EPSILON.
 @pytest.fixture
 def raw(monkeypatch):
-    """common.sample whose answers are (token ids (R,), log-odds (R, 2)), not text and verdict."""
-    import common
+    """common.sample whose answers are (token ids (R,), log-odds (R,)), not text and verdict."""
 
     def keep_tokens(tokenizer, tokens, log_odds, *rest):
         return tokens, log_odds
@@ -180,24 +174,18 @@ def length_of(tokens, stop_ids):
 @torch.no_grad()
 def logits_alone(model, processor, request, tokens):
     """Logits (n, R, V) for n texts (n, R) after a request: one plain pass over whole texts."""
-    from common import encode_prompts
-
     n, R = tokens.shape
-    inputs = encode_prompts(processor, [request["text"]] * n, [request["image"]] * n)
+    inputs = common.encode_prompts(processor, [request["text"]] * n, [request["image"]] * n)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    types = [inputs["mm_token_type_ids"], torch.zeros_like(tokens)]
-    inputs["mm_token_type_ids"] = torch.cat(types, 1)
+    inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, R))
     return model(**inputs, logits_to_keep=R + 1, use_cache=False).logits[:, :-1]
 
 
 def check_samples(model, processor, request, samples, stop_ids, temperature, seed):
     """What `raw` wrote is what the request alone, its uniform numbers and the softmax say: every
     token and every log-odds up to the stop token. -> their lengths."""
-    from common import row_seed, verdict_token_ids
-
-    tokens = torch.stack([tokens for tokens, _ in samples])  # (n, R)
-    log_odds = torch.stack([log_odds for _, log_odds in samples])  # (n, R, 2)
+    tokens, log_odds = map(torch.stack, zip(*samples))  # (n, R) each
     lengths = [length_of(row, stop_ids) for row in tokens]
     written = tokens.clone()
     for row, length in zip(written, lengths):
@@ -207,15 +195,14 @@ def check_samples(model, processor, request, samples, stop_ids, temperature, see
         chosen = logits.gather(2, tokens.clamp(min=0)[:, :, None])[:, :, 0]
         may_be = chosen > logits.amax(2) - EPSILON
     else:
-        generator = torch.Generator().manual_seed(row_seed(seed, request["id"]))
+        generator = torch.Generator().manual_seed(common.row_seed(seed, request["id"]))
         uniforms = torch.rand(tokens.shape, generator=generator)[:, :, None].double()
         cdf = (logits.double() / temperature).softmax(2).cumsum(2)
         first = (cdf < uniforms - EPSILON).sum(2)  # the tokens that rounding may choose
         last = (cdf < uniforms + EPSILON).sum(2)
         may_be = (first <= tokens) & (tokens <= last)
-    for spelling, (id_a, id_b) in enumerate(zip(*verdict_token_ids(processor.tokenizer))):
-        expected = logits[:, :, id_a] - logits[:, :, id_b]
-        may_be &= (log_odds[:, :, spelling] - expected).abs() < EPSILON
+    id_a, id_b = common.verdict_token_ids(processor.tokenizer)
+    may_be &= (log_odds - (logits[:, :, id_a] - logits[:, :, id_b])).abs() < EPSILON
     for i, length in enumerate(lengths):
         assert may_be[i, :length].all(), (request["id"], i, may_be[i, :length])
     return lengths
@@ -224,13 +211,11 @@ def check_samples(model, processor, request, samples, stop_ids, temperature, see
 @torch.no_grad()
 def check_greedy(model, processor, requests, sample, max_new_tokens, stop_ids):
     """sample's tokens are those of transformers' generate -> lists of tokens up to the end."""
-    from common import encode_prompts
-
     texts, images = [row["text"] for row in requests], [row["image"] for row in requests]
-    inputs = encode_prompts(processor, texts, images)
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stop_ids}
-    settings |= {"output_logits": True, "return_dict_in_generate": True}
-    wanted = model.generate(**inputs, **settings)
+    inputs = common.encode_prompts(processor, texts, images)
+    how = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": stop_ids}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    wanted = model.generate(**inputs, **how)
     texts = wanted.sequences[:, inputs["input_ids"].shape[1] :]
     best = torch.stack(wanted.logits, 1).topk(2).values  # (B, R, 2)
     is_clear = best[:, :, 0] - best[:, :, 1] > EPSILON
@@ -247,7 +232,8 @@ def check_greedy(model, processor, requests, sample, max_new_tokens, stop_ids):
 
 # ---- Files and command lines ---------------------------------------------------------------------
 def read_rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]  # a chunk of answers ends in an empty one
 
 
 def run(command, **extra):
@@ -256,8 +242,7 @@ def run(command, **extra):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
     command = [sys.executable, *command]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    ends = f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert done.returncode == 0, f"{shlex.join(command)}\n{ends}"
+    assert done.returncode == 0, (shlex.join(command), done.stdout[-2000:], done.stderr[-3000:])
     return done.stdout
 
 

@@ -15,19 +15,18 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from scenes import write_pictures
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from common import pick_device  # noqa: E402
-
 WORLD = ROOT / "tests" / "world"  # model/, expert.pt, world.json; never written to
 N_IMAGES = 2300
 N_HELDOUT = 400  # pairs
 
-# The toy's sizes: everything else is the scripts' own default.
+# The toy's sizes: everything else is the scripts' own default. What 05 judges are N_HELDOUT pairs
+# of other pictures, so 01 holds out none.
 FLAGS = {
-    "01": "--candidates 4 --max-new-tokens 32 --validation 100 --train 400",
+    "01": "--candidates 4 --max-new-tokens 32 --validation 100 --heldout 0 --train 400",
     "02": "--critiques 2 --max-new-tokens 96",
     "03": "--steps 150 --lr 3e-3 --micro-batch 32 --max-new-tokens 96",
     "04": "--iterations 2 --pool 600 --steps 60 --lr 1.5e-3 --micro-batch 32 --max-new-tokens 96",
@@ -47,7 +46,7 @@ def commands(world, pictures, run, seed, controls=("random",), expert=None, styl
     data = ["--images", f"{pictures}/images", "--image-root", str(pictures)]
     data += ["--prompts", f"{pictures}/prompts.txt"]
     judge = ["--model", f"{world}/model", "--expert", str(expert or f"{world}/expert.pt")]
-    heldout = ["--pairs", f"{pictures}/heldout.jsonl", "--truth", f"{pictures}/truth.jsonl"]
+    heldout = ["--pairs", f"{pictures}/heldout.jsonl"]
     steps = {
         "01": ["01_build_preferences.py", *shared, *data, *judge, *flags["01"]],
         "02": ["02_generate_critiques.py", *shared, "--style", style, *flags["02"]],
@@ -148,7 +147,7 @@ def main():
         print(f"drawing {N_IMAGES} pictures and {N_HELDOUT} held-out pairs into {pictures}")
         write_pictures(pictures, seed, N_IMAGES, N_HELDOUT)
     steps = commands(WORLD.relative_to(ROOT), pictures, run, seed)
-    if pick_device().type == "cpu":  # a GPU is for one process
+    if not torch.cuda.is_available():  # a GPU is for one process
         for name in ("01", "02", "03", "05"):
             steps[name] = TWO_PROCESSES.split() + steps[name]
     seconds = run_all((name, steps[name]) for name in ("01", "02", "03"))

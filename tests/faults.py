@@ -4,9 +4,9 @@ its files are compared with those of an undisturbed run.
     python tests/faults.py                      # 24 kills, 3 full disks, 3 SIGTERM for each stage
     python tests/faults.py --stages 03 --kills 3 --others 1
 
-A kill (SIGKILL) comes after a drawn share of the stage's time, within the write of a drawn row, or
-right before or after a drawn file gets its final name. The stages run in forks of this process,
-which has the slow imports already, on a small world, in chunks of a few rows.
+A kill (SIGKILL) comes after a drawn part of the stage's time, within the write of a drawn chunk of
+kept rows, or right before or after a drawn file gets its final name. The stages run in forks of
+this process, which has the slow imports already, on a small world, in chunks of a few rows.
 """
 
 import argparse
@@ -51,8 +51,8 @@ SMALL = {
     "05": "--max-new-tokens 64",
 }
 N_IMAGES, N_HELDOUT = 80, 6
-VOLATILE = ("seconds", "peak_memory_gib", "peak_gpu_gib", "tokens_per_s", "git_commit")
-n_rows = multiprocessing.Value("i")  # written rows and final names, counted in a fork
+VOLATILE = ("seconds", "peak_gpu_gib", "tokens_per_s")
+n_chunks = multiprocessing.Value("i")  # chunks of kept rows and final names, counted in a fork
 n_names = multiprocessing.Value("i")
 
 
@@ -61,18 +61,22 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def watch(row=None, name=None, after=False):
-    """Count rows and final names; die within the write of a row, or before or after a name."""
-    write, replace, rename = common.RowWriter.write, Path.replace, Path.rename
+def watch(chunk=None, cut=0.5, name=None, after=False):
+    """Count chunks and final names; die when the part `cut` of a chunk is written, or before or
+    after a name is given."""
+    replace, rename = Path.replace, Path.rename
 
-    def write_row(self, values):
-        n_rows.value += 1
-        if n_rows.value == row and not self.is_done(values):
-            line = json.dumps(values)
-            self.file.write(line[: len(line) // 2])
-            self.file.flush()
-            die()
-        write(self, values)
+    def open_watched(path, mode="r", **settings):
+        file = open(path, mode, **settings)  # noqa: SIM115  its caller closes it
+        n_chunks.value += mode == "a"  # common.kept alone appends
+        if mode == "a" and n_chunks.value == chunk:
+            file.write = partial(write_part, file.write, file.flush)
+        return file
+
+    def write_part(write, flush, text):
+        write(text[: int(cut * len(text))])
+        flush()
+        die()
 
     def give(original, self, target):
         n_names.value += 1
@@ -83,8 +87,8 @@ def watch(row=None, name=None, after=False):
             die()
         return result
 
-    n_rows.value = n_names.value = 0
-    common.RowWriter.write = write_row
+    n_chunks.value = n_names.value = 0
+    common.open = open_watched  # goes before the builtin one
     Path.replace = lambda self, target: give(replace, self, target)
     Path.rename = lambda self, target: give(rename, self, target)
 
@@ -96,12 +100,13 @@ def fill_disk(size):
 
 def draw_faults(rng, n_kills, n_others, seconds, sizes):
     """[(what is said of it, what the fork does, signal or None, seconds until then)]."""
-    rows, names = n_rows.value, n_names.value
+    chunks, names = n_chunks.value, n_names.value
     faults = []
     for k in range(n_kills):
         if k % 3 == 0:
-            row = rng.randint(1, rows)
-            faults.append((f"row {row} of {rows}", partial(watch, row=row), None, 0))
+            chunk, cut = rng.randint(1, chunks), rng.random()
+            said = f"chunk {chunk} of {chunks} at {cut:.2f}"
+            faults.append((said, partial(watch, chunk=chunk, cut=cut), None, 0))
         elif k % 3 == 1:
             name, after = rng.randint(1, names), rng.random() < 0.5
             said = f"{'after' if after else 'before'} name {name} of {names}"
@@ -158,12 +163,12 @@ def contents(folder):
     """{file: its bytes, or its JSON values without what no two runs have in common}."""
     found = {}
     for path in folder.rglob("*"):
-        if path.is_dir():
+        if path.is_dir() or path.name == ".lock":
             continue
         data = path.read_bytes().replace(bytes(folder.parent), b"RUN")  # report.md names it
         if path.suffix in (".json", ".jsonl"):
             lines = data.splitlines() if path.suffix == ".jsonl" else [data]
-            data = [without(VOLATILE, json.loads(line)) for line in lines]
+            data = [without(VOLATILE, json.loads(line)) for line in lines if line]
         found[path.relative_to(folder).as_posix()] = data
     return found
 
@@ -189,7 +194,7 @@ def is_expected(said, status, log):
     if said.startswith("disk"):
         *_, last = log.read_text().splitlines()
         return status == 1 and last.startswith("error: ") and "Traceback" not in log.read_text()
-    return status == (143 if said.startswith("SIGTERM") else -signal.SIGKILL)
+    return status == -(signal.SIGTERM if said.startswith("SIGTERM") else signal.SIGKILL)
 
 
 def try_stage(stage, command_of, run, folder, rng, n_kills, n_others):

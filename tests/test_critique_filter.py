@@ -1,21 +1,14 @@
 """Stage 02: the reference, and one case for each reason to drop a critique."""
 
-import importlib
+from importlib import import_module
 
 import pytest
 
-from common import parse_checks, parse_verdict
+from common import parse_checks
 
-two = importlib.import_module("02_generate_critiques")
+two = import_module("02_generate_critiques")
 
-VOCABULARY = {
-    "dog": "dog",
-    "dogs": "dog",
-    "puppy": "dog",
-    "cat": "cat",
-    "bus": "bus",
-    "hat": "hat",
-}
+VOCABULARY = {"dog": "dog", "dogs": "dog", "puppy": "dog", "cat": "cat", "bus": "bus", "hat": "hat"}
 QUESTION = {
     "prompt": "What is there?",
     "response_a": "A puppy and a cat.",
@@ -23,66 +16,24 @@ QUESTION = {
     "label": "A",
 }
 STATUS = {"dog": "present", "cat": "present", "bus": "absent", "hat": "unsure"}
-EVIDENCE = [{"object": name, "status": status} for name, status in STATUS.items()]
 
 
 # ---- The reference -------------------------------------------------------------------------------
 def test_reference():
-    reference = two.render_reference(QUESTION, STATUS, VOCABULARY)
-    expected = "A: dog: yes\nA: cat: yes\nB: dog: yes\nB: bus: no\nB: hat: unsure\nVerdict: A"
-    assert reference == expected
-    assert parse_verdict(reference) == "A"
-    assert ("B", "bus", False) in parse_checks(reference)
-
-
-def test_reference_of_the_other_order():
-    flipped = {
-        "response_a": QUESTION["response_b"],
-        "response_b": QUESTION["response_a"],
-        "label": "B",
-    }
-    reference = two.render_reference(flipped, STATUS, VOCABULARY)
-    expected = "A: dog: yes\nA: bus: no\nA: hat: unsure\nB: dog: yes\nB: cat: yes\nVerdict: B"
-    assert reference == expected
-
-
-def test_reference_of_a_pair_without_findings():
-    assert two.render_reference(QUESTION, {}, VOCABULARY) == "Verdict: A"
+    """The findings on each response, in the order of its mentions; then the label."""
+    of_a, of_b = "{0}: dog: yes\n{0}: cat: yes\n", "{0}: dog: yes\n{0}: bus: no\n{0}: hat: unsure\n"
+    expected = of_a.format("A") + of_b.format("B") + "Verdict: A"
+    assert two.render_reference(QUESTION, STATUS, VOCABULARY) == expected
+    a, b = QUESTION["response_a"], QUESTION["response_b"]
+    flipped = {"response_a": b, "response_b": a, "label": "B"}
+    expected = of_b.format("A") + of_a.format("B") + "Verdict: B"
+    assert two.render_reference(flipped, STATUS, VOCABULARY) == expected
+    assert two.render_reference(QUESTION, {}, VOCABULARY) == "Verdict: A"  # without findings
+    evidence = [{"object": name, "status": status} for name, status in STATUS.items()]
+    assert two.status_of({"evidence": evidence}) == STATUS
 
 
 # ---- What the checks say -------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "text, verdict",
-    [
-        ("B: bus: no", "A"),
-        ("A: bus: no", "B"),
-        ("A: bus: no\nB: bus: no\nB: hat: no", "A"),
-        ("A: bus: no\nB: bus: no", None),
-        ("A: dog: yes\nB: dog: yes", None),
-        ("A: dog: yes\nA: cat: yes\nB: dog: yes", None),  # only what is wrong counts
-        ("", None),
-    ],
-)
-def test_verdict_of_checks(text, verdict):
-    assert two.verdict_of_checks(parse_checks(text)) == verdict
-
-
-@pytest.mark.parametrize(
-    "claim, phrase",
-    [
-        ("There is a dog", "dog"),
-        ("there are some dogs", "dogs"),
-        ("An old dog", "old dog"),
-        ("the dog", "dog"),
-        ("dog", "dog"),
-        ("a dog with a hat", "dog with a hat"),
-        ("theatre", "theatre"),
-    ],
-)
-def test_bare_phrase(claim, phrase):
-    assert two.bare_phrase(claim) == phrase
-
-
 WHOLE = "A: dog: yes\nA: cat: yes\nB: dog: yes\nB: bus: no"  # what is unsure may go unchecked
 CONTRADICTS = "contradicts the expert"
 LEAVES_OUT = "leaves out a verified object"
@@ -115,8 +66,8 @@ NOT_SAID = "checks what the response does not say"
     ],
 )
 def test_contradicts_expert(text, reason):
-    said = {"A": ["dog", "cat"], "B": ["dog", "bus", "hat"]}
-    assert two.contradicts_expert(parse_checks(text), said, STATUS, VOCABULARY) == reason
+    mentions = {"A": ["dog", "cat"], "B": ["dog", "bus", "hat"]}
+    assert two.contradicts_expert(parse_checks(text), mentions, STATUS, VOCABULARY) == reason
 
 
 # ---- The whole filter ----------------------------------------------------------------------------
@@ -131,6 +82,7 @@ LEAK = "cites the reference"
     [
         (GOOD, None),
         (GOOD.replace("Verdict: A", "**Verdict: A**"), None),
+        (GOOD.replace("Verdict: A", "Verdict: A, the better response."), None),
         (GOOD.replace("Verdict: A", "A it is."), NO_VERDICT),
         (GOOD.replace("Verdict: A", "Verdict: A or B"), NO_VERDICT),
         ("", NO_VERDICT),
@@ -152,9 +104,9 @@ LEAK = "cites the reference"
     ],
 )
 def test_reason_to_drop(critique, reason):
-    found = two.reason_to_drop(critique, True, QUESTION, EVIDENCE, VOCABULARY, "critique")
+    found = two.reason_to_drop(critique, True, QUESTION, STATUS, VOCABULARY, "critique")
     assert found == reason
-    cut = two.reason_to_drop(critique, False, QUESTION, EVIDENCE, VOCABULARY, "critique")
+    cut = two.reason_to_drop(critique, False, QUESTION, STATUS, VOCABULARY, "critique")
     assert cut == NO_VERDICT  # it did not write its stop token
 
 
@@ -170,7 +122,7 @@ def test_reason_to_drop(critique, reason):
     ],
 )
 def test_styles_without_checks(style, critique, reason):
-    found = two.reason_to_drop(critique, True, QUESTION, EVIDENCE, VOCABULARY, style)
+    found = two.reason_to_drop(critique, True, QUESTION, STATUS, VOCABULARY, style)
     assert found == reason
 
 
@@ -189,15 +141,15 @@ def test_styles_without_checks(style, critique, reason):
 def test_pairs_without_evidence(critique, reason):
     question = {"prompt": "How many?", "response_a": "Four windows.", "label": "A"}
     question["response_b"] = "Five windows."
-    found = two.reason_to_drop(critique, True, question, [], VOCABULARY, "critique")
+    found = two.reason_to_drop(critique, True, question, {}, VOCABULARY, "critique")
     assert found == reason
 
 
-@pytest.mark.parametrize("place", ["prompt", "response_b"])
-def test_leak_phrase_of_the_question_may_be_quoted(place):
-    question = {**QUESTION, "response_b": "A bus.", place: "A bus and a smoke detector."}
+@pytest.mark.parametrize("field", ["prompt", "response_b"])
+def test_leak_phrase_of_the_question_may_be_quoted(field):
+    question = {**QUESTION, "response_b": "A bus.", field: "A bus and a smoke detector."}
     critique = "A: a puppy: yes\nA: cat: yes\nB: bus: no\nB: a smoke detector: no\nVerdict: A"
-    rest = (EVIDENCE, VOCABULARY, "critique")
+    rest = (STATUS, VOCABULARY, "critique")
     assert two.reason_to_drop(critique, True, question, *rest) is None
     assert two.reason_to_drop(critique, True, QUESTION, *rest) == LEAK
 
@@ -218,15 +170,15 @@ SAMPLES = [
 ]
 
 
-def test_keep_distinct():
-    kept = two.keep_distinct(SAMPLES)
+def test_distinct_critiques():
+    kept = two.distinct_critiques(SAMPLES)
     assert [row["id"] for row in kept] == [0, 2, 3]
     assert set(kept[0]) == {"id", "pair_id", "order", "critique"}
     assert "dropped" in SAMPLES[0]
 
 
 def test_counts_add_up():
-    counts = two.count(SAMPLES, two.keep_distinct(SAMPLES))
+    counts = two.count(SAMPLES, two.distinct_critiques(SAMPLES))
     assert counts == {
         "critiques written": 6,
         "dropped: wrong verdict": 2,
