@@ -45,7 +45,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import transformers
 from matplotlib.figure import Figure
 from PIL import Image
 from pyarrow.parquet import ParquetFile
@@ -236,11 +235,11 @@ def build_vocabulary(class_names, synonyms=None):
 
 def read_vocabulary(path):
     """{phrase: class} of a JSON file, the phrases spaced."""
-    vocabulary = common.read_json(path)
-    for phrase, name in vocabulary.items():
-        if not isinstance(name, str) or not spaced(phrase):
-            stop(f"{path}: {phrase!a}: {name!a} is no phrase and its class")
-    return {spaced(phrase): name for phrase, name in vocabulary.items()}
+    try:
+        vocabulary = TypeAdapter(dict[str, str]).validate_json(Path(path).read_bytes())
+    except ValueError as error:
+        stop(f"{path}: JSON {{phrase: class}} is expected ({common.one_line(error)})")
+    return {spaced(phrase): name for phrase, name in vocabulary.items() if spaced(phrase)}
 
 
 SYNONYMS = WORDS["coco"]  # {class: [phrases]}
@@ -449,8 +448,8 @@ def place_image(image, image_root, folder):
     if isinstance(image, bytes):
         file = io.BytesIO(image)
     with suppress(OSError, ValueError, TypeError):  # a name that no file can have, or no name
-        paths = [path for path in (root / image, root / Path(image).name) if path.is_file()]
-        file = next(iter(paths), None)
+        names = [image] if isinstance(image, Path) else [image, Path(image).name]
+        file = next((root / name for name in names if (root / name).is_file()), None)
     if file is None:
         raise Skip("missing image", "image")
     try:
@@ -537,7 +536,13 @@ class Detector:
         from ultralytics import YOLO  # AGPL-3.0: imported only where it is used
 
         Image.open = pillow_open  # the import has put its own there, for the whole process
-        self.model, self.device = YOLO(weights), device
+        if device in (None, "auto"):
+            device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        self.device = torch.device(device)
+        try:
+            self.model = YOLO(weights)
+        except Exception as error:  # of many kinds: no file, no detector, no connection
+            stop(f"--expert {weights}: no weights of ultralytics; {common.one_line(error)}")
         self.classes = list(self.model.names.values())
 
     def find(self, images, questions):
@@ -547,68 +552,14 @@ class Detector:
         found = []
         for result in self.model.predict(arrays, batch=len(arrays), **settings):
             boxes = result.boxes
-            found.append(as_detections(self.model.names, boxes.cls, boxes.conf, boxes.xyxy))
+            detections = []
+            for label, score, box in zip(
+                boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist()
+            ):
+                detection = {"object": result.names[int(label)], "confidence": round(score, 4)}
+                detections.append({**detection, "box": [round(x, 1) for x in box]})
+            found.append(detections)
         return found
-
-
-def as_detections(names, labels, scores, boxes):
-    """Tensors (N,), (N,), (N, 4) -> list of detections; names: {label: class} or a list."""
-    detections = []
-    for label, score, box in zip(labels.tolist(), scores.tolist(), boxes.tolist()):
-        found = {"object": names[int(label)], "confidence": round(score, 4)}
-        detections.append({**found, "box": [round(x, 1) for x in box]})
-    return detections
-
-
-class GroundingDino:
-    """GroundingDINO of transformers, which is asked about names. The contract is Detector's."""
-
-    def __init__(self, name, device):
-        self.classes = None
-        loader = transformers.AutoModelForZeroShotObjectDetection
-        self.model = loader.from_pretrained(name).to(device).eval()
-        if not self.model.config.model_type.endswith("grounding-dino"):
-            raise ValueError(f"it is a model of type {self.model.config.model_type}")
-        self.processor = transformers.AutoProcessor.from_pretrained(name)
-        self.most = self.model.config.max_text_len - 2  # tokens, without [CLS] and [SEP]
-
-    def find(self, images, questions):
-        found = []
-        for image, names in zip(images, questions):
-            looks = [self.look(image, chunk) for chunk in self.chunks(names)]
-            found.append(list(chain(*looks)))
-        return found
-
-    def chunks(self, names):
-        """The names in lists whose questions fit what the model reads: 256 tokens."""
-        chunks, length = [], self.most
-        for name in names:
-            words = self.processor.tokenizer(f"{spaced(name)}.", add_special_tokens=False)
-            length += len(words.input_ids)
-            if length > self.most:
-                chunks.append([])
-                length = len(words.input_ids)
-            chunks[-1].append(name)
-        return chunks
-
-    @torch.inference_mode()
-    def look(self, image, names):
-        """One picture's detections. A name's probability is the mean of its tokens'; transformers'
-        own pipeline takes the best token's, so that every dog is a hot dog."""
-        words = [spaced(name) for name in names]  # the processor makes "cat. teddy bear." of it
-        inputs = self.processor(images=image, text=[words], return_tensors="pt")
-        outputs = self.model(**inputs.to(self.model.device))
-        probability = outputs.logits.sigmoid()  # (1, Q boxes, L tokens)
-        dot = self.processor.tokenizer.convert_tokens_to_ids(".")
-        start, of_name = 1, []  # after [CLS]
-        for end in (inputs["input_ids"][0] == dot).nonzero()[:, 0].tolist():
-            of_name.append(probability[:, :, start:end].mean(-1))  # (1, Q)
-            start = end + 1
-        outputs.logits = torch.stack(of_name, -1).logit()  # (1, Q, names)
-        size = [(image.height, image.width)]
-        finish = self.processor.image_processor.post_process_object_detection
-        (result,) = finish(outputs, threshold=FLOOR, target_sizes=size)
-        return as_detections(names, result["labels"], result["scores"], result["boxes"])
 
 
 class OwnAnswers:
@@ -635,20 +586,6 @@ class OwnAnswers:
         return [{"object": n, "confidence": p, "box": None} for n, p in zip(names, confidences)]
 
 
-def load_expert(name, device, judge):
-    """The expert that --expert names; judge: the policy."""
-    if device is None or device == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        if name == "none":
-            return OwnAnswers(judge)
-        kind = Detector if name.endswith(".pt") else GroundingDino
-        return kind(name, torch.device(device))
-    except Exception as error:  # of many kinds: no file, no detector, no connection, no package
-        why = common.one_line(error)
-        stop(f"--expert {name}: no *.pt of ultralytics, GroundingDINO or none; {why}")
-
-
 class Detection(TypedDict):
     object: str
     confidence: Annotated[float, Field(ge=0, le=1)]
@@ -672,7 +609,9 @@ class Expert:
         weights = judge.weights if name == "none" else None
         self.identity = {"expert": name, "weights": weights, "floor": FLOOR}
         self.path, self.image_root = path, image_root
-        self.load = cache(partial(load_expert, args.expert, args.device, judge))
+        self.load = cache(partial(OwnAnswers, judge))
+        if name != "none":
+            self.load = cache(partial(Detector, args.expert, args.device))
         task = {**self.identity, "image": ""}, None  # kept like a finding, but without a picture
         (row,) = common.kept(path, Finding, [task], self.tell_classes, 1, "expert")
         self.classes = row.get("classes")
@@ -761,7 +700,7 @@ def load_items(args, folder):
         prompts = WORDS["prompts"]
         if args.prompts:
             lines = Path(args.prompts).read_text("utf-8-sig").split("\n")
-            prompts = [line.strip() for line in lines if line.strip()]
+            prompts = [line.strip() for line in lines if line.strip()] or prompts
         items, counts = read_images(args.images, root, prompts, args.limit, args.seed, folder)
     for source in args.exclude or ():
         items = without_overlap(items, source, counts)
@@ -843,7 +782,7 @@ def parse_args(argv=None):
     add("--heldout", help="to be judged by 05 (a tenth, 500 at most)")
     add("--train", help="for 02's critiques (half of what is left, 5000 at most); the rest: 04's")
     add = parser.add_argument_group("the expert, which says what is in the image").add_argument
-    add("--expert", default="yolo11x.pt", help="ultralytics' *.pt, GroundingDINO's id, or none")
+    add("--expert", default="yolo11x.pt", help="ultralytics' weights, or none: the policy itself")
     add("--detections", help="findings made elsewhere instead, as in detections.jsonl")
     add("--vocabulary", help="json {phrase: class}; else the expert's or COCO's, with synonyms")
     add("--present", type=common.real(FLOOR, 1), default=0.5, help="it is there from here on (0.5)")
@@ -926,13 +865,11 @@ def main(args):
     (folder / "meta.json").unlink(missing_ok=True)  # not complete, until finish_stage
     common.write_jsonl(folder / "preferences.jsonl", rows)
     common.write_json(folder / "vocabulary.json", vocabulary)
-    sheet = folder / "contact_sheet.png"
-    draw_contact_sheet(sheet, rows, image_root)
+    draw_contact_sheet(folder / "contact_sheet.png", rows, image_root)
     counts.update(f"  {row['source']} pairs" for row in rows)
     counts.update(f"  in split {row['split']}" for row in rows)
     counts.update(statuses)
     warn_of_small_splits(counts)
-    print(f"a picture to look at: {sheet}")
     made_with = Namespace(**{**vars(args), "image_root": image_root})
     common.finish_stage(folder, made_with, counts, "python 02_generate_critiques.py")
 

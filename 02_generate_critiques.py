@@ -7,17 +7,16 @@
                    nothing else is checked, and the reference is not cited
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
-  1) findings are laid out as the very lines that the critique will hold, since models copy a
-     separate list wrongly;
+  1) findings are laid out as the very lines that the critique will hold: a separate list is copied
+     wrongly;
   2) "verdict = label" alone lets lucky verdicts with false facts pass, which make the judge worse:
-     the checks are held against each other and the expert. They must be complete, or stage 04 would
-     prefer critiques that skip what is hard to see;
-  3) pairs without findings (reasoning, general questions; 01 makes none, but a preferences.jsonl
-     from elsewhere may) are kept on verdict, leak and their own checks.
+     checks are held against each other and the expert, and must be complete, or 04 would prefer
+     critiques that skip what is hard to see;
+  3) pairs without findings (01 makes none, a preferences.jsonl from elsewhere may have them) are
+     kept on verdict, leak and their own checks.
 
 Reads  01_preferences/preferences.jsonl (split "train"), vocabulary.json.
-Writes 02_critiques/: answers.jsonl (what the model wrote), samples.jsonl (the same as critiques,
-       with the reason why one was dropped), critiques.jsonl:
+Writes 02_critiques/: answers.jsonl, samples.jsonl (all, with the reason to drop), critiques.jsonl:
     {"id": "00453-0-ab-0", "pair_id": "00453-0", "order": "ab", "image": "images/00453.png",
      "prompt": "List the objects in the image.", "response_a": "purple ring, purple cross.",
      "response_b": "yellow ring, purple ring.", "label": "A", "critique": "A: purple ring: yes\\nA:
@@ -53,8 +52,7 @@ def render_reference(question, status, vocabulary):
     """The expert's findings and the label as the lines that a critique would hold.
 
     question: {"response_a", "response_b", "label"}; status: {object: "present" | "absent" |
-    "unsure"}. The word "unsure" stands where the model must look for itself.
-    """
+    "unsure"}. The word "unsure" stands where the model must look for itself."""
     word = {"present": "yes", "absent": "no", "unsure": "unsure"}
     lines = []
     for side, response in (("A", question["response_a"]), ("B", question["response_b"])):
@@ -92,8 +90,7 @@ def reason_to_drop(critique, complete, question, status, vocabulary, style):
     complete: it wrote its stop token; question: {"prompt", "response_a", "response_b", "label"};
     status: {object: "present" | "absent" | "unsure"}, empty for pairs without findings; vocabulary:
     {phrase: class}. Needs: find_verdict, parse_checks, verdict_of_checks, LEAK, find_mentions,
-    contradicts_expert
-    """
+    contradicts_expert"""
     verdict, _ = find_verdict(critique)
     if not complete or verdict is None:
         return "malformed: unfinished, or no verdict line"
@@ -128,8 +125,7 @@ def write_critiques(path, judge, pairs, vocabulary, *, style, is_guided, **askin
 
     path: where the answers are kept; asking: image_root, batch_size, n, temperature, max_new_tokens
     and seed of common.ask. -> rows: the question's fields, its id with -k, and {critique, style,
-    verdict, log_odds: r in nats or None, dropped: the reason against it or None}.
-    """
+    verdict, log_odds: r in nats or None, dropped: the reason against it or None}."""
     questions, statuses, requests = [], [], []
     for pair in pairs:
         for question in both_orders(pair):

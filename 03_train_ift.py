@@ -51,8 +51,7 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\..*_proj\w*"
 def nll_sum(logits, labels):
     """Summed negative log-likelihood () in nats of the supervised tokens, and their number () int.
 
-    logits (B,T,V) any float; labels (B,T) int, -100 where a token is not supervised. Needs: F
-    """
+    logits (B,T,V) any float; labels (B,T) int, -100 where a token is not supervised. Needs: F"""
     logits, labels = logits[:, :-1].float(), labels[:, 1:]  # position t predicts token t+1
     logits = logits.transpose(1, 2)  # (B,V,T-1), as cross_entropy wants it beside labels (B,T-1)
     nll = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")  # ()
@@ -63,8 +62,7 @@ def ift_loss(nll_critique, n_critique, nll_correct, n_correct, lam):
     """L_IFT = nll_critique / n_critique + lam * nll_correct / n_correct, in nats per token.
 
     nll_*: NLL () summed over the response tokens of a whole optimizer step; n_*: their number.
-    At lam = 0, n_correct may be 0.
-    """
+    At lam = 0, n_correct may be 0."""
     loss = nll_critique / n_critique
     return loss + lam * nll_correct / n_correct if lam else loss
 
@@ -72,8 +70,7 @@ def ift_loss(nll_critique, n_critique, nll_correct, n_correct, lam):
 def bradley_terry_loss(log_odds, label_is_a):
     """-log P(label) = -log sigmoid(+-r) per example (B,) in nats.
 
-    log_odds: r = log P(A) - log P(B) in nats (B,); label_is_a (B,) bool. Needs: F
-    """
+    log_odds: r = log P(A) - log P(B) in nats (B,); label_is_a (B,) bool. Needs: F"""
     # softplus(-x) = -log sigmoid(x)
     return F.softplus(torch.where(label_is_a, -log_odds, log_odds))
 
@@ -82,8 +79,7 @@ def bradley_terry_loss(log_odds, label_is_a):
 def training_rows(critiques):
     """{"critique": D_critique, "correct": D_correct}: rows {id, image, text, response, label}.
 
-    Each pair's chosen response enters D_correct once, however many critiques the pair has.
-    """
+    Each pair's chosen response enters D_correct once, however many critiques the pair has."""
     critique_rows, correct = [], {}
     for row in critiques:
         a, b, label = row["response_a"], row["response_b"], row["label"]
@@ -113,8 +109,7 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
     """(inputs, labels): left-padded prompts (B,P), then right-padded responses (B,R).
 
     labels (B,P+R) are -100 except on a response and its stop token. A response that is cut at
-    max_response_tokens has no stop token: it does not end there.
-    """
+    max_response_tokens has no stop token: it does not end there."""
     inputs, tokenizer = common.encode_prompts(processor, texts, images), processor.tokenizer
     rows = []
     for response in responses:
@@ -141,8 +136,7 @@ def micro_batches(rows_of_kind, processor, image_root, settings, seed, micro_bat
 
     Each step stands for itself, so that another thread can prepare it and training can go on at any
     step. It holds train_batch critiques and, if there are any, as many correct responses; of
-    several processes each takes its part of them.
-    """
+    several processes each takes its part of them."""
     encoded = []
     for kind, all_rows in rows_of_kind.items():
         rows = rows_of_step(all_rows, step, settings["train_batch"], seed)[RANK::WORLD]
@@ -174,8 +168,7 @@ def forward(model, inputs, labels):
 def bradley_terry_sum(logits, labels, rows, tokenizer):
     """Summed Bradley-Terry loss () of critiques, at each one's verdict, teacher-forced.
 
-    logits (B,R+1,V) and labels (B,R+1) as forward gives them; rows: {"label", ...}, B of them.
-    """
+    logits (B,R+1,V) and labels (B,R+1) as forward gives them; rows: {"label", ...}, B of them."""
     verdict_ids = common.verdict_token_ids(tokenizer)
     r = []
     for row_logits, row_labels in zip(logits, labels):  # (R+1,V), (R+1,)
@@ -191,8 +184,7 @@ def make_trainable(model, rank):
     """PEFT model with fresh rank-r adapters on the language model's linear layers.
 
     Rank 0: the model itself with all of the language model's own weights trainable. float32 in
-    both cases (PEFT's default for adapters).
-    """
+    both cases (PEFT's default for adapters)."""
     if rank:
         from peft import LoraConfig, get_peft_model  # slow to import
 
@@ -247,14 +239,13 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
     """Minimise L_IFT in place (03, 04), by the steps, lr, lam, bt_weight, train_batch in settings.
 
     prepare(step): its micro-batches. folder gets metrics.jsonl, one line a step, and every
-    save_every steps training.pt, from which an interrupted training goes on.
-    """
+    save_every steps training.pt, from which an interrupted training goes on."""
     steps, lam, bt_weight = settings["steps"], settings["lam"], settings["bt_weight"]
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     done = resume_training(folder / "training.pt", weights, optimizer, settings)
     lines = common.read_rows(folder / "metrics.jsonl", dict)[:done] if done else []
-    bar = common.progress_bar(steps, "train", "step", done)
+    bar = common.progress_bar(total=steps, desc="train", unit="step", initial=done)
     started, n_trained = time.time(), 0
     model.train()
     for step, batches in prepared_ahead(prepare, range(done, steps)):
@@ -337,8 +328,7 @@ def read_training(path, settings):
 
 def resume_training(path, weights, optimizer, settings):
     """Set weights and optimizer, in place, to what save_training has saved; returns the number of
-    steps that are done, 0 where there is no such file.
-    """
+    steps that are done, 0 where there is no such file."""
     if not path.exists():
         return 0
     state = read_training(path, settings)
@@ -363,8 +353,7 @@ def check_settings(path, saved, settings):
 
 def find_checkpoint(folder, settings=None):
     """The folder's adapter/ or model/; None without either. It stops where settings are given, and
-    it, or what an interrupted training has left, was made with others.
-    """
+    it, or what an interrupted training has left, was made with others."""
     for path in (folder / "adapter", folder / "model"):
         if path.exists():
             if settings:
@@ -377,8 +366,7 @@ def find_checkpoint(folder, settings=None):
 
 def save_checkpoint(model, processor, folder, made_with):
     """folder/adapter/ for PeftModel, or model/ of a full fine-tuning, whole or not at all; then
-    training.pt goes. -> its path
-    """
+    training.pt goes. -> its path"""
     is_adapter = hasattr(model, "get_base_model")
     target = folder / ("adapter" if is_adapter else "model")
     if RANK == 0:
@@ -399,8 +387,7 @@ def decide(answers):
     """(verdict, probability_a in [0,1]) of K Answers to a question: their majority, mean P(A).
 
     An answer without a verdict counts .5 in the mean and nothing in the majority. The verdict is
-    None where no answer has one; where the votes are even, the mean decides.
-    """
+    None where no answer has one; where the votes are even, the mean decides."""
     log_odds = torch.tensor([answer["log_odds"] or 0.0 for answer in answers])  # (K,)
     probability_a = log_odds.sigmoid().mean().item()
     n_a = sum(answer["verdict"] == "A" for answer in answers)
@@ -417,8 +404,7 @@ def judge_pairs(path, judge, questions, condition, *, style, votes=1, temperatur
 
     Their answers are kept in path. A question's "picture" (PIL, or a name from image_root), if
     there is one, is shown instead of its image. asking: image_root, batch_size, max_new_tokens and
-    seed of common.ask.
-    """
+    seed of common.ask."""
     requests = []
     for q in questions:
         text = build_judge_prompt(q["prompt"], q["response_a"], q["response_b"], style)
@@ -439,8 +425,7 @@ def accuracy_by_order(rows):
     the same response wins in both, "unparseable": no verdict, "n_pairs"}; shares in [0,1].
 
     rows: {"id" of the pair, "order", "label", "verdict": "A" | "B" | None}, one per pair and order.
-    No verdict counts as wrong and as no agreement.
-    """
+    No verdict counts as wrong and as no agreement."""
     of_order, of_pair = {}, {}
     for row in rows:
         is_correct = row["verdict"] == row["label"]
@@ -466,8 +451,7 @@ def mean_bradley_terry(rows):
 
 def validate(path, judge, pairs, condition, **asking):
     """(judgement rows, measures) of the validation pairs in both orders, printed with a critique;
-    ([], {}) without pairs. path, asking: see judge_pairs.
-    """
+    ([], {}) without pairs. path, asking: see judge_pairs."""
     if not pairs:
         print(f"validation, {condition}: none, since stage 01 has no pair in split validation")
         return [], {}
@@ -489,8 +473,7 @@ def paired_gain(earlier, later):
 
     earlier, later: judgement rows {"question", "image", "label", "verdict"} of the same questions.
     Interval: 1.96 standard errors over images, whose questions succeed and fail together. Needs:
-    mean, stdev (of statistics)
-    """
+    mean, stdev (of statistics)"""
     was_correct = {row["question"]: row["verdict"] == row["label"] for row in earlier}
     gains_of = {}  # {image: of each of its questions -1, 0 or 1}
     for row in later:
@@ -503,8 +486,7 @@ def paired_gain(earlier, later):
 
 def verdict_follows(rows):
     """(part of the critiques whose verdict is that of their own checks, number of those whose
-    checks decide between the responses); (None, 0) without any. rows: {"critique", "verdict"}.
-    """
+    checks decide between the responses); (None, 0) without any. rows: {"critique", "verdict"}."""
     follows = []
     for row in rows:
         better = common.verdict_of_checks(common.parse_checks(row["critique"]))
@@ -515,8 +497,7 @@ def verdict_follows(rows):
 
 def report_gain(earlier, later, why_none):
     """Says what a training has gained on the validation pairs, and how often the verdict follows
-    the checks: the loss may fall while it ignores them.
-    """
+    the checks: the loss may fall while it ignores them."""
     if not later:
         return
     gain, half = paired_gain(earlier, later)
@@ -556,15 +537,11 @@ def add_training_arguments(parser, steps, lr):
     per_step = "critiques, and correct responses, per step (%(default)s)"
     add("--train-batch", type=whole(1), default=32, help=per_step)
     add("--micro-batch", type=whole(1), default=8, help="rows at a time (%(default)s)")
-    lost = "steps: what an interruption costs at most (%(default)s)"
-    add("--save-every", type=whole(1), default=50, help=lost)
-    less = {
-        "default": torch.cuda.is_available(),
-        "help": "less memory, a third slower; on with cuda",
-    }
-    add("--checkpoint-activations", action=argparse.BooleanOptionalAction, **less)
-    cut = "longer critiques are dropped, answers cut (%(default)s)"
-    add("--max-response-tokens", type=whole(2), default=1024, help=cut)
+    add("--save-every", type=whole(1), default=50, help="steps between two saves (%(default)s)")
+    switch = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
+    add("--checkpoint-activations", **switch, help="less memory, a third slower; on with cuda")
+    longest = "of a critique, longer ones are dropped, and of an answer, which is cut (%(default)s)"
+    add("--max-response-tokens", type=whole(2), default=1024, help=longest)
     add("--max-new-tokens", type=whole(1), default=512, help="of a critique (%(default)s)")
 
 
@@ -575,8 +552,7 @@ TRAINED_WITH = ("tag", "steps", "lr", "lam", "bt_weight", "train_batch", "max_re
 def fit(loaded, critiques, folder, settings, image_root, seed, args):
     """Train the loaded (model, processor) on critique rows by settings, save it -> its path.
 
-    A critique cut before its verdict teaches nothing: too long ones are dropped, and counted.
-    """
+    A critique cut before its verdict teaches nothing: too long ones are dropped, and counted."""
     model, processor = loaded
     limit, tokenizer = args.max_response_tokens, processor.tokenizer
 
@@ -599,7 +575,7 @@ def fit(loaded, critiques, folder, settings, image_root, seed, args):
     }
     epochs = args.steps * args.train_batch / len(short)
     print(
-        f"{args.steps} steps of {args.train_batch} critiques: {epochs:.1f} epochs of {len(short)}"
+        f"{args.steps} steps of {args.train_batch}: {epochs:.1f} epochs of {len(short)} critiques"
     )
     if args.checkpoint_activations:
         language_model = common.unwrap(model).model.language_model

@@ -7,27 +7,23 @@
              among the top --retention of the pool (or >= --margin). Then L_IFT on the kept c+, from
              the adapter of iteration t-1.
 
-What a margin selects: pairs about which the judge disagrees with itself, so hard ones and
-mislabelled ones alike. The expert's findings, in stage 02's filters, keep the wrong labels out.
-
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) S is read from the judge's own log-odds at the verdict, in the pass that sampled the critique;
   2) a share of each epoch is stage 02's critiques (--replay), since a few hundred rows alone make
      the judge forget its format;
-  3) three controls of the same steps: --select random (as many pairs, drawn among those that have
-     passing critiques, and one of these), best (such pairs, the critique with the largest S),
-     continue (stage 02's critiques, as in stage 03).
+  3) three controls of the same steps, --select random, best (see choose) and continue: stage 02's
+     critiques, as in stage 03.
 
 Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterations), 03_ift/,
        02_critiques/critiques.jsonl.
 Writes 04_rejection[_TAG][_<control>]/iter<t>/: answers.jsonl, samples.jsonl (all critiques),
        margins.png, adapter/, validation.jsonl, kept.jsonl:
     {"id": "00748-0-ab-0", "pair_id": "00748-0", "order": "ab", "image": "images/00748.png",
-     "prompt": "List the objects in the image.", "response_a": "purple star, red cross, blue
-     diamond.", "response_b": "purple star, red cross, red diamond.", "label": "A", "critique":
-     "A: purple star: yes\\nA: red cross: yes\\nA: blue diamond: yes\\nB: purple star: yes\\nB: red
-     cross: yes\\nB: red diamond: no\\nVerdict: A", "style": "critique", "verdict": "A", "log_odds":
-     6.114695, "dropped": null, "confidence_in_label": 0.997795, "margin": 0.994867, "iteration": 1}
+     "prompt": "List the objects in the image.", "response_a": "purple star, red cross.",
+     "response_b": "purple star, red diamond.", "label": "A", "critique": "A: purple star: yes\\nA:
+     red cross: yes\\nB: purple star: yes\\nB: red diamond: no\\nVerdict: A", "style": "critique",
+     "verdict": "A", "log_odds": 6.114695, "dropped": null, "confidence_in_label": 0.997795,
+     "margin": 0.994867, "iteration": 1}
 
     python 04_rejection_sampling.py --run runs/demo --iterations 2 --pool 600 --steps 60
     python 04_rejection_sampling.py        # one GPU: 3 iterations x 5,000 pairs x 2 orders x 8
@@ -60,8 +56,7 @@ def margin(confidences, passes):
     02's filters, c- the smallest S of all. 0 where none passes: there is nothing to learn from.
 
     >>> round(margin([0.9, 0.2, 0.97], [True, False, False]), 6), margin([0.9, 0.2], [False, False])
-    (0.7, 0.0)
-    """
+    (0.7, 0.0)"""
     passing = [s for s, ok in zip(confidences, passes, strict=True) if ok]
     return max(passing) - min(confidences) if passing else 0.0
 
@@ -73,8 +68,7 @@ def select_by_margin(margins, threshold=None, retention=None):
     margins: {id: margin in [0,1]}; give one of the two rules, else ValueError.
 
     >>> select_by_margin({"a": 0.1, "b": 0.8, "c": 0.8, "d": 0.0, "e": 0.3}, retention=0.4)
-    ['b', 'c']
-    """
+    ['b', 'c']"""
     if (threshold is None) == (retention is None):
         raise ValueError("give threshold or retention, one of them")
     ranked = sorted(margins, key=lambda key: (-margins[key], key))
@@ -97,10 +91,7 @@ def cut_pools(pairs, size, iterations):
         while end < len(pairs) and pairs[end]["image"] == pairs[end - 1]["image"]:
             end += 1  # 01 keeps the pairs of an image together
         if end - start < 2:
-            stop(
-                f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool or "
-                "--iterations, or give stage 01 more images or a lower --train"
-            )
+            stop(f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool")
         pools.append(pairs[start:end])
         start = end
     return pools
@@ -109,8 +100,7 @@ def cut_pools(pairs, size, iterations):
 def critiques_by_question(samples):
     """{(pair id, order): its critiques with a verdict, each with its "confidence_in_label"}.
 
-    A critique without a verdict has no S and does not enter.
-    """
+    A critique without a verdict has no S and does not enter."""
     questions = {}
     for row in samples:
         if row["log_odds"] is not None:
@@ -124,8 +114,7 @@ def critiques_by_question(samples):
 def margins_of_pairs(pair_ids, questions):
     """({pair id: mean margin of its two orders}, {(pair id, order): passing critiques}).
 
-    The margin is 0 where an order offers no passing critique: such a pair is not kept.
-    """
+    The margin is 0 where an order offers no passing critique: such a pair is not kept."""
     margins, passing = {}, {}
     for pair_id in pair_ids:
         margin_of_order = []
@@ -144,8 +133,7 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
 
     select: "margin", the pairs with the largest margins and the critique with the largest S of each
     question; the controls draw as many of the eligible pairs, and of each question "best" takes the
-    same critique, "random" any one that passes.
-    """
+    same critique, "random" any one that passes."""
     eligible = [key for key in margins if passing[key, "ab"] and passing[key, "ba"]]
     if threshold is None:  # a share of the whole pool; pairs that are not eligible have margin 0
         pair_ids = select_by_margin(margins, retention=retention)
@@ -199,10 +187,7 @@ def report_selection(t, samples, margins, chosen, folder, select):
     print(f"iteration {t}: kept {len(kept_ids)} of {len(margins)} pairs = {part:.1%}")
     print(f"margins of the kept: median {middle:.3f}, of the pool {median(margins.values()):.3f}")
     if select == "margin" and middle < 0.05:
-        print(
-            "warning: margins are narrow, so the judge hardly disagrees with itself and the choice "
-            "is near to chance: try more --samples or a higher --temperature"
-        )
+        print("warning: margins are narrow, the choice is near to chance: try more --samples")
     if not 0.3 <= part <= 0.5:
         print("warning: retention is outside 30-50 %: change --retention or --margin, or the pool")
     counts = {"pairs in the pool": len(margins), "critiques sampled": len(samples)}
@@ -217,7 +202,8 @@ def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("sampling and selection").add_argument
     add("--iterations", type=whole(1), default=3, help="T, each with --steps steps (%(default)s)")
-    add("--pool", type=whole(2), default=5000, help="fresh pairs per iteration (%(default)s)")
+    size = "fresh pairs per iteration; else an equal part of all, 5,000 at most"
+    add("--pool", type=whole(2), help=size)
     add("--samples", type=whole(1), default=8, help="N, per pair and order (%(default)s)")
     add("--temperature", type=real(0, 100), default=1.0, help="of sampling (%(default)s)")
     add("--retention", type=real(0.001, 1), default=0.4, help="part of the pool (%(default)s)")
@@ -249,11 +235,13 @@ def main(args):
     old = three.read_critiques(run)
     pools = [[]] * args.iterations
     if args.select != "continue":  # which needs none
-        pools = cut_pools(common.read_preferences(run, "pool"), args.pool, args.iterations)
+        pairs = common.read_preferences(run, "pool")
+        size = args.pool or min(5000, len(pairs) // args.iterations)
+        pools = cut_pools(pairs, size, args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
     judge = common.Judge(run, first["model"], three.find_checkpoint(run / f"03_ift{tag}"), **load)
     asking = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
-    asking["max_new_tokens"] = args.max_new_tokens
+    asking |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     sampling = {**asking, "n": args.samples, "temperature": args.temperature}
     names = (*three.TRAINED_WITH, *SAMPLED_BY, *CHOSEN_BY)
     settings = {name: getattr(args, name) for name in names}
@@ -269,14 +257,11 @@ def main(args):
         answers = here / "answers.jsonl"
         if t == 1:
             (folder / "meta.json").unlink(missing_ok=True)
-            earlier, _ = three.validate(
-                answers, judge, validation, "after 03", seed=args.seed, **asking
-            )
+            earlier, _ = three.validate(answers, judge, validation, "after 03", **asking)
         critiques, of_choice = old, {}
         if args.select != "continue":
-            samples = two.write_critiques(
-                answers, judge, pool, vocabulary, is_guided=False, seed=seed, **sampling
-            )
+            how = {**sampling, "is_guided": False, "seed": seed}
+            samples = two.write_critiques(answers, judge, pool, vocabulary, **how)
             common.write_jsonl(here / "samples.jsonl", samples)
             pair_ids, questions = [pair["id"] for pair in pool], critiques_by_question(samples)
             margins, passing = margins_of_pairs(pair_ids, questions)
@@ -296,9 +281,7 @@ def main(args):
         judge = common.Judge(run, first["model"], trained, **load)
         if loaded:
             judge.loaded = loaded
-        later, measures = three.validate(
-            answers, judge, validation, f"iteration {t}", seed=args.seed, **asking
-        )
+        later, measures = three.validate(answers, judge, validation, f"iteration {t}", **asking)
         common.write_jsonl(here / "validation.jsonl", later)
         three.report_gain(earlier, later, "saturation, or too few pairs")
         earlier, results[f"iteration {t}"] = later, measures

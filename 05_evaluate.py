@@ -6,13 +6,12 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      it knows from the text alone; --attack: and worse responses that call themselves the better;
   3) Best-of-N (LLaVA-Bench) picks the response with the best mean P of beating each other one,
      over both orders; the benchmark's own review scores the answers files;
-  4) --protocol official: 9 calls a pair, the most that VL-RewardBench's script counts, each in an
-     order drawn by lot, and their majority; but our prompt and top_p 1, not .2, so that published
-     figures (GPT-4o: .658, Qwen2-VL-7B: .283 in arXiv 2411.17451) are only near.
+  4) --protocol official: VL-RewardBench's majority of 9 calls a pair, each in an order drawn by
+     lot; but by our prompt and top_p 1, not .2: published figures (arXiv 2411.17451) are only near.
 
 Reads   01's split "heldout", or --pairs (a file, folder or hub id); all that 03 and 04 have trained
 Writes  05_evaluation[_BENCHMARK[_official]]/: answers.jsonl, kept for the next start; made anew:
-        report.md with accuracy.png, reliability.png, pictures/; metrics.json; of LLaVA-Bench
+        report.md with accuracy.png, pictures/; metrics.json; of LLaVA-Bench
         best_of_n.jsonl, answers_first.jsonl, answers_judge.jsonl; judgements.jsonl:
         {"id": "toy-00154-0", "question": "toy-00154-0-ba", "condition": "after 03", "order": "ba",
          "image": "heldout/00154.png", "category": "colour", "label": "B", "verdict": "B",
@@ -455,21 +454,6 @@ def draw_accuracy(path, judges, table):
     axis.figure.savefig(path, dpi=110)
 
 
-def draw_reliability(path, rows_of):
-    """Accuracy against mean P(verdict given) in the ECE's ten bins; rows_of: {judge: rows}."""
-    axis = Figure((6.4, 4.4), layout="tight").subplots()
-    axis.plot([0, 1], [0, 1], color="grey", linestyle=":", label="perfectly calibrated")
-    for k, (name, rows) in enumerate(rows_of.items()):
-        probability, correct = verdict_probabilities(rows)
-        index = np.digitize(probability, np.arange(1, 10) / 10, right=True)
-        x = [probability[index == b].mean() for b in np.unique(index)]
-        y = [correct[index == b].mean() for b in np.unique(index)]
-        axis.plot(x, y, marker="os^Dv"[k % 5], label=name)
-    axis.set(xlabel="P(verdict given)", ylabel="accuracy")
-    axis.legend(fontsize=8)
-    axis.figure.savefig(path, dpi=110)
-
-
 def judgement_lines(folder, rows, questions, image_root, n=5):
     """The first n pairs judged right and the first n wrong, as lines; pictures go to the folder."""
     lines = []
@@ -649,8 +633,7 @@ def main(args):
     # 5. Report -----------------------------------------------------------------------------------
     common.write_json(folder / "metrics.json", {"table": table, "differences": differences})
     draw_accuracy(folder / "accuracy.png", judges, table)
-    draw_reliability(folder / "reliability.png", {name: rows_of[name] for name in names})
-    more = ["", "![](accuracy.png)", "![](reliability.png)", f"\n## Judgements of {last['name']}"]
+    more = ["", "![](accuracy.png)", f"\n## Judgements of {last['name']}"]
     more += judgement_lines(folder, rows_of[last["name"]], questions, args.image_root)
     counts = {**counts, "pairs": len(pairs)}
     finish(args, folder, counts, rows_of, table_lines(table, differences, official), more)

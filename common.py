@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageOps
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, TypeAdapter
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
@@ -47,10 +47,8 @@ INSTRUCTIONS = {
 def build_judge_prompt(prompt, response_a, response_b, style="critique", reference=None):
     """The one text that asks for a judgement; it follows the image.
 
-    Lines after the first of what is asked and answered are indented, so that no response can fake
-    a line of the prompt's own ("Response B: ..."). reference: the expert's findings and the label,
-    as the lines that a critique would hold: for 02 alone, what is trained on has none.
-    """
+    Later lines of what is asked and answered are indented, so that no response can fake a line of
+    the prompt's own. reference: findings and label as a critique's lines, for 02 alone."""
     question = ""
     parts = {"Question": prompt, "Response A": response_a, "Response B": response_b}
     for name, text in parts.items():
@@ -93,8 +91,7 @@ def parse_checks(text):
     """The critique's checks, one a line: list of ("A" | "B", claim, supported).
 
     >>> parse_checks("A: red circle: yes\\nA: a star: no\\nB: a dog: yes, left\\nVerdict: B")
-    [('A', 'red circle', True), ('A', 'a star', False), ('B', 'a dog', True)]
-    """
+    [('A', 'red circle', True), ('A', 'a star', False), ('B', 'a dog', True)]"""
     checks = []
     for side, claim, answer in _CHECK.findall(text):
         checks.append((side.upper(), claim.rstrip(" *_\"'`"), answer.lower() == "yes"))
@@ -110,9 +107,7 @@ def verdict_of_checks(checks):
 
 
 def find_verdict(text):
-    """("A" | "B", index of the letter in text) of the last line "Verdict: ...", or (None, -1) where
-    that line names neither response, or both.
-    """
+    """("A" | "B", its index in text) of the last "Verdict: ..."; (None, -1): neither, or both."""
     lines = list(_VERDICT_LINE.finditer(text))
     last = lines[-1].group(1) if lines else ""
     match = _ALONE.match(last) or _GOES_ON.match(last)
@@ -126,10 +121,7 @@ def find_verdict(text):
 
 
 def verdict_log_odds(logits, id_a, id_b):
-    """r = log P(A) - log P(B) in nats (B,), from logits (B, V) at the verdict's token.
-
-    id_a, id_b: token ids of the two letters. The softmax's normaliser cancels.
-    """
+    """r = log P(A) - log P(B) in nats (B,) of logits (B, V): the softmax's normaliser cancels."""
     logits = logits.float()  # (B, V); so that a bf16 difference is not rounded once more
     return logits[:, id_a] - logits[:, id_b]  # (B,)
 
@@ -179,10 +171,8 @@ class Answer(TypedDict):  # one sample of `sample`
     log_odds: FiniteFloat | None  # r at the verdict in nats, None without one
 
 
-class Answers(TypedDict):  # a row of an answers.jsonl: the samples of one request
-    key: str
-    id: str
-    answers: list[Answer]
+# A row of an answers.jsonl: the samples of one request.
+Answers = TypedDict("Answers", {"key": str, "id": str, "answers": list[Answer]})
 
 
 def stop(message):
@@ -203,11 +193,8 @@ def read_rows(path, shape):
             try:
                 rows.append(json.loads(line))
                 adapter.validate_python(rows[-1], strict=True)
-            except ValidationError as error:
-                wrong = error.errors()[0]
-                stop(f"{path} line {number}, field {wrong['loc']}: {wrong['msg']}")
-            except ValueError as error:
-                stop(f"{path} line {number}: JSON is expected ({one_line(error)})")
+            except ValueError as error:  # pydantic's, too, which names the field
+                stop(f"{path} line {number}: {one_line(error)}")
     return rows
 
 
@@ -225,10 +212,9 @@ def unwrap(model):
 def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, trainable=False):
     """(model, processor) from a hub id or folder, in evaluation mode, all weights frozen.
 
-    checkpoint: a PEFT adapter's folder (trainable: its weights are not frozen), or the folder of a
-    fully fine-tuned model. device: a name, "auto" (the model is spread over all GPUs), or None, the
-    best one here. max_image_tokens: no picture takes more of the prompt's tokens.
-    """
+    checkpoint: a PEFT adapter's folder (trainable: it is not frozen), or that of a whole model that
+    03 has trained. device: a name, None (the best one here), or "auto" (spread over all GPUs).
+    max_image_tokens: no picture takes more of the prompt's tokens."""
     is_adapter = checkpoint is not None and (Path(checkpoint) / "adapter_config.json").exists()
     weights = model_path if checkpoint is None or is_adapter else str(checkpoint)
     device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -249,8 +235,8 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     vision = processor.image_processor
     if max_image_tokens:  # a token covers merge_size x merge_size patches
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
-        # Both "edges" are areas, in pixels. Smaller pictures are enlarged to the first, and rounded
-        # up to whole tokens, which may double each side: so a quarter of the bound at most.
+        # Both "edges" are areas, in pixels. Smaller pictures are enlarged to the first and rounded
+        # up, which may double each side: so a quarter of the bound at most.
         smallest = min(vision.size["shortest_edge"], pixels // 4)
         vision.size = {"shortest_edge": smallest, "longest_edge": pixels}
     model.requires_grad_(False)
@@ -264,9 +250,7 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
 
 
 def load_adapter(model, folder, trainable=False):
-    """PeftModel; refuses an adapter whose keys do not fit, where PEFT itself only warns, and one
-    that was trained on a model of another name.
-    """
+    """PeftModel; stops where the adapter does not fit the model, where PEFT itself only warns."""
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights  # slow to import
 
     base = model.config._name_or_path
@@ -284,9 +268,7 @@ def load_adapter(model, folder, trainable=False):
 class Judge:
     """A model that is loaded when it is first needed: never, where all its answers are kept.
 
-    checkpoint: what 03 or 04 has trained; settings: device, max_image_tokens and trainable of
-    load_judge. weights: a JSON value by which its answers know it.
-    """
+    settings: more arguments of load_judge; weights: a JSON value by which its answers know it."""
 
     def __init__(self, run, model_path, checkpoint=None, **settings):
         self.arguments = {"model_path": model_path, "checkpoint": checkpoint, **settings}
@@ -319,9 +301,7 @@ def load_image(image):
 
 
 def as_words(text, tokenizer):
-    """The text with special tokens spelled apart, "<|im_end|>" as "< |im_end|>": what a prompt, a
-    response or a critique says never ends a turn and never counts as an image.
-    """
+    """The text with special tokens spelled apart, "< |im_end|>", so that no text ends a turn."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     for token in sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True):
         text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -362,8 +342,7 @@ class SharedPrompt:
     """One layer's cache: the n samples of a prompt share its keys and values (sketch above).
 
     layer: holds the prompts' keys and values (B, H, P, D); prompt_mask (B, P) is 0 at padding;
-    room: the most tokens that a sample writes.
-    """
+    room: the most tokens that a sample writes."""
 
     def __init__(self, layer, prompt_mask, n, room):
         self.n = n
@@ -378,9 +357,8 @@ class SharedPrompt:
     def update(self, keys, values, *args, **kwargs):
         """Write the new tokens' keys and values (B*n, H, 1, D) in place.
 
-        transformers passes on what a cache returns here, as keys and values, to its attention
-        function. So the cache returns itself: shared_prompt_attention calls its `attend`.
-        """
+        What a cache returns here transformers hands to its attention function as keys and values:
+        so this one returns itself, and shared_prompt_attention calls its `attend`."""
         self.own_keys[:, :, self.length] = keys[:, :, 0]
         self.own_values[:, :, self.length] = values[:, :, 0]
         self.length += 1
@@ -437,9 +415,8 @@ class Decoding:
         self.logits = out.logits[:, -1].repeat_interleave(n, 0)  # (B*n, V)
         mask = inputs["attention_mask"]  # (B, P)
         position = mask.sum(1, keepdim=True)  # (B, 1), of the next token
-        # The tokens of an image share position numbers, so the next position is the number of
-        # tokens + delta (<= 0). The model keeps its deltas and would add them in its next call,
-        # which has other prompts: they are taken and cleared.
+        # An image's tokens share position numbers: the next position is the number of tokens +
+        # delta (<= 0). The model would add its deltas to its next prompts: taken and cleared.
         self.has_deltas = getattr(inner, "rope_deltas", None) is not None
         if self.has_deltas:
             position = position + inner.rope_deltas
@@ -480,10 +457,8 @@ class Decoding:
 
 
 def pick_tokens(logits, uniforms, temperature):
-    """One token id per row (S,): the most likely at temperature 0, else by inverse transform
-    sampling the first whose cumulative probability exceeds the row's uniform number.
-    logits (S, V); uniforms (S,) in [0, 1).
-    """
+    """One token id per row (S,) of logits (S, V): the most likely at temperature 0, else the first
+    whose cumulative probability exceeds the row's uniform number (S,) in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits.to(uniforms.dtype) / temperature).softmax(-1).cumsum(-1)  # (S, V)
@@ -496,9 +471,7 @@ def sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
     """Encode B prompts once, decode n samples of each -> token ids (B*n, R), and at each of them
     the log-odds (B*n, R) of the verdict's letters in nats at temperature 1.
 
-    uniforms (B, n, R) in [0, 1): the only randomness, one per token; verdict_ids: (id of A, id of
-    B). What follows a sample's stop token means nothing: it goes on writing until it leaves.
-    """
+    uniforms (B, n, R) in [0, 1): all the randomness. What follows a stop token means nothing."""
     B, n, R = uniforms.shape
     decoding = Decoding(model, inputs, n, R)
     device = decoding.logits.device
@@ -525,17 +498,12 @@ def sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
 
 
 def verdict_token_ids(tokenizer):
-    """(id of " A", id of " B"), as in "Verdict: A"; other spellings ("**A**") are read by these."""
-    ids = []
-    for letter in "AB":
-        ids.append(tokenizer(f"Verdict: {letter}", add_special_tokens=False).input_ids[-1])
-    return tuple(ids)
+    """[id of " A", id of " B"], as in "Verdict: A"; other spellings ("**A**") are read by these."""
+    return [tokenizer(f"Verdict: {x}", add_special_tokens=False).input_ids[-1] for x in "AB"]
 
 
 def find_verdict_token(tokenizer, ids):
-    """(text, verdict, k) of a response's token ids; ids[k] is the token that holds the verdict's
-    letter, None without a verdict.
-    """
+    """(text, verdict, k) of a response's token ids; ids[k] holds the verdict's letter, or None."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     verdict, index = find_verdict(text)
     if verdict is None:
@@ -563,23 +531,13 @@ def row_seed(seed, *names):
 
 
 def sample(
-    model,
-    processor,
-    requests,
-    n=1,
-    temperature=1.0,
-    max_new_tokens=256,
-    seed=0,
-    batch_size=256,
-    bar=None,
+    model, processor, rows, n=1, temperature=1, max_new_tokens=256, seed=0, batch_size=256, bar=None
 ):
-    """n samples per request: the one function that generates text; write it anew to use a server.
+    """n samples per row: the one function that generates text; write it anew to use a server.
 
-    requests: [{"id", "image": path or PIL, "text"}] -> in their order, lists of n Answers (a
-    server's log-probabilities of the tokens A and B give log_odds; it would also have to load the
-    adapter of each iteration of 04). A row's randomness comes from (seed, id) alone. batch_size:
-    sequences decoded together.
-    """
+    rows: [{"id", "image": path or PIL, "text"}] -> in their order, lists of n Answers (a server's
+    log-probabilities of the tokens A and B give log_odds). A row's randomness comes from (seed, id)
+    alone. batch_size: sequences decoded together."""
     tokenizer, device = processor.tokenizer, unwrap(model).device
     listed = model.generation_config.eos_token_id or []
     listed = [listed] if isinstance(listed, int) else listed
@@ -587,12 +545,12 @@ def sample(
     how = temperature, stop_ids, verdict_token_ids(tokenizer)
 
     def answer(batch):
-        """Lists of n Answers to the requests of these indices."""
-        rows, uniforms = [requests[i] for i in batch], []
-        for row in rows:
+        """Lists of n Answers to some of the rows."""
+        uniforms = []
+        for row in batch:
             generator = torch.Generator().manual_seed(row_seed(seed, row["id"]))
             uniforms.append(torch.rand(n, max_new_tokens, generator=generator))
-        texts, images = [row["text"] for row in rows], [row["image"] for row in rows]
+        texts, images = [row["text"] for row in batch], [row["image"] for row in batch]
         inputs = encode_prompts(processor, texts, images).to(device)
         finished = []
         for tokens, log_odds in zip(*sample_batch(model, inputs, torch.stack(uniforms), *how)):
@@ -602,8 +560,9 @@ def sample(
         return [finished[i : i + n] for i in range(0, len(finished), n)]
 
     size = max(1, batch_size // n)  # prompts encoded together
-    order = sorted(range(len(requests)), key=lambda i: len(requests[i]["text"]))  # pads little
-    answers = share_out([order[i : i + size] for i in range(0, len(order), size)], answer)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["text"]))  # pads little
+    in_order = [rows[i] for i in order]
+    answers = share_out([in_order[i : i + size] for i in range(0, len(rows), size)], answer)
     return [samples for _, samples in sorted(zip(order, answers), key=lambda pair: pair[0])]
 
 
@@ -620,9 +579,8 @@ def gather(value):
 
 
 def share_out(batches, work):
-    """The lists work(batch) of all batches, joined. Process r of K does batches r, r + K, ... and
-    gets the others' results; so the batches, and every number, are those of a single process.
-    """
+    """The lists work(batch) of all batches, joined. Process r of K does batches r, r + K, ...; so
+    the batches, and every number, are those of a single process."""
     of_process = gather([work(batch) for batch in batches[RANK::WORLD]])
     results = []
     for i in range(len(batches)):
@@ -665,6 +623,8 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+# With rate and time left; none where stdout is no terminal, and in other processes than the first.
+progress_bar = partial(tqdm, dynamic_ncols=True, disable=True if RANK else None, file=sys.stdout)
 CHUNK = 2048  # sequences between two saves, whatever --batch-size: what an interruption costs
 
 
@@ -672,12 +632,10 @@ def kept(path, shape, tasks, work, size, describe):
     """One row for each task, in their order: the file at path holds some, the others are made and
     appended to it.
 
-    tasks: [(depends, input)]; depends is a JSON value of all that the row depends on, and the row's
-    "key" is its digest: what has changed is made, the rest is found, nothing is ever stale. work:
-    (inputs, bar) -> the rows of these inputs without key; it moves the bar. They are made in chunks
-    of `size`, each with an empty line after it. What an interrupted start left of a chunk is cut
-    off, so that the next one forms the same chunks and the same batches.
-    """
+    tasks: [(depends, input)]; depends is a JSON value of all that the row depends on, its digest
+    the row's "key": what has changed is made, the rest is found, nothing is ever stale. work:
+    (inputs, bar) -> their rows without key, in chunks of `size`, each with an empty line after it.
+    What an interruption left of a chunk is cut off: the next start forms the same batches."""
     path.touch()
     if RANK == 0:
         whole, end, _ = path.read_bytes().rpartition(b"\n\n")
@@ -690,17 +648,15 @@ def kept(path, shape, tasks, work, size, describe):
         if key not in rows:
             missing[key] = task
     print(f"{describe}: {len(keys)}, of which {len(missing)} are not there yet")
-    with progress_bar(len(missing), describe) as bar:
+    with progress_bar(total=len(missing), desc=describe, unit="row") as bar:
         for start in range(0, len(missing), size):
             chunk = list(missing)[start : start + size]
             made = work([missing[key] for key in chunk], bar)
-            lines = ""
-            for key, row in zip(chunk, made, strict=True):
-                rows[key] = {"key": key, **row}
-                lines += json.dumps(rows[key], ensure_ascii=False) + "\n"
+            rows |= {key: {"key": key, **row} for key, row in zip(chunk, made, strict=True)}
+            lines = [json.dumps(rows[key], ensure_ascii=False) + "\n" for key in chunk]
             if RANK == 0:
                 with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write(lines + "\n")
+                    file.write("".join(lines) + "\n")
     return [rows[key] for key in keys]
 
 
@@ -708,16 +664,14 @@ def ask(path, judge, requests, describe, *, image_root, batch_size, **sampling):
     """For each request the list of its n Answers by a Judge, kept in path.
 
     requests: [{"id", "image", "text"}]; an image is a name from image_root, or a PIL picture.
-    sampling: n, temperature, max_new_tokens and seed of sample.
-    """
+    sampling: n, temperature, max_new_tokens and seed of sample."""
     tasks = []
     for request in requests:
-        name = request["image"]
-        image = name
-        if isinstance(name, Image.Image):
-            name = [image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+        name = image = request["image"]
+        if isinstance(image, Image.Image):
+            name = hashlib.sha256(image.tobytes()).hexdigest()
         else:
-            image = Path(image_root) / name
+            image = Path(image_root) / image
         depends = {"id": request["id"], "text": request["text"], "image": name, **sampling}
         tasks.append(({**depends, "weights": judge.weights}, {**request, "image": image}))
 
@@ -727,12 +681,6 @@ def ask(path, judge, requests, describe, *, image_root, batch_size, **sampling):
 
     size = max(1, CHUNK // sampling["n"])
     return [row["answers"] for row in kept(path, Answers, tasks, answer, size, describe)]
-
-
-def progress_bar(total, describe, unit="row", done=0):
-    """A bar on stdout, with rate and time left; none where stdout is no terminal."""
-    settings = {"dynamic_ncols": True, "disable": None, "file": sys.stdout, "initial": done}
-    return tqdm(total=total, desc=describe, unit=unit, **settings)
 
 
 # ---- Stages: arguments, folders, the end ---------------------------------------------------------
@@ -767,9 +715,8 @@ def stage_parser(doc):
 
 
 def remembered(path, run):
-    """How a run directory, which may be moved, remembers a path: from itself if it lies inside,
-    else absolute; a hub id, which does not exist here, as it is.
-    """
+    """How a run directory, which may be moved, remembers a path: from itself, or absolute; a hub
+    id, which does not exist here, as it is."""
     if path is None or not Path(path).exists():
         return path
     path, run = Path(path).resolve(), Path(run).resolve()
@@ -777,7 +724,7 @@ def remembered(path, run):
 
 
 def start_stage(args, name):
-    """The stage's folder, in which no other process writes until this one has ended."""
+    """The stage's folder, in which no other start writes until this one has ended."""
     folder = Path(args.run) / name
     folder.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -812,7 +759,7 @@ def finish_stage(folder, args, counts, next_step, **extra):
     """Say what was made and dropped; write meta.json last: its presence means "complete"."""
     if next_step.startswith("python "):
         next_step += f" --run={shlex.quote(args.run)}"
-    args = dict(vars(args))
+    args = {**vars(args)}
     for name in ("model", "image_root"):
         args[name] = remembered(args.get(name), args["run"])
     used = ("torch", "transformers", "peft", "datasets", "ultralytics", "numpy", "pillow")
@@ -831,9 +778,7 @@ def finish_stage(folder, args, counts, next_step, **extra):
 
 
 def run(main, args):
-    """main(args), as every script ends with: libraries are quiet, and what a user can cause ends in
-    one line.
-    """
+    """main(args), as every script ends with; what a user can cause ends in one line."""
     transformers.logging.set_verbosity_error()  # what matters about a model, load_judge checks
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")

@@ -4,8 +4,7 @@
     python tests/bench_gpu.py 4b --max-image-tokens 512 --micro-batch 2 --gib 23
     python tests/bench_gpu.py 2b --max-image-tokens 256 --micro-batch 1 --gib 7.5
 
-Nothing is downloaded: the weights are drawn at random in the shape of Qwen2-VL-7B, Qwen3-VL-4B or
-Qwen3-VL-2B, the text goes through the toy's tokenizer, the pictures are noise of 640 x 480 pixels.
+Shapes of Qwen2-VL-7B, Qwen3-VL-4B or Qwen3-VL-2B, the toy's tokenizer, noise of 640 x 480 pixels.
 --gib: torch may reserve no more than so much of the GPU's memory; some .5 GiB come on top.
 Sampling: 8 critiques of 256 tokens a question; training: steps of 32 critiques and 32 responses.
 """
@@ -30,23 +29,15 @@ import common  # noqa: E402
 
 ift = importlib.import_module("03_train_ift")
 
+QWEN3_ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
 QWEN3_TEXT = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-QWEN3_TEXT["rope_parameters"] = {
-    "rope_type": "default",
-    "rope_theta": 5e6,
-    "mrope_section": [24, 20, 20],
-    "mrope_interleaved": True,
-}
+QWEN3_TEXT["rope_parameters"] = {**QWEN3_ROPE, "mrope_interleaved": True}
 QWEN3_VISION = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16}
 QWEN3_VISION |= {"patch_size": 16, "num_position_embeddings": 2304}
 QWEN3_VISION["deepstack_visual_indexes"] = [5, 11, 17]
 QWEN2_TEXT = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
 QWEN2_TEXT |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
-QWEN2_TEXT["rope_parameters"] = {
-    "rope_type": "default",
-    "rope_theta": 1e6,
-    "mrope_section": [16, 24, 24],
-}
+QWEN2_TEXT["rope_parameters"] = {**QWEN3_ROPE, "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 QWEN2_VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16}
 QWEN2_VISION |= {"mlp_ratio": 4, "patch_size": 14}
 
@@ -70,50 +61,38 @@ def build(shape, max_image_tokens, device):
     family, text, vision = shape
     patch = vision["patch_size"]
     tokenizer = build_processor().tokenizer
-    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    special["pad_token_id"] = tokenizer.pad_token_id
-    ids = {}
+    ids = {"tie_word_embeddings": family == "Qwen3VL"}
     for name in ("image", "video", "vision_start", "vision_end"):
-        token = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
+        token = f"<|{name}|>" if name.startswith("vision") else f"<|{name}_pad|>"
         ids[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(token)
+    text = {**text, "max_position_embeddings": 32768, "bos_token_id": None}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config_class = getattr(transformers, f"{family}Config")
-    is_tied = family == "Qwen3VL"
-    config = config_class(
-        text_config={**text, **special, "max_position_embeddings": 32768},
-        vision_config=vision,
-        tie_word_embeddings=is_tied,
-        **ids,
-    )
+    config = config_class(text_config=text, vision_config=vision, **ids)
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     with torch.device(device):
         model_class = getattr(transformers, f"{family}ForConditionalGeneration")
         model = model_class._from_config(config, attn_implementation="sdpa")
+    model.requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     area = (2 * patch) ** 2  # of an image token, in pixels
     size = {"shortest_edge": 4 * area, "longest_edge": max_image_tokens * area}
     images = transformers.Qwen2VLImageProcessor(size=size, patch_size=patch)
-    videos = (
-        transformers.Qwen2VLVideoProcessor if patch == 14 else transformers.Qwen3VLVideoProcessor
-    )
+    parts = images, tokenizer, getattr(transformers, f"{family}VideoProcessor")(size=size)
     processor_class = getattr(transformers, f"{family}Processor")
-    processor = processor_class(images, tokenizer, videos(size=size), chat_template=CHAT_TEMPLATE)
-    return model.requires_grad_(False).eval(), processor
+    return model.eval(), processor_class(*parts, chat_template=CHAT_TEMPLATE)
 
 
-def write_questions(folder, n_pairs, seed=0):
+def write_questions(folder, n_pairs):
     """Critique rows of 80-word responses to pictures of noise, which it writes to the folder."""
-    rng = np.random.default_rng(seed)
-    objects = ("red circle", "blue star", "green heart", "purple square")
     rows = []
     for i in range(n_pairs):
-        pixels = rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
+        noise = np.random.default_rng(i).integers(0, 255, (480, 640, 3))
+        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
         pair = {"id": str(i), "image": f"{i}.png", "prompt": "List the objects in the image."}
-        for side in ("chosen", "rejected"):
-            pair[side] = ", ".join(rng.choice(objects, 40)) + "."
+        pair |= {"chosen": "red circle, " * 40, "rejected": "blue star, " * 40}
         for question in common.both_orders(pair):
-            checks = [f"{'AB'[k % 2]}: {rng.choice(objects)}: yes" for k in range(40)]
-            critique = "\n".join([*checks, f"Verdict: {question['label']}"])
+            critique = "A: red circle: yes\n" * 40 + f"Verdict: {question['label']}"
             rows.append({**question, "style": "critique", "critique": critique})
     return rows
 
@@ -134,30 +113,20 @@ def measure(shape, args, device):
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(args.gib / total)
     model, processor = build(shape, args.max_image_tokens, device)
-    weights = sum(weight.nbytes for weight in model.parameters()) / 2**30
-    lines = [f"weights {weights:.1f} GiB"]
+    lines = [f"weights {sum(weight.nbytes for weight in model.parameters()) / 2**30:.1f} GiB"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_questions(folder, n_pairs=32)
-        requests = []
-        for row in rows[: args.questions]:
-            text = common.build_judge_prompt(row["prompt"], row["response_a"], row["response_b"])
-            requests.append({"id": row["id"], "image": folder / row["image"], "text": text})
-        peak_gib(device)
+        questions = ift.training_rows(rows)["critique"][: args.questions]
+        requests = [{**row, "image": folder / row["image"]} for row in questions]
         clock = time.time()
         common.sample(model, processor, requests, 8, 1.0, args.max_new_tokens)
-        seconds = time.time() - clock
-        rate = 8 * len(requests) / seconds
-        peak = peak_gib(device)
-        lines.append(f"sampling: {rate:.1f} critiques/s, peak {peak:.1f} GiB")
-
-        model = ift.make_trainable(model, 16)
-        flags = ["--steps", str(args.steps), "--micro-batch", str(args.micro_batch)]
-        flags += ["--device", device]
-        training = ift.parse_args(flags)
-        data, _ = ift.training_steps(rows, processor, folder, 0, training)
+        rate = 8 * len(requests) / (time.time() - clock)
+        lines.append(f"sampling: {rate:.1f} critiques/s, peak {peak_gib(device):.1f} GiB")
+        training = ift.parse_args([f"--steps={args.steps}", f"--micro-batch={args.micro_batch}"])
+        loaded = ift.make_trainable(model, training.lora_rank), processor
         clock = time.time()
-        ift.train(model, data, folder, **ift.training_settings(training))
+        ift.fit(loaded, rows, folder, vars(training), folder, 0, training)
         seconds = (time.time() - clock) / args.steps
         lines.append(f"training: {seconds:.1f} s a step, peak {peak_gib(device):.1f} GiB")
     return lines
@@ -175,14 +144,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(args):
-    if not torch.cuda.is_available():
-        common.stop("no GPU is here")
-    print(f"{args.shape} on {torch.cuda.get_device_name()}")
-    print(*measure(SHAPES[args.shape], args, "cuda"), sep="\n")
-
-
 if __name__ == "__main__":
     arguments = parse_args()
-    arguments.device = None
-    common.run(main, arguments)
+    print(f"{arguments.shape} on {torch.cuda.get_device_name()}")
+    print(*measure(SHAPES[arguments.shape], arguments, "cuda"), sep="\n")

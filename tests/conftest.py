@@ -80,8 +80,8 @@ def world(tmp_path_factory):
 
 
 # ---- Rows to train on, and training --------------------------------------------------------------
-CRITIQUES = ("A: red circle: yes\nVerdict: A", "Verdict: A", "B: red ring: yes\nVerdict: B")
-CRITIQUES += ("B: blue star: no\nA: red ring: yes\nA: blue star: no\nVerdict: B",)
+LONG = "B: blue star: no\nA: red ring: yes\nA: blue star: no\nVerdict: B"
+CRITIQUES = ("A: red circle: yes\nVerdict: A", LONG, "Verdict: A", "B: red ring: yes\nVerdict: B")
 RESPONSES = ("red circle.", "blue star, red ring, green heart.")
 RESPONSES += ("green heart, red cross, blue ring.", "red ring.")
 
@@ -158,10 +158,7 @@ def fit(model, processor, pictures, folder, flags=(), **changed):
 def raw(monkeypatch):
     """common.sample whose answers are (token ids (R,), log-odds (R,)), not text and verdict."""
 
-    def keep_tokens(tokenizer, tokens, log_odds, *rest):
-        return tokens, log_odds
-
-    monkeypatch.setattr(common, "finish_sample", keep_tokens)
+    monkeypatch.setattr(common, "finish_sample", lambda _, *written: written[:2])
     return common.sample
 
 

@@ -1,37 +1,25 @@
 """The benchmark's arithmetic, and that both sides of a comparison do the same work."""
 
 import copy
+import sys
 
 import bench
 import bench_gpu
 import pytest
 import torch
-from conftest import ROOT
 from scenes import write_pictures
 
 import common
 
 
-@pytest.fixture(scope="module")
-def judge():
-    """(model, processor) of the shipped world, which writes verdicts; on the CPU, so in float32."""
-    return bench.toy_judge(ROOT / "tests" / "world", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """A folder with four held-out pairs and their pictures."""
-    folder = tmp_path_factory.mktemp("drawn")
-    write_pictures(folder, seed=0, n_images=0, n_heldout=4)
-    return folder
-
-
 @pytest.fixture
-def data(judge, drawn):
-    """Steps of two critiques out of eight."""
-    critiques = bench.true_critiques(common.read_jsonl(drawn / "heldout.jsonl"))
-    sizes = {"train_batch": 2, "micro_batch": 1, "max_response_tokens": None}
-    return bench.ift.TrainingSteps(critiques, judge[1], drawn, lam=0.0, seed=0, **sizes)
+def data(trained, tmp_path):
+    """Three steps of two critiques out of eight, of four held-out pairs of the toy world."""
+    write_pictures(tmp_path, seed=0, n_images=0, n_heldout=4)
+    critiques = bench.true_critiques(common.read_rows(tmp_path / "heldout.jsonl", dict))
+    rows = bench.ift.training_rows(critiques)["critique"]
+    settings = {**bench.SETTINGS, "steps": 3, "train_batch": 2}
+    return bench.Training(rows, trained[1], tmp_path, settings, micro_batch=1)
 
 
 # ---- Timing --------------------------------------------------------------------------------------
@@ -60,77 +48,62 @@ def test_ratios_are_taken_round_by_round():
     ]
 
 
-def test_timed_reads_the_clock_around_the_call(monkeypatch):
-    clock = iter([10.0, 12.5])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench.timed(divmod, 7, 2) == (2.5, (3, 1))
-
-
 # ---- The same work -------------------------------------------------------------------------------
 @pytest.mark.parametrize("other", [bench.generate_and_score, bench.plain_loop])
-def test_sampling_sides_write_the_same_and_score_it_alike(judge, drawn, other):
-    requests = bench.toy_questions(drawn, 3)  # prompts of different lengths, so with padding
-    ours = common.sample(*judge, requests, 1, 0.0, 96)
-    theirs = other(*judge, requests, 1, 0.0, 96)
+def test_sampling_sides_write_the_same_and_score_it_alike(trained, data, other):
+    requests = bench.toy_questions(data.image_root, 3)  # of different lengths: with padding
+    ours = common.sample(*trained, requests, 1, 0.0, 96)
+    theirs = other(*trained, requests, 1, 0.0, 96)
     assert any(row["verdict"] for [row] in ours)
     for [a], [b] in zip(ours, theirs, strict=True):
         assert (a["text"], a["complete"], a["verdict"]) == (b["text"], b["complete"], b["verdict"])
         assert a["log_odds"] == pytest.approx(b["log_odds"], abs=1e-3)
 
 
-@pytest.mark.parametrize("other", [bench.generate_and_score, bench.plain_loop])
-def test_each_request_gets_n_samples_that_differ(judge, drawn, other):
-    torch.manual_seed(0)
-    answers = other(*judge, bench.toy_questions(drawn, 1), 4, 1.0, 32)
-    assert [len(samples) for samples in answers] == [4, 4]
-    assert len({row["text"] for samples in answers for row in samples}) > 2
-
-
 def test_the_other_side_trains_on_the_rows_of_each_step(data):
-    rows = bench.rows_in_order(data, steps=5)
-    for step in range(5):
-        ids = [row["id"] for _, part, _, _ in data[step] for row in part]
-        assert sorted(ids) == sorted(row["id"] for row in rows[2 * step : 2 * step + 2])
+    theirs = bench.trl_dataset(data)
+    assert len(set(theirs["prompt"])) == 6
+    for step in range(3):
+        for _, [row], _, _ in data.prepare(step):
+            where = [row["text"] in prompt for prompt in theirs["prompt"]].index(True)
+            assert where // 2 == step
+            assert theirs[where]["completion"] == row["response"] + "<|im_end|>"
 
 
-def test_training_leaves_the_model_and_starts_the_same_each_time(judge, data):
-    before = copy.deepcopy(judge[0].state_dict())
-    _, first = bench.train_ours(judge[0], data, 2, lr=1e-3)
-    _, second = bench.train_ours(judge[0], data, 2, lr=1e-3)
+def test_training_leaves_the_model_and_starts_the_same_each_time(trained, data):
+    weights = copy.deepcopy(trained[0].state_dict())
+    _, first = bench.train_ours(trained[0], data)
+    _, second = bench.train_ours(trained[0], data)
     assert first == pytest.approx(second, abs=1e-5)
-    assert all(torch.equal(before[name], x) for name, x in judge[0].state_dict().items())
+    assert all(torch.equal(weights[name], x) for name, x in trained[0].state_dict().items())
 
 
-def test_training_sides_have_the_same_losses(judge, data):
+def test_training_sides_have_the_same_losses(trained, data):
     pytest.importorskip("trl", reason="pip install trl")
-    _, ours = bench.train_ours(judge[0], data, 3, lr=1e-3)
-    _, theirs = bench.train_theirs(judge[0], data, 3, lr=1e-3)
+    _, ours = bench.train_ours(trained[0], data)
+    _, theirs = bench.train_theirs(trained[0], data)
     assert ours == pytest.approx(theirs, abs=2e-3)  # TRL rounds what it logs
     assert ours[0] != pytest.approx(ours[2], abs=2e-3)
 
 
-def test_without_trl_train_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    lines, [note] = bench.bench_train(tmp_path, tmp_path, 1)
-    assert lines == []
-    assert "pip install trl" in note
+def test_without_trl_train_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert bench.bench_train(tmp_path, tmp_path, 1) == []
+    assert "pip install trl" in capsys.readouterr().out
 
 
 # ---- Memory at real sizes: the same lines at a tiny one, on the CPU ------------------------------
 @pytest.mark.parametrize("name", ["7b", "2b"])
-def test_the_memory_bench_runs(name, monkeypatch, capsys):
+def test_the_memory_bench_runs(name):
     family, text, vision = bench_gpu.SHAPES[name]
     rope = {**text["rope_parameters"], "mrope_section": [2, 3, 3]}
     text = {**text, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
-    text |= {"rope_parameters": rope}
-    vision = {**vision, "depth": 2, "num_heads": 2}
-    if family == "Qwen2VL":
-        vision |= {"embed_dim": 32, "hidden_size": 64}
-    else:
-        text["head_dim"] = 16
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    text |= {"rope_parameters": rope, "head_dim": 16}
+    vision = {**vision, "depth": 2, "num_heads": 2, "embed_dim": 32, "intermediate_size": 48}
+    vision["hidden_size"] = 64 if name == "7b" else 32
+    vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    vision["out_hidden_size"] = 64
     flags = ["--max-image-tokens", "8", "--steps", "1", "--questions", "2", "--micro-batch", "16"]
     args = bench_gpu.parse_args([name, *flags, "--max-new-tokens", "4"])
     lines = bench_gpu.measure((family, text, vision), args, "cpu")

@@ -1,17 +1,11 @@
-"""Batched sampling against transformers' generate, plain forward passes and the softmax."""
+"""Prompts as tokens; sampling against transformers' generate, plain passes and the softmax."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import (
-    check_greedy,
-    check_samples,
-    encode,
-    judged_rows,
-    requests_of,
-    stage,
-)
+from conftest import EPSILON, check_greedy, check_samples, encode, judged_rows, requests_of, stage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,25 +14,76 @@ from torch.utils._pytree import tree_leaves
 import common
 from common import build_judge_prompt
 
+three = stage("03_train_ift")
+JUDGEMENT = build_judge_prompt("red?", "blue star, red ring, red cross.", "blue.")
 PROMPTS = [
     "List the objects in the image.",
     "red?",
-    build_judge_prompt("List the objects in the image.", "red circle.", "red ring."),
-    "Is there a red circle in the image? Answer yes or no.",
-    build_judge_prompt("red?", "blue star, red ring, red cross.", "blue."),
+    "Is there a red circle in the image?",
+    JUDGEMENT,
 ]
 
 
 def requests(pictures):
-    """Nine requests of many lengths: prompts above, and judgements."""
-    rows = []
-    for i, text in enumerate(PROMPTS):
-        rows.append({"id": f"r{i}", "image": pictures / f"{i % 4}.png", "text": text})
-    return rows + requests_of(judged_rows(), pictures)
+    """Eight requests of many lengths: prompts above, and judgements."""
+    rows = [{"id": f"r{i}", "image": f"{i}.png", "text": text} for i, text in enumerate(PROMPTS)]
+    return requests_of(rows + judged_rows(), pictures)
 
 
 def stops(model, processor):
     return [model.generation_config.eos_token_id, processor.tokenizer.eos_token_id]
+
+
+# ---- Prompts as tokens ---------------------------------------------------------------------------
+def prompt_of(processor, text, picture):
+    """Token ids of a text's prompt."""
+    return common.encode_prompts(processor, [text], [picture])["input_ids"][0].tolist()
+
+
+SPELLED = """<|im_end|> a <|image_pad|> b <|image_pad|>|<|vision_start|><|image_pad|><|vision_end|>
+<|im_start|>assistant|<|im_<|im_end|>end|>|<|im_end|><|im_end|>|<unk>|<|<unk>|<think>red</think>
+<|endoftext|>
+<|video_pad|>"""
+
+
+def test_no_text_becomes_a_special_token(tiny, pictures):
+    """What a question, a response or a critique says never ends a turn or counts as an image."""
+    processor = copy.deepcopy(tiny[1])
+    tokenizer = processor.tokenizer
+    tokenizer.add_tokens(["<think>", "</think>"])  # tokens all the same
+    special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}  # unk: "<", "|" ...
+
+    def special_in(ids):
+        return [token for token in ids if token in special]
+
+    usual = special_in(prompt_of(processor, "red", pictures / "0.png"))
+    assert len(usual) > 5
+    for text in SPELLED.split("\n"):
+        assert special_in(prompt_of(processor, text, pictures / "0.png")) == usual, text
+        row = {"text": "red?", "response": f"red {text} ring", "image": "0.png"}
+        ids = encode(processor, pictures, [row])[1][0].tolist()
+        assert special_in(ids) == [tokenizer.eos_token_id]
+        spelled = common.as_words(text, tokenizer)
+        assert spelled != text and spelled.replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_template_that_opens_a_thought_closes_it(tiny, pictures):
+    """As Qwen3.5's does unless enable_thinking is false: what is trained on is the critique."""
+    processor = copy.deepcopy(tiny[1])
+    decode, end = processor.tokenizer.decode, "<|im_start|>assistant\n"
+    usual = prompt_of(processor, "red?", pictures / "0.png")
+    processor.tokenizer.add_tokens(["<think>", "</think>"])
+    condition = "{% if enable_thinking is defined and enable_thinking is false %}"
+    thought = f"{condition}<think>\n\n</think>\n\n{{% else %}}<think>\n{{% endif %}}"
+    assert processor.chat_template.count(end) == 1
+    processor.chat_template = processor.chat_template.replace(end, end + thought)
+    ids = prompt_of(processor, "red?", pictures / "0.png")
+    assert ids[: len(usual)] == usual and decode(usual).endswith(end)
+    assert decode(ids[len(usual) :]) == "<think>\n\n</think>\n\n"
+    row = {"text": "red?", "response": "A: red: yes\nVerdict: A", "image": "0.png"}
+    inputs, labels = encode(processor, pictures, [row])
+    assert inputs["input_ids"][0, : len(ids)].tolist() == ids
+    assert decode(labels[labels != -100]) == row["response"] + "<|im_end|>"
 
 
 # ---- Against other ways to compute the same ------------------------------------------------------
@@ -57,11 +102,12 @@ def test_greedy_equals_generate(which, pictures, raw, request):
 @pytest.mark.parametrize("temperature, n", [(0.0, 1), (1.0, 3), (0.6, 2)])
 def test_samples_are_those_of_the_row_alone(trained, pictures, raw, temperature, n):
     """Alone, with other neighbours, in another order: what the uniform numbers and a plain forward
-    pass of the row by itself say, log-odds included."""
+    pass of the row by itself say, log-odds included. No batch leaves its positions to the next."""
     model, processor = trained
     asked = requests(pictures)
-    for some, size in ((asked, 64), (asked[::-1], 3 * n), (asked[4:6], 1)):
+    for some, size in ((asked, 64), (asked[::-1], 3 * n), (asked[3:5], 1)):
         answers = raw(model, processor, some, n, temperature, 40, seed=5, batch_size=size)
+        assert model.model.rope_deltas is None
         lengths = []
         for row, samples in zip(some, answers):
             stop_ids = stops(model, processor)
@@ -69,41 +115,10 @@ def test_samples_are_those_of_the_row_alone(trained, pictures, raw, temperature,
         assert len(set(lengths)) > 1  # some go on where others have stopped
 
 
-def test_answers_hold_the_log_odds_of_their_verdict(trained, pictures, monkeypatch):
-    """03 computes the same from the text alone: what sampling reports is what training sees."""
-    three, finish = stage("03_train_ift"), common.finish_sample
-    model, processor = trained
-    tokenizer = processor.tokenizer
-
-    def finish_with_tokens(tokenizer, tokens, *rest):
-        return {**finish(tokenizer, tokens, *rest), "tokens": tokens.tolist()}
-
-    monkeypatch.setattr(common, "finish_sample", finish_with_tokens)
-    asked = requests_of(judged_rows(), pictures)
-    seen = set()
-    for row, samples in zip(judged_rows(), common.sample(model, processor, asked, 8, 1.0, 60, 3)):
-        for answer in samples:
-            assert answer["verdict"] == common.parse_verdict(answer["text"])
-            assert (answer["verdict"] is None) == (answer["log_odds"] is None)
-            ids = [*tokenizer(answer["text"]).input_ids, tokenizer.eos_token_id]
-            if answer["verdict"] is None or answer["tokens"][: len(ids)] != ids:
-                continue  # now and then a text can be spelled by other tokens, too
-            seen.add(answer["verdict"])
-            row = {**row, "response": answer["text"], "label": "A"}
-            with torch.no_grad():
-                logits, labels = three.forward(model, *encode(processor, pictures, [row]))
-                loss = three.bradley_terry_sum(logits, labels, [row], tokenizer)
-            r = torch.tensor([answer["log_odds"]])
-            expected = three.bradley_terry_loss(r, torch.tensor([True])).item()
-            assert loss.item() == pytest.approx(expected, abs=1e-3)
-    assert seen == {"A", "B"}
-
-
 def test_the_model_is_left_as_it_was(trained, pictures, monkeypatch):
     """Also where sampling fails: no positions of old prompts, no other attention function."""
     model, processor = trained
     config = model.model.language_model.config
-    assert config._attn_implementation == "sdpa"
     common.sample(model, processor, requests(pictures)[:2], 2, 1.0, 4)
     assert model.model.rope_deltas is None and config._attn_implementation == "sdpa"
 
@@ -114,6 +129,44 @@ def test_the_model_is_left_as_it_was(trained, pictures, monkeypatch):
     with pytest.raises(RuntimeError, match="in the middle"):
         common.sample(model, processor, requests(pictures)[:2], 2, 1.0, 4)
     assert model.model.rope_deltas is None and config._attn_implementation == "sdpa"
+
+
+# ---- The verdict's log-odds ----------------------------------------------------------------------
+@pytest.mark.parametrize("which", ["tiny", "trained"])
+@pytest.mark.parametrize("letter", "AB")
+@torch.no_grad()
+def test_log_odds_are_read_at_the_letter(which, letter, pictures, request):
+    """However it is spelled: log P(" A") - log P(" B") of what comes after the text up to it, by a
+    plain forward pass; and 03's loss sees the same number."""
+    model, processor = request.getfixturevalue(which)
+    tokenizer = processor.tokenizer
+    id_a, id_b = tokenizer.convert_tokens_to_ids([" A", " B"])
+    assert [*common.verdict_token_ids(tokenizer)] == [id_a, id_b] and id_a != id_b
+    for spelling in ("Verdict: {}", "Verdict: **{}**", "Verdict:{}", "Verdict: ({})."):
+        text = f"red ring: yes\n{spelling.format(letter)}\nA and B in the image"
+        row = {"text": JUDGEMENT, "image": "1.png", "response": text, "label": "A"}
+        inputs, labels = encode(processor, pictures, [row])
+        ids = labels[labels != -100]
+        P = labels.shape[1] - len(ids)
+        log_p = model(**inputs).logits[0, P - 1 : -1].log_softmax(-1)  # (R, V), of these ids
+        r = log_p[:, id_a] - log_p[:, id_b]  # (R,)
+        words = tokenizer.convert_ids_to_tokens(ids.tolist())
+        k = [word.strip() for word in words].index(letter)
+        answer = common.finish_sample(tokenizer, ids, r, ids[-1:])
+        assert (answer["verdict"], answer["complete"]) == (letter, True)
+        assert answer["log_odds"] == r[k].item()
+        loss = three.bradley_terry_sum(*three.forward(model, inputs, labels), [row], tokenizer)
+        assert loss.item() == pytest.approx(-r[k].sigmoid().log().item(), abs=EPSILON)
+
+
+def test_a_sample_without_a_verdict_or_an_end(tiny):
+    tokenizer = tiny[1].tokenizer
+    ids = tokenizer("Verdict: A\nVerdict:", add_special_tokens=False).input_ids
+    tokens, log_odds = torch.tensor([*ids, 7, 5, -1]), torch.arange(len(ids) + 3.0)
+    none = {"text": "Verdict: A\nVerdict:", "complete": True, "verdict": None, "log_odds": None}
+    assert common.finish_sample(tokenizer, tokens, log_odds, torch.tensor([7, 3])) == none
+    cut = common.finish_sample(tokenizer, tokens[:3], log_odds[:3], torch.tensor([7, 3]))
+    assert cut == {"text": "Verdict: A", "complete": False, "verdict": "A", "log_odds": 2.0}
 
 
 # ---- The choice of a token -----------------------------------------------------------------------
@@ -137,69 +190,59 @@ def test_greedy_takes_the_most_likely_token_and_no_number_leaves_the_vocabulary(
 
 
 # ---- The loop, on a scripted model: sample s writes token 10 + s until its own length ------------
-LENGTHS = [3, 1, 9, 2, 6, 6, 4, 12]  # stop token included; the last never stops within 10 tokens
 STOP = 5
 
 
 class Scripted:
     """Stands in for common.Decoding: logits that leave no choice, and say whose they are."""
 
-    def __init__(self, model, inputs, n, room):
-        self.here = torch.arange(len(LENGTHS))  # samples in the batch
-        self.time = 0
-        self.sizes = model  # a list, for the test
+    def __init__(self, lengths, inputs, n, room):
+        self.lengths, self.time, self.sizes = lengths, 0, inputs  # a list, for the test
+        self.here = torch.arange(len(lengths))  # samples in the batch
         self.make_logits()
 
     def make_logits(self):
         self.sizes.append(len(self.here))
-        self.logits = torch.full((len(self.here), 20), -50.0)
+        self.logits = torch.full((len(self.here), 30), -50.0)
         for row, s in enumerate(self.here.tolist()):
-            stops_here = self.time + 1 == LENGTHS[s]
+            stops_here = self.time + 1 == self.lengths[s]
             self.logits[row, STOP if stops_here else 10 + s] = 50.0
             self.logits[row, 0] = s / 8  # log-odds of the letters 0 and 1
             self.logits[row, 1] = -self.time
 
-    def keep(self, index):
+    def narrow(self, index):
         self.here, self.logits = self.here[index], self.logits[index]
 
     def step(self, tokens):
-        expected = self.logits.argmax(1)
-        going = tokens != STOP  # what follows a stop token means nothing
-        assert torch.equal(tokens[going], expected[going])
+        assert torch.equal(tokens, self.logits.argmax(1))
         self.time += 1
         self.make_logits()
 
 
-def test_finished_samples_leave_the_batch(monkeypatch):
+@pytest.mark.parametrize(
+    "lengths",  # stop token included; 12 does not stop within 10 tokens
+    [[3, 1, 9, 2, 6, 6, 4, 12], [12, 1, 1, 1, 2, 2, 5, 8], [2, 1, 3, 1, 1, 1, 3, 3], [1] * 8],
+)
+def test_finished_prompts_leave_the_batch(monkeypatch, lengths):
     monkeypatch.setattr(common, "Decoding", Scripted)
     sizes, uniforms = [], torch.full((4, 2, 10), 0.5)
     stop_ids = torch.tensor([STOP, 6])
-    tokens, log_odds = common.sample_batch(sizes, {}, uniforms, 1.0, stop_ids, [[0, 2], [1, 3]])
-    for s, length in enumerate(LENGTHS):
+    tokens, log_odds = common.sample_batch(lengths, sizes, uniforms, 1.0, stop_ids, (0, 1))
+    for s, length in enumerate(lengths):
         expected = [10 + s] * 10
         if length <= 10:
             expected[length - 1] = STOP
-        assert tokens[s].tolist()[:length] == expected[:length]
         written = min(length, 10)
-        times = torch.arange(float(written))
-        assert torch.equal(log_odds[s, :written, 0], s / 8 + times)
-    assert len(sizes) == 10 and sizes[0] == 8
+        assert tokens[s, :written].tolist() == expected[:written]
+        assert torch.equal(log_odds[s, :written], s / 8 + torch.arange(float(written)))
+    last = [max(lengths[i : i + 2]) for i in range(0, 8, 2)]  # a prompt goes on with its samples
+    assert len(sizes) == min(10, max(last)) and sizes[0] == 8  # it ends with the last sample
     for t, size in enumerate(sizes[1:], 1):  # a quarter of the batch may wait, not more
-        going = sum(length > t for length in LENGTHS)
+        going = 2 * sum(length > t for length in last)
         assert going <= size <= going / 0.75
-    assert sizes[-1] == 1
 
 
-def test_decoding_ends_with_the_last_sample(monkeypatch):
-    monkeypatch.setattr(common, "Decoding", Scripted)
-    monkeypatch.setitem(globals(), "LENGTHS", [2, 1, 3, 1])
-    sizes, uniforms = [], torch.full((2, 2, 50), 0.5)
-    stop_ids = torch.tensor([STOP])
-    tokens, _ = common.sample_batch(sizes, {}, uniforms, 1.0, stop_ids, [[0, 2], [1, 3]])
-    assert len(sizes) == 3 and (tokens[:, 3:] == -1).all()
-
-
-# ---- Requests, randomness, batches, memory -------------------------------------------------------
+# ---- Requests, randomness, batches ---------------------------------------------------------------
 @pytest.fixture
 def batches(monkeypatch):
     """The calls of sample_batch, which writes what each row's uniform numbers say, without a model:
@@ -209,7 +252,7 @@ def batches(monkeypatch):
     def write(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
         calls.append(SimpleNamespace(inputs=inputs, uniforms=uniforms, stop_ids=stop_ids))
         u = uniforms.flatten(0, 1)  # (S, R)
-        return (20 * u).long() + 10, u[:, :, None].repeat(1, 1, 2)
+        return (20 * u).long() + 10, u
 
     monkeypatch.setattr(common, "sample_batch", write)
     return calls
@@ -223,10 +266,10 @@ def test_seed_and_id_decide(tiny, pictures, batches):
     asked = requests(pictures)
 
     def numbers(some, n=2, seed=0, batch_size=256):
-        """{id: uniforms (n, R)}: the row is found by its text's number of tokens."""
-        start = len(batches)
+        """Uniforms (B, n, R), the rows by their texts' length."""
+        del batches[:]
         common.sample(*tiny, some, n, 1.0, 8, seed, batch_size)
-        return torch.cat([call.uniforms for call in batches[start:]])
+        return torch.cat([call.uniforms for call in batches])
 
     one = numbers(asked[:1])
     assert one.shape == (1, 2, 8) and one.min() >= 0 and one.max() < 1
@@ -249,73 +292,19 @@ def test_answers_come_in_the_order_of_the_requests(tiny, pictures, batches):
     assert texts_of(common.sample(*tiny, asked[::-1], 2, 1.0, 8)) == expected[::-1]
 
 
-def test_both_stop_tokens_end_a_sample(tiny, pictures, batches, monkeypatch):
+def test_every_stop_token_ends_a_sample(tiny, pictures, batches, monkeypatch):
     model, processor = tiny
     for ends, expected in ((7, [7]), ([7, 8], [7, 8]), (None, [])):
         monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
         common.sample(model, processor, requests(pictures)[:1], 1, 1.0, 4)
         assert batches[-1].stop_ids.tolist() == [*expected, processor.tokenizer.eos_token_id]
-    ends, verdict_ids = torch.tensor([7, 3]), common.verdict_token_ids(processor.tokenizer)
-    for end in (7, 3):
-        tokens = torch.tensor([20, 21, end, 22])
-        answer = common.finish_sample(
-            processor.tokenizer, tokens, torch.zeros(4, 2), ends, verdict_ids
-        )
-        assert answer["text"] == processor.tokenizer.decode([20, 21]) and answer["complete"]
-
-
-def test_out_of_memory_halves_the_batch(tiny, pictures, batches, monkeypatch, capsys):
-    asked = requests(pictures)[:5]
-    expected = texts_of(common.sample(*tiny, asked, 2, 1.0, 6))
-    sizes, write = [], common.sample_batch
-
-    def short_of_memory(model, inputs, *rest):
-        sizes.append(len(inputs["input_ids"]))
-        if sizes[-1] > limit:
-            raise torch.OutOfMemoryError("no room")
-        return write(model, inputs, *rest)
-
-    monkeypatch.setattr(common, "sample_batch", short_of_memory)
-    limit = 2
-    assert texts_of(common.sample(*tiny, asked, 2, 1.0, 6, batch_size=8)) == expected
-    assert sizes == [4, 2, 2, 1]
-    assert "out of memory: going on with 2 prompts at a time" in capsys.readouterr().out
-    limit = 0
-    with pytest.raises(torch.OutOfMemoryError):  # common.run names the flags to lower
-        common.sample(*tiny, asked[:1], 2, 1.0, 6)
-
-
-@pytest.mark.parametrize(
-    "text, letter, is_bare",
-    [
-        ("Verdict: A", 2, 0),
-        ("A: red circle: yes\nVerdict: B", 9, 0),
-        ("Verdict:**A**", 4, 1),
-        ("Verdict: A\nB is the red", 2, 0),
-        ("B is the red\nVerdict:B", 7, 1),
-        ("A\nA A", None, None),
-    ],
-)
-def test_log_odds_are_read_at_the_verdicts_letter(tiny, text, letter, is_bare):
-    tokenizer = tiny[1].tokenizer
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    verdict_ids = common.verdict_token_ids(tokenizer)
-    tokens = torch.tensor([*ids, tokenizer.eos_token_id, 5, -1])
-    log_odds = torch.arange(2.0 * len(tokens)).view(-1, 2)
-    rest = (log_odds, torch.tensor([tokenizer.eos_token_id]), verdict_ids)
-    answer = common.finish_sample(tokenizer, tokens, *rest)
-    assert answer["text"].replace("<unk>", "**") == text or "**" in text
-    expected = None if letter is None else log_odds[letter, is_bare]
-    assert answer["complete"] and answer["log_odds"] == expected
-    cut = common.finish_sample(tokenizer, tokens[:-3], *rest)
-    assert cut == {**answer, "complete": False}
 
 
 # ---- The shared prompt ---------------------------------------------------------------------------
 @torch.no_grad()
 def test_attention_over_a_shared_prompt_is_attention_over_its_copies():
-    """Against PyTorch's own attention over each sample's whole row; grouped heads, padding, samples
-    and a prompt that leave."""
+    """Against PyTorch's own attention over each sample's whole row; grouped heads, padding, prompts
+    that leave."""
     torch.manual_seed(0)
     B, n, H, G, P, D = 3, 4, 2, 3, 7, 8
     mask = torch.ones(B, P, dtype=torch.long)
@@ -326,19 +315,19 @@ def test_attention_over_a_shared_prompt_is_attention_over_its_copies():
     seen = mask.bool().repeat_interleave(n, 0)  # (S, tokens)
     keys = prompt.keys.repeat_interleave(n, 0)  # (S, H, tokens, D)
     values = prompt.values.repeat_interleave(n, 0)
-    for keep in (list(range(12)), [0, 2, 3, 8, 9, 11], [1, 2, 4, 5], [3]):
-        layer.reorder_cache(torch.tensor(keep))
-        S = len(keep)
+    for rows in (list(range(12)), [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7]):
+        layer.reorder_cache(torch.tensor(rows))
+        S = len(rows)
         query = torch.randn(S, H * G, 1, D)
         key, value = torch.randn(2, S, H, 1, D)
-        seen = torch.cat([seen[keep], torch.ones(S, 1, dtype=torch.bool)], 1)
-        keys, values = torch.cat([keys[keep], key], 2), torch.cat([values[keep], value], 2)
+        seen = torch.cat([seen[rows], torch.ones(S, 1, dtype=torch.bool)], 1)
+        keys, values = torch.cat([keys[rows], key], 2), torch.cat([values[rows], value], 2)
         got = layer.update(key, value)[0].attend(query, scaling=D**-0.5)  # (S, 1, H*G, D)
         whole = torch.nn.functional.scaled_dot_product_attention(
             query, keys, values, seen[:, None, None], enable_gqa=True
         )
         assert torch.allclose(got, whole.transpose(1, 2), atol=1e-4)
-    assert len(layer.prompt_keys) == 1 and layer.slots.tolist() == [3]
+    assert len(layer.keys) == 1  # the prompt is there once
 
 
 class OneDevice(TorchDispatchMode):
@@ -352,39 +341,29 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def two_gpus():
-    """Tensors that have a shape and a device, and no data: on a CPU all devices are one."""
-    with FakeTensorMode(shape_env=ShapeEnv()), OneDevice():
-        yield torch.device("cuda:0"), torch.device("cuda:1")
-
-
-def test_a_layer_on_another_gpu(two_gpus):
-    """--device auto: the mask, the choice of samples and the tokens are on the first GPU."""
-    first, other = two_gpus
-    with pytest.raises(AssertionError, match="on {"):  # the test can tell
-        torch.ones(2, device=first) + torch.ones(2, device=other)
-    keys, values = torch.empty(2, 2, 2, 5, 8, device=other)
-    mask = torch.ones(2, 5, dtype=torch.long, device=first)
-    layer = common.SharedPrompt(SimpleNamespace(keys=keys, values=values), mask, n=3, room=4)
-    for S in (6, 4):
-        if S < 6:
-            layer.reorder_cache(torch.arange(S, device=first))
-        query, key = torch.empty(S, 4, 1, 8, device=other), torch.empty(S, 2, 1, 8, device=other)
-        got = layer.update(key, key)[0].attend(query, 0.3)
-        assert got.device == other and got.shape == (S, 1, 4, 8)
-
-
 @pytest.mark.parametrize("is_shared", [True, False])
-def test_samples_leave_on_all_gpus(two_gpus, is_shared):
-    """The index comes from the logits' GPU, positions and mask are on that of the inputs."""
-    first, other = two_gpus
-    decoding = common.Decoding.__new__(common.Decoding)
-    decoding.cache = SimpleNamespace(reorder_cache=lambda index: None)
-    decoding.is_shared = is_shared
-    decoding.position = torch.zeros(6, 1, dtype=torch.long, device=first)
-    decoding.mask = torch.ones(6, 5, dtype=torch.long, device=first)
-    decoding.keep(torch.arange(4, device=other))
-    assert decoding.position.shape == (4, 1) and decoding.position.device == first
-    assert decoding.mask.shape == ((6, 5) if is_shared else (4, 5))
-    assert decoding.mask.device == first
+def test_layers_on_two_gpus(is_shared):
+    """--device auto: a layer may lie elsewhere than mask, positions and logits. The tensors have a
+    shape and a device, and no data: on a CPU all devices are one."""
+    with FakeTensorMode(shape_env=ShapeEnv()), OneDevice():
+        first, other = torch.device("cuda:0"), torch.device("cuda:1")
+        with pytest.raises(AssertionError, match="on {"):  # the test can tell
+            torch.ones(2, device=first) + torch.ones(2, device=other)
+        mask = torch.ones(2, 5, dtype=torch.long, device=first)
+        keys, values = torch.empty(2, 2, 2, 5, 8, device=other)
+        prompt = SimpleNamespace(keys=keys, values=values)
+        layer = common.SharedPrompt(prompt, mask, n=3, room=4)
+        decoding = common.Decoding.__new__(common.Decoding)
+        decoding.cache, decoding.position = layer, torch.zeros(6, 1, dtype=torch.long, device=first)
+        decoding.mask = None if is_shared else mask.repeat_interleave(3, 0)
+        for S in (6, 3):
+            if S < 6:
+                decoding.narrow(torch.arange(S, device=other))  # of the logits' GPU
+            query, key = (
+                torch.empty(S, 4, 1, 8, device=other),
+                torch.empty(S, 2, 1, 8, device=other),
+            )
+            got = layer.update(key, key)[0].attend(query, 0.3)
+            assert got.device == other and got.shape == (S, 1, 4, 8)
+            assert decoding.position.shape == (S, 1) and decoding.position.device == first
+            assert is_shared or (decoding.mask.shape, decoding.mask.device) == ((S, 5), first)
