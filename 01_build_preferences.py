@@ -13,14 +13,13 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   3) --expert none is the paper's ablation made exact: the policy's own P(yes) to "Is there a ... in
      the image?" is the only check.
 
-Reads pictures (--images), for which the policy writes responses, or published pairs (--pairs).
-Writes 01_preferences/: answers.jsonl and detections.jsonl, of which nothing is ever made twice, and
-vocabulary.json, contact_sheet.png, preferences.jsonl with rows as this:
+Reads  pictures (--images), for which the policy writes responses, or published pairs (--pairs).
+Writes 01_preferences/: answers.jsonl and detections.jsonl, which only grow; vocabulary.json,
+       contact_sheet.png, preferences.jsonl:
     {"id": "01011-0", "image": "images/01011.png", "prompt": "List the objects in the image.",
-     "chosen": "yellow circle, green triangle.", "rejected": "yellow circle, red cross.",
-     "source": "swapped", "hallucinated": ["red cross"], "split": "validation", "evidence": [
-      {"object": "yellow circle", "claimed_by": "both", "status": "present", "confidence": 0.6447,
-       "box": [29.9, 4.8, 49.9, 24.4]}, ...]}
+     "chosen": "yellow circle.", "rejected": "yellow circle, red cross.", "source": "sampled",
+     "hallucinated": ["red cross"], "split": "validation", "evidence": [{"object": "red cross",
+     "claimed_by": "rejected", "status": "absent", "confidence": 0.0, "box": null}]}
 
     python 01_build_preferences.py --images coco/train2017   # Qwen2-VL-7B writes, YOLO11x verifies
     python 01_build_preferences.py --pairs openbmb/RLAIF-V-Dataset \\

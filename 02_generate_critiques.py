@@ -34,7 +34,7 @@ from pathlib import Path
 from statistics import median
 
 import common
-from common import both_orders, find_verdict, parse_checks, stop, verdict_of_checks
+from common import both_orders, find_verdict, parse_checks, real, stop, verdict_of_checks, whole
 
 one = import_module("01_build_preferences")
 claimed_objects = one.claimed_objects
@@ -190,7 +190,6 @@ def warn_of_descriptions(samples):
 def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("critiques").add_argument
-    whole, real = common.whole, common.real
     add("--limit", type=whole(1), help="use only the first so many training pairs")
     add("--critiques", type=whole(1), default=4, help="M, per pair and order (%(default)s)")
     add(

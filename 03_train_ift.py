@@ -629,9 +629,8 @@ def main(args):
     (folder / "meta.json").unlink(missing_ok=True)
     common.write_jsonl(folder / "validation.jsonl", earlier + later)
     report_gain(earlier, later, "try more --steps, or --bt-weight 1, with a --tag")
-    counts = {"critiques read": len(critiques)}
+    counts = {"critiques read": len(critiques), "validation pairs": len(validation)}
     counts |= common.read_json(trained / "made_with.json")["counts"]
-    counts["validation pairs"] = len(validation)
     measures = {"before": measures_before, "after": measures_after}
     next_script = f"python 04_rejection_sampling.py{args.tag and f' --tag {args.tag}'}"
     common.finish_stage(folder, args, counts, next_script, validation=measures)

@@ -584,7 +584,6 @@ def main(args):
     # 1. The judges -------------------------------------------------------------------------------
     take_settings(args)
     judges = find_judges(Path(args.run))
-    names = [judge["name"] for judge in judges]
     last = last_judge(judges, args.tag)
     official = args.protocol == "official"
     suffix = "" if args.benchmark == "pairs" else f"_{args.benchmark}"
@@ -593,16 +592,17 @@ def main(args):
     loading = {"device": args.device, "max_image_tokens": args.max_image_tokens}
     model_of = partial(common.Judge, args.run, args.model, **loading)  # (loads nothing yet)
     judging = {name: getattr(args, name) for name in JUDGING}
+    answers = folder / "answers.jsonl"
     if args.benchmark == "llava-wild":
-        answer_in_the_wild(args, folder, last, model_of, judging)
-        return
+        return answer_in_the_wild(args, folder, last, model_of, judging)
 
     # 2. The pairs, and the questions about them --------------------------------------------------
     pairs, counts = load_pairs(args, folder)
     by_id = {pair["id"]: pair for pair in pairs}
     questions = questions_about(pairs, args.protocol, args.seed)
     closer = closer_look(args, last["name"], pairs, questions)
-    for name, count in Counter([*names, *closer]).items():
+    names = [*[judge["name"] for judge in judges], *closer]
+    for name, count in Counter(names).items():
         if count > 1:  # a copied folder, or a tag that is called "attack"
             stop(f"{args.run} holds {count} judges called {name!r}: move one of them elsewhere")
     print(f"{len(pairs)} pairs, {len(questions)} questions; judges: {'; '.join(names)}")
@@ -613,8 +613,7 @@ def main(args):
         model = model_of(judge["checkpoint"])  # the one before is freed
         conditions = {judge["name"]: questions} | (closer if judge is last else {})
         for name, of_name in conditions.items():
-            path = folder / "answers.jsonl"
-            rows_of[name] = three.judge_pairs(path, model, of_name, name, **judging)
+            rows_of[name] = three.judge_pairs(answers, model, of_name, name, **judging)
 
     # 4. Measure ----------------------------------------------------------------------------------
     path = Path(args.run) / "01_preferences" / "vocabulary.json"
@@ -635,7 +634,7 @@ def main(args):
     draw_accuracy(folder / "accuracy.png", judges, table)
     more = ["", "![](accuracy.png)", f"\n## Judgements of {last['name']}"]
     more += judgement_lines(folder, rows_of[last["name"]], questions, args.image_root)
-    counts = {**counts, "pairs": len(pairs)}
+    counts["pairs"] = len(pairs)
     finish(args, folder, counts, rows_of, table_lines(table, differences, official), more)
 
 

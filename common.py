@@ -605,8 +605,7 @@ def write_text(path, text):
     """Atomic: a reader sees the old file or the new one. Of several processes the first writes."""
     if RANK == 0:
         partial = Path(f"{path}.partial")
-        # half a character, of a file's name, becomes JSON's escape for it
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters
         partial.replace(path)
 
 

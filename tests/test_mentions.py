@@ -55,8 +55,7 @@ the absence of people; a road free of cars; a room that lacks a bed; no sign of 
 There does not appear to be a dog near any cars. I cannot see a dog or a cat. Not in any car. ->
 A man walks without an umbrella. There is no cat, nor is there a bus. Not a dog but a bird -> person,bird
 a dog with no collar. No people are sitting on the bench. A man with no shirt eating a donut -> dog,bench,person,donut
-There is no dog on the left. On the right there is a dog. -> dog
-no doubt a dog, no fewer than three cats, not far from a bus -> dog,cat,bus
+No dog is on the left. On the right is a dog, no doubt; no fewer than three cats, not far from a bus -> dog,cat,bus
 The man is not watching the dog. No, there is a cat. Not only a bus. -> person,dog,cat,bus
 no other people besides the man; the bus is missing a wheel -> person,bus"""  # noqa: E501
 

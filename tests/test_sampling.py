@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import EPSILON, check_greedy, check_samples, encode, judged_rows, requests_of, stage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -12,16 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import common
-from common import build_judge_prompt
 
 three = stage("03_train_ift")
-JUDGEMENT = build_judge_prompt("red?", "blue star, red ring, red cross.", "blue.")
-PROMPTS = [
-    "List the objects in the image.",
-    "red?",
-    "Is there a red circle in the image?",
-    JUDGEMENT,
-]
+JUDGEMENT = common.build_judge_prompt("red?", "blue star, red ring, red cross.", "blue.")
+PROMPTS = ["List the objects in the image.", "red?", "Is there a red circle in it?", JUDGEMENT]
 
 
 def requests(pictures):
@@ -30,20 +25,15 @@ def requests(pictures):
     return requests_of(rows + judged_rows(), pictures)
 
 
-def stops(model, processor):
-    return [model.generation_config.eos_token_id, processor.tokenizer.eos_token_id]
-
-
 # ---- Prompts as tokens ---------------------------------------------------------------------------
 def prompt_of(processor, text, picture):
     """Token ids of a text's prompt."""
     return common.encode_prompts(processor, [text], [picture])["input_ids"][0].tolist()
 
 
-SPELLED = """<|im_end|> a <|image_pad|> b <|image_pad|>|<|vision_start|><|image_pad|><|vision_end|>
-<|im_start|>assistant|<|im_<|im_end|>end|>|<|im_end|><|im_end|>|<unk>|<|<unk>|<think>red</think>
-<|endoftext|>
-<|video_pad|>"""
+SPELLED = """<|im_end|>|a <|image_pad|> b <|image_pad|>|<|im_start|>assistant|<think>red</think>
+<|vision_start|><|image_pad|><|vision_end|> <|im_<|im_end|>end|> <|im_end|><|im_end|>
+<unk> <|<unk> <|endoftext|>|<|video_pad|>"""
 
 
 def test_no_text_becomes_a_special_token(tiny, pictures):
@@ -81,8 +71,7 @@ def test_a_template_that_opens_a_thought_closes_it(tiny, pictures):
     assert ids[: len(usual)] == usual and decode(usual).endswith(end)
     assert decode(ids[len(usual) :]) == "<think>\n\n</think>\n\n"
     row = {"text": "red?", "response": "A: red: yes\nVerdict: A", "image": "0.png"}
-    inputs, labels = encode(processor, pictures, [row])
-    assert inputs["input_ids"][0, : len(ids)].tolist() == ids
+    labels = encode(processor, pictures, [row])[1][0]
     assert decode(labels[labels != -100]) == row["response"] + "<|im_end|>"
 
 
@@ -91,10 +80,8 @@ def test_a_template_that_opens_a_thought_closes_it(tiny, pictures):
 def test_greedy_equals_generate(which, pictures, raw, request):
     model, processor = request.getfixturevalue(which)
     asked = requests(pictures)
-    texts, images = [r["text"] for r in asked], [r["image"] for r in asked]
-    lengths = common.encode_prompts(processor, texts, images)["attention_mask"].sum(1)
-    assert len(set(lengths.tolist())) > 4  # so most rows are padded
-    written = check_greedy(model, processor, asked, raw, 40, stops(model, processor))
+    assert len({len(prompt_of(processor, r["text"], r["image"])) for r in asked}) > 4  # padded
+    written = check_greedy(model, processor, asked, raw, 40, [processor.tokenizer.eos_token_id])
     assert len({tuple(tokens) for tokens in written}) > 3
     assert which == "tiny" or len({len(tokens) for tokens in written}) > 2  # some stop early
 
@@ -104,31 +91,15 @@ def test_samples_are_those_of_the_row_alone(trained, pictures, raw, temperature,
     """Alone, with other neighbours, in another order: what the uniform numbers and a plain forward
     pass of the row by itself say, log-odds included. No batch leaves its positions to the next."""
     model, processor = trained
-    asked = requests(pictures)
+    asked, stop_ids = requests(pictures), [processor.tokenizer.eos_token_id]
     for some, size in ((asked, 64), (asked[::-1], 3 * n), (asked[3:5], 1)):
         answers = raw(model, processor, some, n, temperature, 40, seed=5, batch_size=size)
         assert model.model.rope_deltas is None
+        assert model.model.language_model.config._attn_implementation == "sdpa"
         lengths = []
         for row, samples in zip(some, answers):
-            stop_ids = stops(model, processor)
             lengths += check_samples(model, processor, row, samples, stop_ids, temperature, 5)
         assert len(set(lengths)) > 1  # some go on where others have stopped
-
-
-def test_the_model_is_left_as_it_was(trained, pictures, monkeypatch):
-    """Also where sampling fails: no positions of old prompts, no other attention function."""
-    model, processor = trained
-    config = model.model.language_model.config
-    common.sample(model, processor, requests(pictures)[:2], 2, 1.0, 4)
-    assert model.model.rope_deltas is None and config._attn_implementation == "sdpa"
-
-    def fail(self, query, scaling):
-        raise RuntimeError("in the middle")
-
-    monkeypatch.setattr(common.SharedPrompt, "attend", fail)
-    with pytest.raises(RuntimeError, match="in the middle"):
-        common.sample(model, processor, requests(pictures)[:2], 2, 1.0, 4)
-    assert model.model.rope_deltas is None and config._attn_implementation == "sdpa"
 
 
 # ---- The verdict's log-odds ----------------------------------------------------------------------
@@ -225,16 +196,13 @@ class Scripted:
 )
 def test_finished_prompts_leave_the_batch(monkeypatch, lengths):
     monkeypatch.setattr(common, "Decoding", Scripted)
-    sizes, uniforms = [], torch.full((4, 2, 10), 0.5)
-    stop_ids = torch.tensor([STOP, 6])
-    tokens, log_odds = common.sample_batch(lengths, sizes, uniforms, 1.0, stop_ids, (0, 1))
+    sizes, how = [], (torch.full((4, 2, 10), 0.5), 1.0, torch.tensor([STOP, 6]), (0, 1))
+    tokens, log_odds = common.sample_batch(lengths, sizes, *how)
     for s, length in enumerate(lengths):
-        expected = [10 + s] * 10
-        if length <= 10:
-            expected[length - 1] = STOP
-        written = min(length, 10)
-        assert tokens[s, :written].tolist() == expected[:written]
-        assert torch.equal(log_odds[s, :written], s / 8 + torch.arange(float(written)))
+        expected = [*[10 + s] * (length - 1), STOP][:10]
+        R = len(expected)
+        assert tokens[s, :R].tolist() == expected
+        assert torch.equal(log_odds[s, :R], s / 8 + torch.arange(float(R)))
     last = [max(lengths[i : i + 2]) for i in range(0, 8, 2)]  # a prompt goes on with its samples
     assert len(sizes) == min(10, max(last)) and sizes[0] == 8  # it ends with the last sample
     for t, size in enumerate(sizes[1:], 1):  # a quarter of the batch may wait, not more
@@ -245,12 +213,12 @@ def test_finished_prompts_leave_the_batch(monkeypatch, lengths):
 # ---- Requests, randomness, batches ---------------------------------------------------------------
 @pytest.fixture
 def batches(monkeypatch):
-    """The calls of sample_batch, which writes what each row's uniform numbers say, without a model:
-    token int(20 u), log-odds u."""
+    """(uniforms, stop ids) of the calls of sample_batch, which writes without a model what each
+    row's uniform numbers say: token int(20 u), log-odds u."""
     calls = []
 
     def write(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
-        calls.append(SimpleNamespace(inputs=inputs, uniforms=uniforms, stop_ids=stop_ids))
+        calls.append((uniforms, stop_ids))
         u = uniforms.flatten(0, 1)  # (S, R)
         return (20 * u).long() + 10, u
 
@@ -258,18 +226,13 @@ def batches(monkeypatch):
     return calls
 
 
-def texts_of(answers):
-    return [[answer["text"] for answer in samples] for samples in answers]
-
-
 def test_seed_and_id_decide(tiny, pictures, batches):
     asked = requests(pictures)
 
     def numbers(some, n=2, seed=0, batch_size=256):
-        """Uniforms (B, n, R), the rows by their texts' length."""
         del batches[:]
         common.sample(*tiny, some, n, 1.0, 8, seed, batch_size)
-        return torch.cat([call.uniforms for call in batches])
+        return torch.cat([uniforms for uniforms, _ in batches])  # (B, n, R), by the texts' length
 
     one = numbers(asked[:1])
     assert one.shape == (1, 2, 8) and one.min() >= 0 and one.max() < 1
@@ -285,11 +248,11 @@ def test_seed_and_id_decide(tiny, pictures, batches):
 
 def test_answers_come_in_the_order_of_the_requests(tiny, pictures, batches):
     asked = requests(pictures)
-    expected = [texts_of(common.sample(*tiny, [row], 2, 1.0, 8))[0] for row in asked]
-    assert len({text for samples in expected for text in samples}) > 9
+    expected = [common.sample(*tiny, [row], 2, 1.0, 8)[0] for row in asked]
+    assert len({answer["text"] for samples in expected for answer in samples}) > 9
     for size in (256, 6, 1):
-        assert texts_of(common.sample(*tiny, asked, 2, 1.0, 8, batch_size=size)) == expected
-    assert texts_of(common.sample(*tiny, asked[::-1], 2, 1.0, 8)) == expected[::-1]
+        assert common.sample(*tiny, asked, 2, 1.0, 8, batch_size=size) == expected
+    assert common.sample(*tiny, asked[::-1], 2, 1.0, 8) == expected[::-1]
 
 
 def test_every_stop_token_ends_a_sample(tiny, pictures, batches, monkeypatch):
@@ -297,7 +260,7 @@ def test_every_stop_token_ends_a_sample(tiny, pictures, batches, monkeypatch):
     for ends, expected in ((7, [7]), ([7, 8], [7, 8]), (None, [])):
         monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
         common.sample(model, processor, requests(pictures)[:1], 1, 1.0, 4)
-        assert batches[-1].stop_ids.tolist() == [*expected, processor.tokenizer.eos_token_id]
+        assert batches[-1][1].tolist() == [*expected, processor.tokenizer.eos_token_id]
 
 
 # ---- The shared prompt ---------------------------------------------------------------------------
@@ -307,14 +270,11 @@ def test_attention_over_a_shared_prompt_is_attention_over_its_copies():
     that leave."""
     torch.manual_seed(0)
     B, n, H, G, P, D = 3, 4, 2, 3, 7, 8
-    mask = torch.ones(B, P, dtype=torch.long)
-    mask[0, :3] = 0
-    mask[2, :1] = 0
+    mask = (torch.arange(P) >= torch.tensor([3, 0, 1])[:, None]).long()  # (B, P)
     prompt = SimpleNamespace(keys=3 * torch.randn(B, H, P, D), values=torch.randn(B, H, P, D))
     layer = common.SharedPrompt(prompt, mask, n, room=5)
     seen = mask.bool().repeat_interleave(n, 0)  # (S, tokens)
-    keys = prompt.keys.repeat_interleave(n, 0)  # (S, H, tokens, D)
-    values = prompt.values.repeat_interleave(n, 0)
+    keys, values = [x.repeat_interleave(n, 0) for x in (prompt.keys, prompt.values)]  # (S, H, P, D)
     for rows in (list(range(12)), [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7]):
         layer.reorder_cache(torch.tensor(rows))
         S = len(rows)
@@ -323,9 +283,8 @@ def test_attention_over_a_shared_prompt_is_attention_over_its_copies():
         seen = torch.cat([seen[rows], torch.ones(S, 1, dtype=torch.bool)], 1)
         keys, values = torch.cat([keys[rows], key], 2), torch.cat([values[rows], value], 2)
         got = layer.update(key, value)[0].attend(query, scaling=D**-0.5)  # (S, 1, H*G, D)
-        whole = torch.nn.functional.scaled_dot_product_attention(
-            query, keys, values, seen[:, None, None], enable_gqa=True
-        )
+        mask = seen[:, None, None]
+        whole = F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
         assert torch.allclose(got, whole.transpose(1, 2), atol=1e-4)
     assert len(layer.keys) == 1  # the prompt is there once
 
@@ -334,8 +293,8 @@ class OneDevice(TorchDispatchMode):
     """Refuses an operation on tensors of two devices, and an index from elsewhere, as CUDA does."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [x for x in tree_leaves([args, kwargs]) if isinstance(x, torch.Tensor)]
-        devices = {x.device for x in tensors if x.dim()}
+        leaves = tree_leaves([args, kwargs])
+        devices = {x.device for x in leaves if isinstance(x, torch.Tensor) and x.dim()}
         copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
         assert copies or len(devices) <= 1, f"{func} on {devices}"
         return func(*args, **(kwargs or {}))

@@ -45,13 +45,11 @@ def write_preferences(run, pairs):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """The run directory: stage 01 is complete, and has mixed the splits."""
+def run(tmp_path):  # the directory; stage 01 is complete, and has mixed the splits
     folder = tmp_path / "01_preferences"
     folder.mkdir()
     write_preferences(tmp_path, PAIRS[5:] + PAIRS[:5])
-    vocabulary = {"dog": "dog", "cat": "cat", "bus": "bus"}
-    common.write_json(folder / "vocabulary.json", vocabulary)
+    common.write_json(folder / "vocabulary.json", {"dog": "dog", "cat": "cat", "bus": "bus"})
     args = {"model": "a/model", "image_root": "pictures", "max_image_tokens": 77}
     common.write_json(folder / "meta.json", {"args": args})
     return tmp_path
@@ -70,11 +68,6 @@ def right_critique(request):
     return "\n".join([*lines, f"Verdict: {better}"])
 
 
-def mirrored(critique):
-    """The same critique with the other verdict."""
-    return critique[:-1] + ("B" if critique[-1] == "A" else "A")
-
-
 def answer(text, confidence=0.9):
     """A complete answer whose judge is so sure (0..1) of the verdict that the text gives."""
     verdict, _ = common.find_verdict(text)
@@ -83,12 +76,14 @@ def answer(text, confidence=0.9):
     return {"text": text, "complete": True, "verdict": verdict, "log_odds": log_odds}
 
 
+def right_if(is_right, request, confidence=0.9):  # else the same checks and the wrong verdict
+    text = right_critique(request)
+    is_a = text.endswith("A") == is_right
+    return answer(text[:-1] + ("A" if is_a else "B"), confidence)
+
+
 def always_right(request, k):
-    return answer(right_critique(request))
-
-
-def always_wrong(request, k):
-    return answer(mirrored(right_critique(request)))
+    return right_if(True, request)
 
 
 class Judge:
@@ -140,16 +135,15 @@ def check_requests(requests, style="critique", is_guided=False):
     """Each request shows its own pair's picture, question, responses and (guided) findings."""
     by_id = {pair["id"]: pair for pair in PAIRS}
     for request in requests:
-        pair = by_id[request["id"].split("-")[0]]
-        is_ab = request["id"].split("-")[1] == "ab"
+        pair, is_ab = by_id[request["id"].split("-")[0]], request["id"].split("-")[1] == "ab"
         absent = pair["hallucinated"][0]
-        of_both = [("A dog.", "dog: yes"), (f"A dog and a {absent}.", f"dog: yes|{absent}: no")]
-        (a, in_a), (b, in_b) = of_both if is_ab else of_both[::-1]
+        responses = [("A dog.", "{0}: dog: yes\n")]
+        responses.append((f"A dog and a {absent}.", f"{{0}}: dog: yes\n{{0}}: {absent}: no\n"))
+        (a, in_a), (b, in_b) = responses if is_ab else responses[::-1]
         expected = f"Question: {pair['prompt']}\nResponse A: {a}\nResponse B: {b}\n"
         if is_guided:
-            lines = [f"A: {line}\n" for line in in_a.split("|")]
-            lines += [f"B: {line}\n" for line in in_b.split("|")]
-            expected += f"{KNOWN}{''.join(lines)}Verdict: {'A' if is_ab else 'B'}\n"
+            expected += KNOWN + in_a.format("A") + in_b.format("B")
+            expected += f"Verdict: {'A' if is_ab else 'B'}\n"
         assert request["text"] == expected + common.INSTRUCTIONS[style]
         assert str(request["image"]) == f"pictures/{pair['image']}"
 
@@ -165,11 +159,9 @@ def fakes(monkeypatch):
     def train(model, tokenizer, prepare, folder, settings, save_every):
         names = ("rows", "processor", "image_root", "settings", "seed", "micro_batch")
         record = dict(zip(names, prepare.args), folder=folder, save_every=save_every)
-        assert record["settings"] is settings
         trained.append(SimpleNamespace(**record, start=model.weights))
         (folder / "training.pt").touch()
-        ids = [row["id"] for row in record["rows"]["critique"]]
-        model.weights += "+" + common.digest([ids, settings])
+        model.weights += "+" + common.digest([record["rows"], settings])
 
     monkeypatch.setattr(common, "load_judge", load_judge)
     monkeypatch.setattr(four, "draw_margins", lambda path, *_: path.touch())  # takes a second
@@ -197,8 +189,7 @@ def stages(monkeypatch, run):
     return start
 
 
-def names_in_header(script):
-    """Of the fields of the row that a script's header shows."""
+def names_in_header(script):  # of the fields of the row that it shows
     return set(re.findall(r'"(\w+)":', script.__doc__.split("Writes")[1]))
 
 
@@ -213,9 +204,8 @@ def test_02_asks_about_training_pairs_in_both_orders_with_findings_and_label(sta
     check_requests(judge.requests(), is_guided=True)
     ids = [request["id"] for request in judge.requests()]
     assert sorted(ids) == sorted(f"t{i}-{order}" for i in range(5) for order in ("ab", "ba"))
-    (call,) = judge.calls
     settings = {"n": 3, "temperature": 0.7, "max_new_tokens": 9, "seed": 5, "batch_size": 4}
-    assert settings.items() < call.items()
+    assert settings.items() < judge.calls[0].items()
     stages(2, few, "--limit 2 --style none --critiques 1")
     check_requests(few.requests(), "none", is_guided=True)
     assert len(few.requests()) == 4
@@ -223,12 +213,9 @@ def test_02_asks_about_training_pairs_in_both_orders_with_findings_and_label(sta
 
 def test_02_keeps_what_its_filter_passes(stages, run):
     """Of three critiques of a question one is sound, one repeats it, one has a false check."""
-
-    def write(request, k):
-        text = right_critique(request)
-        return answer(text.replace("dog: yes", "dog: no") if k == 2 else text)
-
-    stages(2, Judge(write), "--critiques 3")
+    false = "dog: no", "dog: no", "dog: yes"
+    judge = Judge(lambda row, k: answer(right_critique(row).replace(false[k], "dog: no")))
+    stages(2, judge, "--critiques 3")
     rows = read_rows(run / "02_critiques" / "critiques.jsonl")
     for row in rows:
         question = f"{row['pair_id']}-{row['order']}"
@@ -270,8 +257,7 @@ def two_critiques(request, k):
 
 
 @pytest.fixture
-def critiqued(stages):
-    """stages, with stage 02 complete: 20 critiques of the five training pairs."""
+def critiqued(stages):  # with stage 02 complete: 20 critiques of the five training pairs
     stages(2, Judge(two_critiques), "--critiques 2")
     return stages
 
@@ -282,16 +268,14 @@ def test_03_trains_on_critiques_without_the_reference_and_on_chosen_responses(cr
     (training,) = critiqued(3, Judge(), flags)
     critiques = read_rows(run / "02_critiques" / "critiques.jsonl")
     rows = training.rows["critique"]
-    assert [row["response"] for row in rows] == [row["critique"] for row in critiques]
-    assert [row["id"] for row in rows] == [row["id"] for row in critiques] and len(rows) == 20
-    assert all(row["response"].endswith(f"Verdict: {row['label']}") for row in rows)
+    for name, of_critique in (("response", "critique"), ("id", "id"), ("label", "label")):
+        assert [row[name] for row in rows] == [row[of_critique] for row in critiques]
     check_requests([{**row, "image": f"pictures/{row['image']}"} for row in rows])
     rows = training.rows["correct"]
     assert sorted(row["id"] for row in rows) == ["t0", "t1", "t2", "t3", "t4"]
     for row in rows:
         assert row["text"] == f"What is in picture {row['id']}?" and row["response"] == "A dog."
         assert row["image"] == f"images/{row['id']}.png"
-    # its flags, and its record
     assert (training.micro_batch, training.seed, training.save_every) == (3, 9, 4)
     assert (str(training.image_root), training.folder) == ("pictures", run / "03_ift_x")
     expected = {"steps": 7, "lr": 0.5, "lam": 0.2, "bt_weight": 0.25, "train_batch": 6, "seed": 9}
@@ -305,7 +289,7 @@ def test_03_trains_on_critiques_without_the_reference_and_on_chosen_responses(cr
 
 def test_03_judges_the_base_model_before_and_the_trained_one_after(critiqued, run, capsys):
     """On the validation pairs, greedily; here the judge is wrong until the training has run."""
-    judge = Judge(lambda row, k: (always_right if row["weights"] else always_wrong)(row, k))
+    judge = Judge(lambda row, k: right_if(row["weights"] != "", row))
     (training,) = critiqued(3, judge, "--seed 5 --max-new-tokens 9 --batch-size 3")
     assert training.start == "" and critiqued.loaded == [(None, 77)]
     check_requests(judge.requests())
@@ -324,7 +308,7 @@ def test_03_judges_the_base_model_before_and_the_trained_one_after(critiqued, ru
     said = capsys.readouterr().out
     assert "on 2 validation pairs: +1.000" in said and "warning" not in said
     assert f"next: python 04_rejection_sampling.py --run={run}" in said
-    judge = Judge(lambda row, k: (always_wrong if row["weights"] else always_right)(row, k))
+    judge = Judge(lambda row, k: right_if(row["weights"] == "", row))
     critiqued(3, judge, "--tag x")
     said = capsys.readouterr().out
     assert f"04_rejection_sampling.py --tag x --run={run}" in said
@@ -333,12 +317,8 @@ def test_03_judges_the_base_model_before_and_the_trained_one_after(critiqued, ru
 
 def test_judge_pairs_votes_and_shows_another_picture_where_there_is_one(monkeypatch, tmp_path):
     """Two of three votes decide, though the third is surer; the first one's text is shown."""
-
-    def write(request, k):
-        text = right_critique(request)
-        return answer(mirrored(text), 0.999) if k == 0 else answer(text, 0.6)
-
-    judge, blank = Judge(write), Image.new("RGB", (9, 9), (128, 128, 128))
+    judge = Judge(lambda row, k: right_if(k > 0, row, 0.6 if k else 0.999))
+    blank = Image.new("RGB", (9, 9), (128, 128, 128))
     monkeypatch.setattr(common, "sample", judge.sample)
     questions = [*common.both_orders(PAIRS[0]), *common.both_orders(PAIRS[1])]
     for question, changed in zip(questions, ("images/h0.png", blank)):
@@ -354,18 +334,16 @@ def test_judge_pairs_votes_and_shows_another_picture_where_there_is_one(monkeypa
     assert verdicts == list(zip([question["id"] for question in questions], "ABAB", "ABAB"))
     p = (0.001 + 0.6 + 0.6) / 3
     assert [row["probability_a"] for row in rows] == pytest.approx([p, 1 - p, p, 1 - p])
-    for row, question, request in zip(rows, questions, judge.requests()):
-        expected = {"id": question["pair_id"], "condition": "base", "category": None}
-        expected |= {"image": question["image"], "critique": mirrored(right_critique(request))}
-        assert expected.items() < row.items()
+    assert [row["image"] for row in rows] == [question["image"] for question in questions]
+    expected = [right_if(False, request)["text"] for request in judge.requests()]
+    assert [row["critique"] for row in rows] == expected
 
 
 # ---- 04: fresh pairs, margins, selection ---------------------------------------------------------
 UNSURE = 0.2  # confidence in the label of the critique with the wrong verdict
 
 
-def confidence(pair_id):
-    """That of a pool pair's sound critique: it rises with the number of the pair."""
+def confidence(pair_id):  # of a pool pair's sound critique: it rises with the pair's number
     return 0.6 + 0.015 * int(pair_id[1:])
 
 
@@ -375,10 +353,9 @@ def pool_judge(request, k):
     """
     pair_id, right = request["id"].split("-")[0], right_critique(request)
     if pair_id[0] != "p":
-        is_wrong = request["weights"].count("+") < 2 and request["id"] != "v0-ab"
-        return answer(mirrored(right) if is_wrong else right)
+        return right_if(request["weights"].count("+") > 1 or request["id"] == "v0-ab", request)
     if k == 2:
-        return answer(mirrored(right), 1 - UNSURE)
+        return right_if(False, request, 1 - UNSURE)
     if k == 1 or int(pair_id[1:]) < 4:
         return answer(right.replace("dog: yes", "dog: no", 1), 0.999)
     return answer(right, confidence(pair_id))
@@ -388,8 +365,7 @@ FLAGS_04 = "--iterations 2 --pool 10 --samples 3 --steps 5"
 
 
 @pytest.fixture
-def trained(critiqued):
-    """stages, with 02 and 03 complete."""
+def trained(critiqued):  # with 02 and 03 complete
     critiqued(3, Judge(pool_judge))
     return critiqued
 
@@ -410,8 +386,8 @@ def test_04_asks_each_judge_about_its_own_pool_and_the_validation_pairs(trained,
         pair_ids = dict.fromkeys(row["id"].split("-")[0] for row in call["requests"])
         assert list(pair_ids) == ids[10 * k : 10 * k + 10]
     # each judge is that of the iteration before
-    folders = ["03_ift", "04_rejection/iter1", "04_rejection/iter2"]
-    weights = [Model(run / folder / "adapter").weights for folder in folders]
+    adapters = ["03_ift/adapter", "04_rejection/iter1/adapter", "04_rejection/iter2/adapter"]
+    weights = [Model(run / adapter).weights for adapter in adapters]
     assert [weight.count("+") for weight in weights] == [1, 2, 3]
     assert [call["weights"] for call in judge.sampled()] == weights[:2]
     assert [training.start for training in trainings] == weights[:2]
@@ -434,11 +410,9 @@ def test_04_keeps_the_largest_margins_and_each_ones_soundest_critique(trained, r
     tau = confidence("p06") - UNSURE - 0.001
     trained(4, Judge(pool_judge), FLAGS_04 + f" --margin {tau}" * is_threshold)
     for t in (1, 2):
-        number = 10 * t - 1  # of the pair with the largest margin
-        rows = kept_rows(run, t)
-        n = 10 if is_threshold and t == 2 else 4
+        rows, n = kept_rows(run, t), 10 if is_threshold and t == 2 else 4
         for k, row in enumerate(rows):
-            pair_id = f"p{number - k // 2:02d}"
+            pair_id = f"p{10 * t - 1 - k // 2:02d}"  # the last has the largest margin
             assert row["id"] == f"{pair_id}-{('ab', 'ba')[k % 2]}-0" and row["dropped"] is None
             assert row["confidence_in_label"] == pytest.approx(confidence(pair_id))
             assert row["margin"] == pytest.approx(confidence(pair_id) - UNSURE)
@@ -453,7 +427,8 @@ def test_04_keeps_the_largest_margins_and_each_ones_soundest_critique(trained, r
 def test_04_trains_on_what_is_kept_and_a_part_of_stage_02s_rows(trained, run, replay, n):
     """Eight kept rows are two thirds of an epoch of twelve at --replay 1/3."""
     replayed = []
-    for training in trained(4, Judge(pool_judge), f"{FLAGS_04} --replay {replay}"):
+    flags = FLAGS_04.replace("--pool 10", "")  # by default equal parts of all
+    for training in trained(4, Judge(pool_judge), f"{flags} --replay {replay}"):
         ids = {row["id"] for row in training.rows["critique"]}
         chosen = {row["id"] for row in kept_rows(run, training.settings["iteration"])}
         assert len(ids) == len(training.rows["critique"]) == n and chosen <= ids
@@ -468,9 +443,8 @@ def test_04_trains_on_what_is_kept_and_a_part_of_stage_02s_rows(trained, run, re
 def test_04_controls_have_the_size_of_the_margins_choice(trained, run):
     of_margin = trained(4, Judge(pool_judge), FLAGS_04)
     for select in ("random", "best"):
-        for t, training in enumerate(
-            trained(4, Judge(pool_judge), f"{FLAGS_04} --select {select}")
-        ):
+        trainings = trained(4, Judge(pool_judge), f"{FLAGS_04} --select {select}")
+        for t, training in enumerate(trainings):
             rows = kept_rows(run, t + 1, f"04_rejection_{select}")
             assert len(rows) == 8 and all(row["dropped"] is None for row in rows)
             assert len(training.rows["critique"]) == len(of_margin[t].rows["critique"]) == 11
@@ -483,16 +457,14 @@ def test_04_controls_have_the_size_of_the_margins_choice(trained, run):
     assert first.seed != second.seed and judge.sampled() == []
 
 
-# ---- Going on ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("lost", ["iter2", "iter2/adapter", "iter1", ""])
 def test_04_goes_on_at_what_is_missing(trained, run, lost):
     """From the adapter before it, and without another sample of what is sampled."""
     flags = "--iterations 3 --pool 6 --samples 3 --steps 5"
     trained(4, Judge(pool_judge), flags)
     folder, judge = run / "04_rejection", Judge(pool_judge)
-    of_whole = {}
-    for path in [*folder.rglob("*.safetensors"), *folder.rglob("*.jsonl")]:
-        of_whole[path] = path.read_bytes()
+    paths = [*folder.rglob("*.safetensors"), *folder.rglob("*.jsonl")]
+    of_whole = {path: path.read_bytes() for path in paths}
     (folder / "meta.json").unlink()
     if lost:
         shutil.rmtree(folder / lost)
@@ -500,7 +472,7 @@ def test_04_goes_on_at_what_is_missing(trained, run, lost):
     start = run / "03_ift" if lost == "iter1" else folder / "iter1"
     assert trained.loaded == [(start / "adapter", 77)] * bool(lost)
     assert len(judge.sampled()) == (lost in ("iter1", "iter2"))
-    assert {path: path.read_bytes() for path in of_whole} == of_whole
+    assert {path: path.read_bytes() for path in paths} == of_whole
     assert len(meta(run, "04_rejection")["validation"]) == 3
 
 
@@ -523,16 +495,15 @@ def test_gain_is_against_the_iteration_before(capsys, trained, is_resumed):
 def test_without_validation_pairs_stages_go_on(stages, run):
     write_preferences(run, [row for row in PAIRS if row["split"] != "validation"])
     stages(2, Judge(two_critiques), "--critiques 2")
-    judge = Judge()
-    assert len(stages(3, judge)) == 1 and judge.calls == []
+    assert len(stages(3, Judge(None))) == 1
     assert len(stages(4, Judge(pool_judge), FLAGS_04)) == 2
     assert meta(run, "03_ift")["validation"] == {"before": {}, "after": {}}
 
 
 # ---- Where a stage stops, and what it warns of ---------------------------------------------------
 def test_stages_stop_where_they_cannot_go_on(stages, run):
-    def refused(number, words, flags="", write=always_wrong):
-        judge = Judge(write)
+    def refused(number, words, flags="", is_right=False):
+        judge = Judge(lambda row, k: right_if(is_right, row))
         with pytest.raises(SystemExit, match=words):
             stages(number, judge, flags)
         return judge.calls
@@ -548,7 +519,7 @@ def test_stages_stop_where_they_cannot_go_on(stages, run):
         write_preferences(run, [*PAIRS, pair("n0", "t3", split)])  # as 01 made anew may
         words = r"^error: images/t3\.png .*split validation or heldout"
         for number, flags in ((3, ""), (3, "--tag x"), (4, FLAGS_04)):
-            assert refused(number, words, flags, pool_judge) == stages.loaded == []
+            assert refused(number, words, flags, is_right=True) == stages.loaded == []
     write_preferences(run, PAIRS[7:])
     refused(2, "no pair in split 'train': see --train")
     (run / "01_preferences" / "meta.json").unlink()
@@ -569,23 +540,18 @@ def test_02_says_that_critiques_describe(stages, capsys):
 
 
 def test_04_says_that_margins_do_not_choose(trained, capsys):
-    def nearly_agrees(request, k):
-        """The judge contradicts itself about the pair p05 alone."""
-        is_wrong = request["id"].startswith("p05") and k == 2
-        return (always_wrong if is_wrong else always_right)(request, k)
-
-    def hardly_wavers(request, k):
-        return answer(right_critique(request), 0.9 if k else 0.88)
-
+    # x decides; y contradicts itself about the pair p05 alone; z hardly wavers
+    writes = {"x": pool_judge}
+    writes["y"] = lambda row, k: right_if(k == 0 or row["id"][:3] != "p05", row)
+    writes["z"] = lambda row, k: right_if(True, row, 0.9 if k else 0.88)
     said = {}
-    for name, write in (("x", pool_judge), ("y", nearly_agrees), ("z", hardly_wavers)):
+    for name, write in writes.items():
         trained(3, Judge(), f"--tag {name}")
         trained(4, Judge(write), f"{FLAGS_04} --iterations 1 --tag {name}")
         said[name] = capsys.readouterr().out
     assert "kept 1 of 10 pairs = 10.0%" in said["y"]
     assert "margins of the kept: median 0.020, of the pool 0.020" in said["z"]
-    narrow = "margins are narrow, so the judge hardly disagrees with itself"
-    for words, where in (("retention is outside 30-50 %", "y"), (narrow, "z")):
+    for words, where in (("retention is outside 30-50 %", "y"), ("margins are narrow", "z")):
         assert [name for name in said if words in said[name]] == [where]
 
 
