@@ -34,7 +34,6 @@ import random
 import re
 import textwrap
 import tomllib
-from argparse import Namespace
 from collections import Counter
 from contextlib import suppress
 from functools import cache, partial
@@ -817,9 +816,9 @@ def main(args):
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
     if args.detections:
         findings = read_detections(args.detections, vocabulary)
-        counts["skipped: image without a row in --detections"] = len(items)
+        n_read = len(items)
         items = [item for item in items if item["image"] in findings]
-        counts["skipped: image without a row in --detections"] -= len(items)
+        counts["skipped: image without a row in --detections"] = n_read - len(items)
     else:
         expert = Expert(args, folder / "detections.jsonl", image_root, judge)
         if expert.classes and not args.vocabulary:
@@ -869,8 +868,8 @@ def main(args):
     counts.update(f"  in split {row['split']}" for row in rows)
     counts.update(statuses)
     warn_of_small_splits(counts)
-    made_with = Namespace(**{**vars(args), "image_root": image_root})
-    common.finish_stage(folder, made_with, counts, "python 02_generate_critiques.py")
+    args.image_root = image_root  # which meta.json keeps for the later stages
+    common.finish_stage(folder, args, counts, "python 02_generate_critiques.py")
 
 
 if __name__ == "__main__":

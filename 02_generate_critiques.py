@@ -172,8 +172,7 @@ def count(samples, critiques):
     counts["  kept without checks"] = sum(not parse_checks(row["critique"]) for row in critiques)
     questions = {(row["pair_id"], row["order"]) for row in critiques}
     counts["  questions with a kept critique"] = len(questions)
-    lengths = [len(row["critique"].split()) for row in critiques]
-    counts["  median length in words"] = round(median(lengths))
+    counts["  median length in words"] = median(len(row["critique"].split()) for row in critiques)
     return counts
 
 
@@ -182,8 +181,9 @@ def warn_of_descriptions(samples):
     decided = [row for row in samples if row["verdict"]]
     n = sum(not parse_checks(row["critique"]) for row in decided)
     if n > 0.2 * len(decided):
-        part = n / len(decided)
-        print(f"warning: {part:.0%} of the critiques with a verdict describe: they check no claim")
+        print(
+            f"warning: {n} of {len(decided)} critiques with a verdict describe, they check no claim"
+        )
 
 
 # ---- Arguments and main --------------------------------------------------------------------------

@@ -94,15 +94,15 @@ def training_rows(critiques):
 
 def rows_of_step(rows, step, size, seed):
     """The rows of optimizer step `step` (from 0): shuffled epochs, one after another, cut."""
-    chosen, shuffled_for = [], None
+    of_step, shuffled_for = [], None
     for position in range(step * size, (step + 1) * size):
         epoch, k = divmod(position, len(rows))
         if epoch != shuffled_for:
             shuffled = list(rows)
             random.Random(row_seed(seed, "epoch", epoch)).shuffle(shuffled)
             shuffled_for = epoch
-        chosen.append(shuffled[k])
-    return chosen
+        of_step.append(shuffled[k])
+    return of_step
 
 
 def encode_supervised(processor, texts, images, responses, max_response_tokens=None):
@@ -341,10 +341,8 @@ def resume_training(path, weights, optimizer, settings):
 
 def check_settings(path, saved, settings):
     """Stop where what lies there was made with something else: no program replaces weights."""
-    changes = []
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            changes.append(f"{name} was {saved.get(name)}, is {value}")
+    other = [name for name, value in settings.items() if saved.get(name) != value]
+    changes = [f"{name} was {saved.get(name)}, is {settings[name]}" for name in other]
     if changes:
         stop(
             f"{path} was trained otherwise ({'; '.join(changes)}): give another --tag, or delete it"
@@ -585,7 +583,8 @@ def fit(loaded, critiques, folder, settings, image_root, seed, args):
     prepare = partial(micro_batches, rows_of_kind, *how)
     # (a copy: the other thread is using the tokenizer)
     train(model, copy.deepcopy(tokenizer), prepare, folder, settings, args.save_every)
-    return save_checkpoint(model, processor, folder, {**settings, "counts": counts})
+    made_with = {**settings, "counts": counts, "images": sorted({row["image"] for row in short})}
+    return save_checkpoint(model, processor, folder, made_with)
 
 
 def parse_args(argv=None):
@@ -607,7 +606,7 @@ def main(args):
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"]}
     base = common.Judge(args.run, first["model"], **load)
     settings = {name: getattr(args, name) for name in (*TRAINED_WITH, "seed", "lora_rank")}
-    settings |= {"start": base.weights, "rows": common.digest(critiques)}
+    settings |= {"style": style, "start": base.weights, "rows": common.digest(critiques)}
     trained = find_checkpoint(folder, settings)
 
     # 2. train -------------------------------------------------------------------------------------
@@ -621,7 +620,7 @@ def main(args):
         loaded = make_trainable(model, args.lora_rank), processor
         trained = fit(loaded, critiques, folder, settings, first["image_root"], args.seed, args)
     judge = common.Judge(args.run, first["model"], trained, **load)
-    if loaded:
+    if loaded:  # the model that was trained is here already
         judge.loaded = loaded
     later, measures_after = validate(answers, judge, validation, "after 03", **asking)
 

@@ -14,8 +14,7 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   3) three controls of the same steps, --select random, best (see choose) and continue: stage 02's
      critiques, as in stage 03.
 
-Reads  01_preferences/preferences.jsonl (split "pool", cut into disjoint iterations), 03_ift/,
-       02_critiques/critiques.jsonl.
+Reads  01's pairs of split "pool", cut into disjoint iterations; 02's critiques; what 03 trained.
 Writes 04_rejection[_TAG][_<control>]/iter<t>/: answers.jsonl, samples.jsonl (all critiques),
        margins.png, adapter/, validation.jsonl, kept.jsonl:
     {"id": "00748-0-ab-0", "pair_id": "00748-0", "order": "ab", "image": "images/00748.png",
@@ -141,7 +140,7 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
         pair_ids = select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
     if select != "margin":
         pair_ids = select_random(eligible, len(pair_ids), row_seed(seed, "select", iteration))
-    chosen = []
+    selected = []
     for pair_id in pair_ids:
         for order in ("ab", "ba"):
             rows = passing[pair_id, order]
@@ -150,15 +149,15 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
                 row = random.Random(name).choice(rows)
             else:
                 row = max(rows, key=lambda row: row["confidence_in_label"])
-            chosen.append({**row, "margin": margins[pair_id], "iteration": iteration})
-    return chosen
+            selected.append({**row, "margin": margins[pair_id], "iteration": iteration})
+    return selected
 
 
-def mix_in(chosen, old, replay, seed):
-    """The chosen rows and as many old ones as make up the part `replay` of an epoch."""
-    n = round(len(chosen) * replay / (1 - replay))
+def mix_in(selected, old, replay, seed):
+    """The selected rows and as many old ones as make up the part `replay` of an epoch."""
+    n = round(len(selected) * replay / (1 - replay))
     replayed = set(select_random([row["id"] for row in old], n, seed))
-    return chosen + [row for row in old if row["id"] in replayed]
+    return selected + [row for row in old if row["id"] in replayed]
 
 
 def draw_margins(path, margins, kept_ids, title):
@@ -178,9 +177,9 @@ def draw_margins(path, margins, kept_ids, title):
 
 
 # ---- Iterations, arguments and main --------------------------------------------------------------
-def report_selection(t, samples, margins, chosen, folder, select):
+def report_selection(t, samples, margins, selected, folder, select):
     """Says how the choice of iteration t went, and draws it -> counts."""
-    kept_ids = list(dict.fromkeys(row["pair_id"] for row in chosen))
+    kept_ids = list(dict.fromkeys(row["pair_id"] for row in selected))
     part, middle = len(kept_ids) / len(margins), median(margins[key] for key in kept_ids)
     title = f"iteration {t}, {select}: {part:.0%} kept"
     draw_margins(folder / "margins.png", margins, kept_ids, title)
@@ -202,7 +201,7 @@ def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("sampling and selection").add_argument
     add("--iterations", type=whole(1), default=3, help="T, each with --steps steps (%(default)s)")
-    size = "fresh pairs per iteration; else an equal part of all, 5,000 at most"
+    size = "fresh pairs per iteration; else a third of all, 5,000 at most"
     add("--pool", type=whole(2), help=size)
     add("--samples", type=whole(1), default=8, help="N, per pair and order (%(default)s)")
     add("--temperature", type=real(0, 100), default=1.0, help="of sampling (%(default)s)")
@@ -216,6 +215,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+# The arguments that decide what is sampled, and what of it is trained on.
 SAMPLED_BY = ("seed", "pool", "samples", "temperature", "max_new_tokens")
 CHOSEN_BY = ("select", "retention", "margin", "replay")
 
@@ -236,7 +236,7 @@ def main(args):
     pools = [[]] * args.iterations
     if args.select != "continue":  # which needs none
         pairs = common.read_preferences(run, "pool")
-        size = args.pool or min(5000, len(pairs) // args.iterations)
+        size = args.pool or min(5000, len(pairs) // 3)
         pools = cut_pools(pairs, size, args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
     judge = common.Judge(run, first["model"], three.find_checkpoint(run / f"03_ift{tag}"), **load)
@@ -244,7 +244,7 @@ def main(args):
     asking |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
     sampling = {**asking, "n": args.samples, "temperature": args.temperature}
     names = (*three.TRAINED_WITH, *SAMPLED_BY, *CHOSEN_BY)
-    settings = {name: getattr(args, name) for name in names}
+    settings = {"style": style, **{name: getattr(args, name) for name in names}}
 
     # 2. iterate -----------------------------------------------------------------------------------
     counts, results = {}, {}
@@ -266,12 +266,12 @@ def main(args):
             pair_ids, questions = [pair["id"] for pair in pool], critiques_by_question(samples)
             margins, passing = margins_of_pairs(pair_ids, questions)
             rule = (args.select, args.margin, args.retention)
-            chosen = choose(margins, passing, *rule, args.seed, t)
-            if not chosen:
+            selected = choose(margins, passing, *rule, args.seed, t)
+            if not selected:
                 stop(f"iteration {t} keeps nothing: read {here}/samples.jsonl, raise --retention")
-            common.write_jsonl(here / "kept.jsonl", chosen)
-            of_choice = report_selection(t, samples, margins, chosen, here, args.select)
-            critiques = mix_in(chosen, old, args.replay, row_seed(args.seed, "replay", t))
+            common.write_jsonl(here / "kept.jsonl", selected)
+            of_choice = report_selection(t, samples, margins, selected, here, args.select)
+            critiques = mix_in(selected, old, args.replay, row_seed(args.seed, "replay", t))
         loaded = None
         if trained is None:
             loaded = judge.loaded
@@ -279,7 +279,7 @@ def main(args):
                 three.make_trainable(loaded[0], 0)
             trained = three.fit(loaded, critiques, here, of_t, first["image_root"], seed, args)
         judge = common.Judge(run, first["model"], trained, **load)
-        if loaded:
+        if loaded:  # the model that was trained is here already
             judge.loaded = loaded
         later, measures = three.validate(answers, judge, validation, f"iteration {t}", **asking)
         common.write_jsonl(here / "validation.jsonl", later)
@@ -289,7 +289,8 @@ def main(args):
         counts |= {f"iteration {t}, {line}": n for line, n in of_choice.items()}
 
     # 3. report ------------------------------------------------------------------------------------
-    common.finish_stage(folder, args, counts, "python 05_evaluate.py", validation=results)
+    next_script = f"python 05_evaluate.py{args.tag and f' --tag {args.tag}'}"
+    common.finish_stage(folder, args, counts, next_script, validation=results)
 
 
 if __name__ == "__main__":

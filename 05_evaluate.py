@@ -254,8 +254,8 @@ def withheld(questions, how, image_root, seed):
 
 
 def find_judges(run):
-    """Records {name, checkpoint, tag, select, iteration}: the base model and all that 03 and 04
-    trained, in this order, those with a tag last. What one has not is "", 0 or None."""
+    """Records {name, checkpoint, tag, select, iteration, ...}: the base model, and all that 03 and
+    04 trained with what it was made with, in this order, those with a tag last."""
     base = {"name": "base", "checkpoint": None, "tag": "", "select": "", "iteration": 0}
     judges = []
     for folder in [*run.glob("03_ift*"), *run.glob("04_rejection*/iter*")]:
@@ -263,13 +263,10 @@ def find_judges(run):
         if checkpoint is None:
             continue
         made_with = common.read_json(checkpoint / "made_with.json")
-        judge = {**base, "name": "after 03", "checkpoint": checkpoint}
-        if made_with.get("select"):
-            judge["select"] = made_with["select"]
-            judge["iteration"] = made_with["iteration"]
+        judge = {**base, **made_with, "name": "after 03", "checkpoint": checkpoint}
+        if judge["select"]:
             judge["name"] = f"{judge['select']}, iteration {judge['iteration']}"
-        if made_with.get("tag"):
-            judge["tag"] = made_with["tag"]
+        if judge["tag"]:
             judge["name"] += f", {judge['tag']}"
         judges.append(judge)
 
@@ -544,8 +541,7 @@ def take_settings(args):
             made_with |= common.stage_args(args.run, stage)
     for name in ("model", "max_image_tokens", "style"):
         if name in made_with and getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            stop(f"{args.run} was made with {flag} {made_with[name]}: leave the flag out")
+            stop(f"{args.run} was made with {name} {made_with[name]}: leave this flag out")
         setattr(args, name, made_with.get(name, getattr(args, name)))
     if not args.model:
         stop(f"--model is needed: {args.run} holds no complete stage 01 to take it from")
@@ -556,7 +552,7 @@ def take_settings(args):
     args.image_root = str(Path(args.image_root or root).resolve())
 
 
-def load_pairs(args, folder):
+def load_pairs(args, folder, judges):
     """(pairs to judge, counts of what was read)."""
     if args.pairs:
         _, pairs, counts = one.read_pairs(args.pairs, args.image_root, folder)
@@ -565,6 +561,10 @@ def load_pairs(args, folder):
     pairs = common.read_preferences(args.run, "heldout") if is_there else []
     if not pairs:
         stop(f"{args.run} has no held-out pairs: give 01 a larger --heldout, or name --pairs")
+    unseen = {pair["image"] for pair in pairs}
+    for judge in judges:  # 01 may have been made anew since
+        if not unseen.isdisjoint(judge.get("images", ())):
+            stop(f"{judge['checkpoint']} was trained on pictures that are held out now: move it")
     return pairs, {}
 
 
@@ -597,7 +597,7 @@ def main(args):
         return answer_in_the_wild(args, folder, last, model_of, judging)
 
     # 2. The pairs, and the questions about them --------------------------------------------------
-    pairs, counts = load_pairs(args, folder)
+    pairs, counts = load_pairs(args, folder, judges)
     by_id = {pair["id"]: pair for pair in pairs}
     questions = questions_about(pairs, args.protocol, args.seed)
     closer = closer_look(args, last["name"], pairs, questions)
@@ -613,7 +613,8 @@ def main(args):
         model = model_of(judge["checkpoint"])  # the one before is freed
         conditions = {judge["name"]: questions} | (closer if judge is last else {})
         for name, of_name in conditions.items():
-            rows_of[name] = three.judge_pairs(answers, model, of_name, name, **judging)
+            how = judging | {"style": judge.get("style", args.style)}
+            rows_of[name] = three.judge_pairs(answers, model, of_name, name, **how)
 
     # 4. Measure ----------------------------------------------------------------------------------
     path = Path(args.run) / "01_preferences" / "vocabulary.json"

@@ -280,7 +280,11 @@ class Judge:
     @cached_property
     def loaded(self):
         """(model, processor)."""
-        return load_judge(**self.arguments)
+        try:
+            return load_judge(**self.arguments)
+        except SafetensorError as error:
+            path = self.arguments["checkpoint"] or self.arguments["model_path"]
+            stop(f"{path}: a file of its weights is damaged ({one_line(error)})")
 
 
 # ---- Encoding ------------------------------------------------------------------------------------
@@ -355,10 +359,8 @@ class SharedPrompt:
         self.length = 0  # own tokens so far
 
     def update(self, keys, values, *args, **kwargs):
-        """Write the new tokens' keys and values (B*n, H, 1, D) in place.
-
-        What a cache returns here transformers hands to its attention function as keys and values:
-        so this one returns itself, and shared_prompt_attention calls its `attend`."""
+        """Write the new tokens' keys and values (B*n, H, 1, D) in place. What a cache returns here
+        transformers hands to its attention function: so this returns itself, for its `attend`."""
         self.own_keys[:, :, self.length] = keys[:, :, 0]
         self.own_values[:, :, self.length] = values[:, :, 0]
         self.length += 1
@@ -449,10 +451,8 @@ class Decoding:
         # The model attends by the name in its config: ours for this call, its own for all others.
         usual = self.config._attn_implementation
         self.config._attn_implementation = "shared_prompt" if self.mask is None else usual
-        try:
-            self.logits = self.model(tokens, cache=self.cache, **inputs).logits[:, -1]  # (B*n, V)
-        finally:
-            self.config._attn_implementation = usual
+        self.logits = self.model(tokens, cache=self.cache, **inputs).logits[:, -1]  # (B*n, V)
+        self.config._attn_implementation = usual
         self.position = self.position + 1
 
 
@@ -579,7 +579,7 @@ def gather(value):
 
 
 def share_out(batches, work):
-    """The lists work(batch) of all batches, joined. Process r of K does batches r, r + K, ...; so
+    """The lists work(batch) of all batches, joined. Process r of K does batches r, r + K, ...: so
     the batches, and every number, are those of a single process."""
     of_process = gather([work(batch) for batch in batches[RANK::WORLD]])
     results = []
@@ -604,9 +604,9 @@ def join_processes(device):
 def write_text(path, text):
     """Atomic: a reader sees the old file or the new one. Of several processes the first writes."""
     if RANK == 0:
-        partial = Path(f"{path}.partial")
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters
-        partial.replace(path)
+        unfinished = Path(f"{path}.partial")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters
+        unfinished.replace(path)
 
 
 def write_json(path, value):
@@ -756,19 +756,21 @@ def read_preferences(run, split):
 
 def finish_stage(folder, args, counts, next_step, **extra):
     """Say what was made and dropped; write meta.json last: its presence means "complete"."""
+    gather(None)  # all have deleted the old meta.json
     if next_step.startswith("python "):
         next_step += f" --run={shlex.quote(args.run)}"
     args = {**vars(args)}
     for name in ("model", "image_root"):
         args[name] = remembered(args.get(name), args["run"])
     used = ("torch", "transformers", "peft", "datasets", "ultralytics", "numpy", "pillow")
+    installed = importlib.metadata.distributions()
     meta = {
         "args": args,
         "counts": counts,
         **extra,
         "seconds": round(time.time() - STARTED, 1),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "versions": {name: importlib.metadata.version(name) for name in used},
+        "versions": {d.name: d.version for d in installed if d.name in used},
     }
     for reason, count in counts.items():
         print(f"  {reason:<44} {count:>8}")
@@ -788,7 +790,7 @@ def run(main, args):
         main(args)
     except KeyboardInterrupt:
         stop("interrupted: the same command goes on with what is kept")
-    except (OSError, SafetensorError) as error:  # no such file or model, cut weights, a full disk
+    except OSError as error:  # no such file or model, a full disk
         stop(f"{one_line(error)} (at work in {args.run})")
     except torch.OutOfMemoryError:
         stop("out of memory: lower --batch-size or --micro-batch, which change no result")

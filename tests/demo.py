@@ -98,7 +98,7 @@ def last_screen(run, pictures):
     print_critiques(folder, pictures, before="base", after=last_margin(table))
     print(f"\npictures to look at: {run}/01_preferences/contact_sheet.png")
     print(f"                     {run}/04_rejection/iter1/margins.png")
-    print(f"                     {folder}/reliability.png")
+    print(f"                     {folder}/accuracy.png")
     print(f"the whole report:    {folder}/report.md")
 
 

@@ -1,4 +1,4 @@
-"""The README's pictures and numbers of a run, from the demo's run directory:
+"""The README's pictures and numbers, from the demo's run directory:
 
     python tests/pictures.py --run runs/demo --out assets
 
@@ -9,15 +9,14 @@ contact_sheet.png   01: the first four pairs with the detector's boxes
 critiques.png       03: what the judge wrote before and after
 margins.png         04: the margins of the first pool
 examples.png        04: critiques of low, middle and high margin
-demo.json           05: accuracies and paired differences with their intervals, rates of checks;
-                    counts of 02, the largest margin of 04's first pool
+demo.json           05: accuracies, differences, rates of checks; counts of 02; the largest margin
 """
 
 import argparse
-import importlib
-import json
+import shutil
 import sys
 import textwrap
+from importlib import import_module
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -27,119 +26,144 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-one = importlib.import_module("01_build_preferences")
-ift = importlib.import_module("03_train_ift")
-four = importlib.import_module("04_rejection_sampling")
-five = importlib.import_module("05_evaluate")
+one = import_module("01_build_preferences")
+four = import_module("04_rejection_sampling")
+five = import_module("05_evaluate")
 
 INK, GREY, GREEN, RED = "#222222", "#777777", "#1a7f37", "#c62828"
+WIDTH, LINE = 2.6, 0.17  # inches: of a card, and of a line of text
 
 
-def panel(figure, column, title, columns=5):
-    """An empty panel with a heading, in coordinates from 0 to 1."""
-    axis = figure.add_axes((column / columns + 0.006, 0.02, 1 / columns - 0.012, 0.96))
-    axis.axis("off")
-    axis.set(xlim=(0, 1), ylim=(0, 1))
-    axis.text(0, 0.98, title, fontsize=10, weight="bold", color=INK, va="top")
-    return axis
+# ---- Cards: a heading, a picture with boxes, lines of text ---------------------------------------
+def wrapped(lines):
+    """[(text, colour)], cut to a card's width."""
+    return [(part, colour) for text, colour in lines for part in textwrap.wrap(text, 33) or [""]]
 
 
-def show_picture(figure, column, picture, row=None, columns=5):
-    """The picture in the upper half of a panel, with the boxes of a row's evidence."""
-    axis = figure.add_axes((column / columns + 0.006, 0.46, 1 / columns - 0.02, 0.44))
-    axis.axis("off")
-    axis.imshow(picture)
-    if row:
-        one.draw_boxes(axis, row, picture.size)
+def draw_cards(cards):
+    """Cards side by side -> the figure. Of a card {"title", "image": path, "evidence", "lines":
+    [(text, colour)]} all may be left out but the lines."""
+    n_lines = max(len(wrapped(card["lines"])) for card in cards if "image" in card)
+    height = 0.4 + WIDTH + n_lines * LINE
+    figure = Figure((WIDTH * len(cards), height), facecolor="white")
+    for k, card in enumerate(cards):
+        left, width = (k + 0.03) / len(cards), 0.94 / len(cards)
+        figure.text(left, 1 - 0.1 / height, card.get("title", ""), weight="bold", va="top")
+        y = height - 0.3  # inches from below
+        if "image" in card:
+            side = 0.94 * WIDTH  # of the picture, which is square
+            axis = figure.add_axes((left, (y - side) / height, width, side / height))
+            axis.imshow(common.load_image(card["image"]))
+            axis.axis("off")
+            draw_boxes(axis, card.get("evidence", ()))
+            y -= WIDTH
+        for text, colour in wrapped(card["lines"]):
+            style = {"fontsize": 8, "family": "monospace", "parse_math": False}
+            figure.text(left, y / height, text, color=colour, va="top", **style)
+            y -= LINE
+    return figure
 
 
-def write_lines(axis, lines, top=0.43, size=8):
-    """lines: (text, colour)."""
-    y = top
-    for text, colour in lines:
-        wrapped = textwrap.wrap(text, 32) or [""]
-        for part in wrapped:
-            axis.text(0, y, part, fontsize=size, color=colour, va="top", family="monospace")
-            y -= 0.045
+def draw_boxes(axis, evidence):
+    """The evidence's boxes in the colour of their status, with confidences."""
+    for found in evidence:
+        if found["box"] is not None:
+            x1, y1, x2, y2 = found["box"]
+            colour = one.STATUS_COLOURS[found["status"]]
+            axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=2)
+            label = f"{found['object']} {found['confidence']:.2f}"
+            is_left = x1 + x2 < axis.get_xlim()[1]
+            at = {"x": x1 if is_left else x2, "ha": "left" if is_left else "right"}
+            axis.text(y=y1, s=label, va="bottom", fontsize=7, backgroundcolor=colour, **at)
 
 
 def checks(critique):
     """The critique's lines, a denied check in red."""
-    lines = []
-    for line in critique.splitlines():
-        lines.append((line, RED if line.endswith(": no") else INK))
-    return lines
+    return [(line, RED if line.endswith(": no") else INK) for line in critique.splitlines()]
 
 
-def draw_pipeline(path, run, root):
-    """A training pair through 01 and 02, a pool pair through 04, a held-out pair through 05."""
-    pairs = {row["id"]: row for row in common.read_jsonl(run / "01_preferences/preferences.jsonl")}
-    critique = common.read_jsonl(run / "02_critiques/critiques.jsonl")[0]
-    pair = pairs[critique["pair_id"]]
-    figure = Figure((11.5, 4.4), facecolor="white")
+def responses(row):
+    """Lines of a pair's or a question's responses."""
+    if "chosen" in row:
+        return [(f"+ {row['chosen']}", GREEN), (f"- {row['rejected']}", RED)]
+    return [(f"A: {row['response_a']}", GREY), (f"B: {row['response_b']}", GREY)]
 
-    axis = panel(figure, 0, "01  what is really there")
-    show_picture(figure, 0, common.load_image(root / pair["image"]), pair)
-    lines = [(f"+ {pair['chosen']}", GREEN), (f"- {pair['rejected']}", RED)]
+
+# ---- The pictures --------------------------------------------------------------------------------
+def pair_card(pair, root, **more):
+    lines = responses(pair)
     for found in pair["evidence"]:
-        if found["status"] == "absent":
-            lines.append((f"{found['object']}: absent ({found['confidence']:.2f})", RED))
-    write_lines(axis, lines)
+        colour = RED if found["status"] == "absent" else INK
+        lines.append((f"{found['object']}: {found['status']} {found['confidence']:.2f}", colour))
+    return {"image": root / pair["image"], "evidence": pair["evidence"], "lines": lines, **more}
 
-    axis = panel(figure, 1, "02  critiques, checked")
-    heading = [(f"A: {critique['response_a']}", GREY), (f"B: {critique['response_b']}", GREY)]
-    write_lines(axis, [*heading, ("", INK), *checks(critique["critique"])], top=0.88)
-    samples = common.read_jsonl(run / "02_critiques/samples.jsonl")
-    dropped = sum(row["dropped"] is not None for row in samples)
-    note = (
-        f"{dropped} of {len(samples)} critiques dropped: wrong verdict, false or missing check ..."
-    )
-    write_lines(axis, [(note, GREY)], top=0.14)
 
-    axis = panel(figure, 2, "03  fine-tuned on these")
-    meta = json.loads((run / "03_ift/meta.json").read_text())["validation"]
-    lines = [("L = L_SFT(critiques)", INK), ("    + lambda L_SFT(correct)", INK), ("", INK)]
-    for name in ("before", "after"):
-        lines.append((f"{name}: accuracy {meta[name]['accuracy']:.3f}", INK))
-    lines.append((f"on {meta['after']['n_pairs']} validation pairs", GREY))
-    write_lines(axis, lines, top=0.88)
-    log = [row for row in common.read_jsonl(run / "03_ift/metrics.jsonl") if "loss" in row]
-    inset = figure.add_axes((2 / 5 + 0.03, 0.14, 1 / 5 - 0.06, 0.38))
-    inset.plot([row["step"] for row in log], [row["loss_critique"] for row in log], color="#0072B2")
-    inset.set(xlabel="step", yscale="log")
-    inset.set_title("loss of the critiques' tokens", fontsize=8)
-    inset.tick_params(labelsize=7)
+def before_and_after(run, root):
+    """Up to four questions that the judge got wrong before 03 and right after it."""
+    questions, cards, earlier = {}, [], {}
+    for pair in common.read_preferences(run, "validation"):
+        questions |= {question["id"]: question for question in common.both_orders(pair)}
+    for row in common.read_rows(run / "03_ift" / "validation.jsonl", dict):
+        was = earlier.setdefault(row["question"], row)
+        if was["verdict"] != was["label"] and row["verdict"] == row["label"]:
+            lines = responses(questions[row["question"]])
+            for name, of_row in (("before", was), ("after", row)):
+                lines += [("", INK), (f"{name}:", GREY), *checks(of_row["critique"])]
+            cards.append({"image": root / row["image"], "lines": lines})
+    return draw_cards(cards[:4])
 
-    axis = panel(figure, 3, "04  margins of its own")
-    questions = four.confident_rows(common.read_jsonl(run / "04_rejection/iter1/samples.jsonl"))
-    kept = common.read_jsonl(run / "04_rejection/iter1/kept.jsonl")
-    best = max((row for row in kept if row["order"] == "ab"), key=lambda row: row["margin"])
-    rows = sorted(questions[best["pair_id"], "ab"], key=lambda row: row["confidence_in_label"])
-    show_picture(figure, 3, common.load_image(root / best["image"]))
-    lines = [(f"S(c+) = {best['confidence_in_label']:.3f}", GREEN)]
-    lines += [line for line in checks(best["critique"]) if line[1] == RED or "Verdict" in line[0]]
-    lines += [(f"S(c-) = {rows[0]['confidence_in_label']:.3f}", RED)]
-    lines += [
-        line for line in checks(rows[0]["critique"]) if line[1] == RED or "Verdict" in line[0]
+
+def example_cards(run, root):
+    """Pairs of low, middle and high margin, of those with passing critiques: of order "ab" the
+    critique c+ with the largest S among the passing, and c- with the smallest S of all."""
+    samples = common.read_rows(run / "04_rejection" / "iter1" / "samples.jsonl", dict)
+    questions = four.critiques_by_question(samples)
+    pair_ids = dict.fromkeys(row["pair_id"] for row in samples)
+    margins, passing = four.margins_of_pairs(pair_ids, questions)
+    ranked = [key for key in sorted(margins, key=margins.get) if margins[key] > 0]
+    cards = []
+    for pair_id in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
+        best = max(passing[pair_id, "ab"], key=lambda row: row["confidence_in_label"])
+        worst = min(questions[pair_id, "ab"], key=lambda row: row["confidence_in_label"])
+        lines = [(f"margin of the pair {margins[pair_id]:.3f}", INK), *responses(best)]
+        for name, row, colour in (("c+", best, GREEN), ("c-", worst, RED)):
+            said = f"{name}, S = {row['confidence_in_label']:.3f}:"
+            lines += [("", INK), (said, colour), *checks(row["critique"])]
+        cards.append({"image": root / best["image"], "lines": lines})
+    return cards
+
+
+def pipeline(run, root):
+    """A training pair in 01 and 02, 03's loss, a pool pair in 04, a held-out one in 05."""
+    pairs = {pair["id"]: pair for pair in common.read_preferences(run, "train")}
+    critique = common.read_rows(run / "02_critiques" / "critiques.jsonl", dict)[0]
+    lines = [*responses(critique), ("", INK), *checks(critique["critique"])]
+    validation = common.read_json(run / "03_ift" / "meta.json")["validation"]
+    loss = [("L = L_SFT(critiques)", INK), ("    + lambda L_SFT(correct)", INK)]
+    loss += [(f"{name}: accuracy {x['accuracy']:.3f}", INK) for name, x in validation.items()]
+    judgements = common.read_rows(run / "05_evaluation" / "judgements.jsonl", dict)
+    last = five.last_judge(five.find_judges(run), "")["name"]
+    of_last = [row for row in judgements if row["condition"] == last][:2]
+    heldout = {row["id"]: row for row in common.read_rows(root / "heldout.jsonl", dict)}
+    pair = heldout[of_last[0]["id"]]
+    judged = [*responses(pair), ("", INK)]
+    for row in of_last:
+        colour = GREEN if row["verdict"] == row["label"] else RED
+        said = f"{row['order']}: {row['verdict']}, P(A) = {row['probability_a']:.3f}"
+        judged.append((said, colour))
+    cards = [
+        pair_card(pairs[critique["pair_id"]], root, title="01  what is really there"),
+        {"title": "02  critiques, checked", "lines": lines},
+        {"title": "03  fine-tuned on these", "lines": loss},
+        {"title": "04  margins of its own", **example_cards(run, root)[-1]},
+        {"title": "05  judged in both orders", "image": root / pair["image"], "lines": judged},
     ]
-    lines.append((f"margin of the pair: {best['margin']:.3f}", INK))
-    write_lines(axis, lines)
-
-    axis = panel(figure, 4, "05  judged in both orders")
-    judged = common.read_jsonl(run / "05_evaluation/judgements.jsonl")
-    heldout = {row["id"]: row for row in common.read_jsonl(root / "heldout.jsonl")}
-    last = five.last_judge(five.find_conditions(run))
-    rows = [row for row in judged if row["condition"] == last][:2]
-    pair = heldout[rows[0]["id"]]
-    show_picture(figure, 4, common.load_image(root / pair["image"]))
-    lines = [(f"+ {pair['chosen']}", GREEN), (f"- {pair['rejected']}", RED), ("", INK)]
-    for row in rows:
-        p = row["probability_a"]
-        is_right = row["verdict"] == row["label"]
-        answer = f"order {row['order']}: {row['verdict']}, P(A) = {p:.3f}"
-        lines.append((answer, GREEN if is_right else RED))
-    write_lines(axis, lines)
-    figure.savefig(path, dpi=110)
+    figure = draw_cards(cards)
+    log = common.read_rows(run / "03_ift" / "metrics.jsonl", dict)
+    inset = figure.add_axes((2 / 5 + 0.03, 0.3, 1 / 5 - 0.05, 0.4))
+    inset.plot([row["step"] for row in log], [row["loss_critique"] for row in log])
+    inset.set(xlabel="critiques' loss by step", yscale="log")
+    return figure
 
 
 def write_numbers(path, run):
@@ -147,34 +171,30 @@ def write_numbers(path, run):
     table = {}
     for judge, measures in metrics["table"].items():
         table[judge] = {name: measures[name] for name in ("accuracy", "interval", "checks")}
-    kept = common.read_jsonl(run / "04_rejection" / "iter1" / "kept.jsonl")
+    kept = common.read_rows(run / "04_rejection" / "iter1" / "kept.jsonl", dict)
     numbers = {"table": table, "differences": metrics["differences"]}
     numbers["counts of 02"] = common.read_json(run / "02_critiques" / "meta.json")["counts"]
-    numbers["largest margin"] = max(row["margin"] for row in kept)
-    common.write_json(path, numbers)
+    common.write_json(path, {**numbers, "largest margin": max(row["margin"] for row in kept)})
 
 
-def main(args):
-    run, out = args.run, args.out
-    write_numbers(out / "demo.json", run)
-    root = run / "world"
-    rows = common.read_jsonl(run / "01_preferences" / "preferences.jsonl")
-    one.draw_contact_sheet(out / "contact_sheet.png", rows[:4], root)
-    draw_pipeline(out / "pipeline.png", run, root)
-    for name, folder in (
-        ("critiques.png", run / "03_ift"),
-        ("margins.png", run / "04_rejection/iter1"),
-        ("examples.png", run / "04_rejection/iter1"),
-        ("contact_sheet.png", out),
-        ("pipeline.png", out),
-    ):
-        with Image.open(folder / name) as picture:  # few colours: small files
-            small = picture.convert("RGB").quantize(64, Image.Quantize.FASTOCTREE, dither=0)
-        small.save(out / name, optimize=True)
-
-
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, default=ROOT / "runs/demo", help="the demo's run")
     parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder")
-    main(parser.parse_args())
+    run, out = vars(parser.parse_args()).values()
+    write_numbers(out / "demo.json", run)
+    root, path = run / "world", run / "01_preferences" / "preferences.jsonl"
+    cards = [pair_card(pair, root) for pair in common.read_rows(path, common.Pair)[:4]]
+    draw_cards(cards).savefig(out / "contact_sheet.png", dpi=90)
+    before_and_after(run, root).savefig(out / "critiques.png", dpi=90)
+    draw_cards(example_cards(run, root)).savefig(out / "examples.png", dpi=90)
+    pipeline(run, root).savefig(out / "pipeline.png", dpi=90)
+    shutil.copy(run / "04_rejection" / "iter1" / "margins.png", out)
+    for name in ("contact_sheet", "critiques", "examples", "pipeline", "margins"):
+        path = out / f"{name}.png"
+        small = Image.open(path).convert("RGB").quantize(64, Image.Quantize.FASTOCTREE, dither=0)
+        small.save(path, optimize=True)  # few colours: small files
+
+
+if __name__ == "__main__":
+    main()

@@ -4,9 +4,9 @@
     python tests/study.py --table                  # all tables, from assets/results.jsonl alone
 
 A study is a list of named settings, a setting a list of ordinary command lines on the world of one
-seed. Settings share what they can: a world, its stages 01 to 03 and the samples of the first pool
-are made once (the study "start"). What is finished is not repeated, so an interrupted study goes on
-where it stopped. Each (study, setting, seed) becomes one line of assets/results.jsonl:
+seed. What settings share is made once: a world, its stages 01 to 03 and the critiques of the first
+pool (the study "start"). What is finished is not repeated. Give two cores two --seeds. Each (study,
+setting, seed) becomes one line of assets/results.jsonl:
 
     {"study", "setting", "seed", "processor", "n": held-out pairs, "accuracies": {condition: share},
      "bootstrap": {condition: the same in 100 resamples of the images, in 1e-4}, "counts",
@@ -17,6 +17,7 @@ The judgements themselves lie in --out.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,10 +27,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from argparse import Namespace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -42,17 +41,11 @@ import study_report
 
 sys.path.insert(0, str(demo.ROOT))
 import common  # noqa: E402
-from common import read_json, read_jsonl, row_seed, write_json, write_jsonl  # noqa: E402
+from common import read_json, row_seed, write_json, write_jsonl  # noqa: E402
 
-SCRIPTS = {
-    "01": "01_build_preferences",
-    "02": "02_generate_critiques",
-    "03": "03_train_ift",
-    "04": "04_rejection_sampling",
-    "05": "05_evaluate",
-}
+SCRIPTS = {path.name[:2]: path.stem for path in sorted(demo.ROOT.glob("0?_*.py"))}
 FOLDERS = {"01": "01_preferences", "02": "02_critiques", "03": "03_ift", "04": "04_rejection"}
-one, two, ift, four, five = (import_module(script) for script in SCRIPTS.values())
+one, two, three, four, five = (import_module(script) for script in SCRIPTS.values())
 
 N_IMAGES = 3600  # enough pairs for four pools of 600
 N_HELDOUT = 1000  # pairs
@@ -70,32 +63,31 @@ class Refused(Failed):
     """The builder's word that a seed gives no judge that stage 03 can train: a result, recorded."""
 
 
+def read_jsonl(path):
+    return common.read_rows(path, dict)
+
+
 # ---- Rules that only a study needs ---------------------------------------------------------------
-def margin_to_median(confidences, right):
+def margin_to_median(confidences, passes):
     """As 04's margin, but c- is the median critique, not the worst of all. It is 0 or less where
     half of the critiques are as sure, so fewer pairs may be kept."""
-    passing = [s for s, ok in zip(confidences, right, strict=True) if ok]
+    passing = [s for s, ok in zip(confidences, passes, strict=True) if ok]
     return max(passing) - median(confidences) if passing else 0.0
 
 
-def passes_sometimes(confidences, right):
+def passes_sometimes(confidences, passes):
     """1 where some critiques pass and others do not, else 0."""
-    return float(0 < sum(right) < len(right))
+    return float(0 < sum(passes) < len(passes))
 
 
-def pairs_that_pass_sometimes(margins, eligible, threshold, retention, seed):
+def choose_sometimes(margins, passing, select, threshold, retention, *lots, rule=four.choose):
     """As many pairs as the margin would keep, at random among those with a pass rate in (0, 1)."""
-    candidates = [key for key in eligible if margins[key] > 0]
-    return four.select_random(candidates, round(retention * len(margins)), seed)
+    some = {key: margin for key, margin in margins.items() if margin > 0}
+    part = min(1.0, retention * len(margins) / max(1, len(some)))
+    return rule(some, passing, "random", None, part, *lots)
 
 
-STUDY_RULES = {
-    "median": (margin_to_median, four.pairs_by_margin, four.best_critique),
-    "sometimes": (passes_sometimes, pairs_that_pass_sometimes, four.any_critique),
-}
-
-
-def by_verdict_alone(critique, complete, question, evidence, vocabulary, style):
+def by_verdict_alone(critique, complete, question, status, vocabulary, style):
     """In place of 02's reason_to_drop: the weak filter."""
     verdict = common.parse_verdict(critique)
     if not complete or verdict is None:
@@ -103,35 +95,45 @@ def by_verdict_alone(critique, complete, question, evidence, vocabulary, style):
     return None if verdict == question["label"] else "wrong verdict"
 
 
-# ---- Child processes: a command line, or a function that needs a model ---------------------------
-def run_script(script, argv, log, filter_by):
-    """One command line, in a process of its own; filter_by: "all" of 02's filters, or "verdict"."""
-    redirect_output(log)
-    four.RULES.update(STUDY_RULES)
-    if filter_by == "verdict":
-        two.reason_to_drop = by_verdict_alone
+# {name: functions of the stages that it replaces}, and 04's rule that then runs under another name
+PATCHES = {
+    "median": {(four, "margin"): margin_to_median},
+    "sometimes": {(four, "margin"): passes_sometimes, (four, "choose"): choose_sometimes},
+    "verdict": {(two, "reason_to_drop"): by_verdict_alone},
+}
+RULE_OF = {"median": "margin", "sometimes": "random"}
+
+
+# ---- Child processes: what a stage patches or loads ends with it ---------------------------------
+def run_stage(script, argv, patch):
+    """One command line; patch: a name in PATCHES, or None."""
+    for (module, name), function in PATCHES.get(patch, {}).items():
+        setattr(module, name, function)
     stage = import_module(script)
     common.run(stage.main, stage.parse_args(argv))
 
 
-def run_function(function, arguments, path, log):
-    """Writes what the function returns to path."""
-    redirect_output(log)
-    write_json(path, {"returned": function(*arguments)})
-
-
-def redirect_output(log):
+def in_child(function, arguments, path, log):
+    """Writes what the function returns to path, and what it prints to the end of log."""
     import torch
 
     torch.set_num_threads(1)  # matrices as small as these gain nothing from a second one
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    write_json(path, {"returned": function(*arguments)})
 
 
-# ---- A world and its runs ------------------------------------------------------------------------
-def beside(run, ending):
-    return run.parent / f"{run.name}.{ending}"
+def call(run, function, *arguments):
+    """What the function returns, in a process of its own; its words go to a log beside the run."""
+    path, log = run.with_name(f"{run.name}.json"), run.with_name(f"{run.name}.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    process = FORKS.Process(target=in_child, args=(function, arguments, path, log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise Failed(f"{log}: {last_line(log)}")
+    return read_json(path)["returned"]
 
 
 def last_line(log):
@@ -139,6 +141,7 @@ def last_line(log):
     return lines[-1] if lines else "no word"
 
 
+# ---- A world and its runs ------------------------------------------------------------------------
 class Lab:
     """The commands on the world of one seed."""
 
@@ -148,124 +151,89 @@ class Lab:
         self.pictures = self.world / "pictures"
         self.folder = out / f"seed{seed}"
         self.base = self.folder / "base"
-        self.locks = {name: threading.Lock() for name in ("world", "base", "weak", "wide")}
 
-    def command(self, number, run, *flags, expert=None, filter_by="all"):
+    def command(self, number, run, *flags, expert=None, patch=None):
         """Stage `number` in the run; flags are added to the demo's."""
-        control = ()
-        if "--select" in flags:  # demo's line of a control names the same script
-            control = ("random",)
-        lines = demo.commands(self.world, self.pictures, run, self.seed, control, expert)
+        lines = demo.commands(self.world, self.pictures, run, self.seed, (), expert)
         line = [*lines[number], *flags]
-        if "--detections" in flags:  # instead of an expert
-            place = line.index("--expert")
-            del line[place : place + 2]
         if self.device:
             line += ["--device", self.device]
         print(f"$ python {shlex.join(line)}", flush=True)
-        script, log = SCRIPTS[number], beside(run, "log")
-        self.finish(run_script, (script, line[1:], log, filter_by), log)
-
-    def call(self, function, *arguments):
-        """What the function returns, in a process of its own."""
-        name = f"{function.__name__}-{threading.get_ident()}"
-        path, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
-        self.finish(run_function, (function, arguments, path, log), log)
-        return read_json(path)["returned"]
-
-    def finish(self, target, arguments, log):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        process = FORKS.Process(target=target, args=arguments)
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise Failed(f"{log}: {last_line(log)}")
+        call(run, run_stage, SCRIPTS[number], line[1:], patch)
 
     def build(self):
         """The world; its pictures come last, so where they are it is complete."""
-        with self.locks["world"]:
-            if (self.pictures / "truth.jsonl").exists():
-                return
-            shipped = read_json(demo.WORLD / "world.json")["seed"]
-            if self.seed == shipped and not self.world.exists():  # the same build, to the bit
-                half = self.world.with_name(f"{self.world.name}.half")
-                shutil.rmtree(half, ignore_errors=True)
-                shutil.copytree(demo.WORLD, half)
-                half.rename(self.world)
-            if not (self.world / "world.json").exists():
-                line = ["tests/build_world.py", "--out", str(self.world), "--seed", str(self.seed)]
-                log = self.world.with_suffix(".log")
-                log.parent.mkdir(parents=True, exist_ok=True)
-                if demo.start(line, log).wait():
-                    last = last_line(log)
-                    is_refused = last.startswith("error: no judge that stage 03 can train")
-                    raise Refused(last) if is_refused else Failed(f"{log}: {last}")
-            scenes.write_pictures(self.pictures, self.seed, N_IMAGES, N_HELDOUT)
-
-    def make(self, name, *steps, source=None):
-        """The run `name`, by (stage, *flags), of which 04 is the last, on copies of the source's
-        earlier stages. The flags are added to the demo's."""
-        run = self.folder / name
-        with self.locks[name]:
-            if not (run / "04_rejection" / "meta.json").exists():
-                if source:
-                    self.copy_stages(source, run, *("01", "02", "03")[: int(steps[0][0]) - 1])
-                for number, *flags in steps:
-                    self.command(number, run, *flags)
-        return run
+        if (self.pictures / "truth.jsonl").exists():
+            return
+        if self.seed == read_json(demo.WORLD / "world.json")["seed"]:  # the same build, to the bit
+            give(demo.WORLD, self.world, "model", "expert.pt", "world.json")
+        elif not (self.world / "world.json").exists():
+            line = ["tests/build_world.py", "--out", str(self.world), "--seed", str(self.seed)]
+            log = self.world.with_suffix(".log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            if demo.start(line, log).wait():
+                last = last_line(log)
+                is_refused = last.startswith("error: no judge that stage 03 can train")
+                raise Refused(last) if is_refused else Failed(f"{log}: {last}")
+        scenes.write_pictures(self.pictures, self.seed, N_IMAGES, N_HELDOUT)
 
     def make_base(self):
-        """Stages 01 to 03 and one iteration of 04 -> the run."""
+        """Stages 01 to 03, one iteration of 04, and 05: what the settings start from."""
         self.build()
-        iteration = ("04", "--iterations", "1")
-        return self.make("base", ("01",), ("02",), ("03",), iteration)
+        if not (self.base / "05_evaluation" / "meta.json").exists():
+            for number in ("01", "02", "03"):
+                self.command(number, self.base)
+            self.command("04", self.base, "--iterations", "1")
+            self.command("05", self.base, "--withhold")
 
-    def make_weak(self):
-        """The same with a third of stage 03's steps -> the run."""
-        iteration = ("04", "--iterations", "1")
-        return self.make("weak", ("03", "--steps", "50"), iteration, source=self.make_base())
-
-    def make_wide(self):
-        """16 samples of each question of the first pool -> the run."""
-        iteration = ("04", "--iterations", "1", "--samples", "16")
-        return self.make("wide", iteration, source=self.make_base())
-
-    def copy_stages(self, source, run, *numbers):
-        """Copies of complete stages: a setting never changes those of another."""
-        for number in numbers:
-            name = FOLDERS[number]
-            if not (run / name).exists():
-                half = run / f"{name}.half"
-                shutil.rmtree(half, ignore_errors=True)
-                shutil.copytree(source / name, half)
-                half.rename(run / name)
-
-    def judge(self, run, source=None, conditions=(), flags=("--withhold",)):
-        """{condition: judgement rows} of the run's judges, and 05's metrics. The rows of
-        `conditions` are taken over from source, where the same judges have been judged."""
-        folder = run / "05_evaluation"
-        if source and not folder.exists():
-            rows = read_jsonl(source / "05_evaluation" / "judgements.jsonl")
-            folder.mkdir()
-            shared = [row for row in rows if row["condition"] in conditions]
-            write_jsonl(folder / "judgements.jsonl", shared)
-        if not (folder / "meta.json").exists():
-            self.command("05", run, *flags)
+    def judge(self, run, *flags):
+        """{condition: judgement rows} of the run's judges, and 05's metrics. What the base run has
+        answered, where the same judges have been judged, is handed on."""
+        if run != self.base:
+            give(self.base, run, "05_evaluation/answers.jsonl")
+        self.command("05", run, *(flags or ["--withhold"]))
         judged = {}
-        for row in read_jsonl(folder / "judgements.jsonl"):
+        for row in read_jsonl(run / "05_evaluation" / "judgements.jsonl"):
             judged.setdefault(row["condition"], []).append(row)
-        return judged, read_json(folder / "metrics.json")
-
-    def judge_base(self):
-        self.make_base()
-        with self.locks["base"]:
-            return self.judge(self.base)
+        return judged, read_json(run / "05_evaluation" / "metrics.json")
 
     def truth(self):
-        return five.read_truth(self.pictures / "truth.jsonl")
+        """{image: sorted names of its objects}."""
+        truth = {}
+        for row in read_jsonl(self.pictures / "truth.jsonl"):
+            truth[row["image"]] = sorted({thing["object"] for thing in row["objects"]})
+        return truth
 
 
-# ---- Runs that a study writes --------------------------------------------------------------------
+# ---- Runs that a study writes: a setting never changes those of another --------------------------
+def give(source, run, *names):
+    """Copies of the source's files or folders, where the run has none."""
+    for name in names:
+        if not (run / name).exists():
+            half = run / f"{name}.half"
+            half.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(half, ignore_errors=True)
+            copy = shutil.copytree if (source / name).is_dir() else shutil.copy
+            copy(source / name, half)
+            half.rename(run / name)
+
+
+def copy_stages(source, run, *numbers):
+    give(source, run, *(FOLDERS[number] for number in numbers))
+
+
+def share_samples(source, run, rule):
+    """Hands the first iteration of a rule the critiques that margins have sampled of the same pool;
+    pairs that the study has altered are other questions, and are asked anew."""
+    give(source / "04_rejection", folder_of(run, rule), "iter1/answers.jsonl")
+
+
+def folder_of(run, rule):
+    """Of 04's rule."""
+    rule = RULE_OF.get(rule, rule)
+    return run / ("04_rejection" if rule == "margin" else f"04_rejection_{rule}")
+
+
 def is_flipped(seed, pair_id):
     return random.Random(row_seed(seed, "flip", pair_id)).random() < FLIPPED
 
@@ -278,25 +246,12 @@ def swap_label(row):
     return {**row, **texts, "evidence": evidence}
 
 
-def change_pairs(source, run, change, *stages):
+def change_pairs(source, run, change):
     """Writes the source's pairs, by change(row) -> row or None to leave it out, into a run of
-    copies; stages: those that then hold files which the study has changed, or read them."""
+    copies."""
     name = Path("01_preferences") / "preferences.jsonl"
     rows = [change(row) for row in read_jsonl(source / name)]
     write_jsonl(run / name, [row for row in rows if row])
-    stamp_anew(run, *stages)
-
-
-def stamp_anew(run, *stages):
-    """The meta.json of stages whose files the study has written: what lies there is meant."""
-    for stage in stages:
-        path = run / stage / "meta.json"
-        meta = read_json(path)
-        for kind in ("inputs", "outputs"):
-            for name in meta[kind]:
-                if (run / name).exists() and not Path(name).is_absolute():
-                    meta[kind][name] = common.digest(run / name)
-        write_json(path, meta)
 
 
 def alter_pool(source, run, seed, findings, flipped):
@@ -309,38 +264,7 @@ def alter_pool(source, run, seed, findings, flipped):
             row = swap_label(row)
         return row if findings else {**row, "evidence": []}
 
-    change_pairs(source, run, change, "01_preferences", "02_critiques", "03_ift")
-
-
-def share_samples(source, run, rule, n=8, size=600):
-    """Hands the first iteration the samples of the same pool by the same judge, as the run's own
-    pairs, which a study may have altered, would have them: labels and filters are made anew."""
-    here = run / ("04_rejection" if rule == "margin" else f"04_rejection_{rule}") / "iter1"
-    if here.exists():
-        return
-    pool = {pair["id"]: pair for pair in common.read_preferences(run, "pool")[:size]}
-    was = {pair["id"]: pair for pair in common.read_preferences(source, "pool")}
-    vocabulary = one.read_vocabulary(run / "01_preferences" / "vocabulary.json")
-    rows = []
-    for row in read_jsonl(source / "04_rejection" / "iter1" / "samples.jsonl"):
-        if row["pair_id"] in pool and int(row["id"].rsplit("-", 1)[1]) < n:
-            rows.append(relabelled(row, pool[row["pair_id"]], was[row["pair_id"]], vocabulary))
-    here.mkdir(parents=True)
-    write_jsonl(here / "samples.jsonl", rows)
-
-
-def relabelled(row, pair, was, vocabulary):
-    """A sampled critique as one of the pair, which may have another label and other evidence."""
-    if pair["chosen"] != was["chosen"]:
-        order = "ba" if row["order"] == "ab" else "ab"  # the responses stay where they were
-        name = row["id"].removeprefix(f"{row['pair_id']}-{row['order']}")
-        row = {**row, "id": f"{row['pair_id']}-{order}{name}", "order": order}
-        row["label"] = "B" if row["label"] == "A" else "A"
-    complete = row["dropped"] != "malformed: unfinished, or no verdict line"
-    reason = two.reason_to_drop(
-        row["critique"], complete, row, pair["evidence"], vocabulary, row["style"]
-    )
-    return {**row, "dropped": reason}
+    change_pairs(source, run, change)
 
 
 # ---- What is measured besides the judges ---------------------------------------------------------
@@ -356,9 +280,8 @@ def false_facts(rows, truth):
 
 def selection_counts(run, rule, truth, flipped_by=None):
     """What the first iteration kept: pairs, their margins, false facts and flipped labels."""
-    name = "04_rejection" if rule == "margin" else f"04_rejection_{rule}"
-    kept = read_jsonl(run / name / "iter1" / "kept.jsonl")
-    samples = read_jsonl(run / name / "iter1" / "samples.jsonl")
+    folder = folder_of(run, rule) / "iter1"
+    kept, samples = read_jsonl(folder / "kept.jsonl"), read_jsonl(folder / "samples.jsonl")
     passing = [row for row in samples if row["dropped"] is None]
     counts = {"pairs kept": len({row["pair_id"] for row in kept})}
     counts["margin of the kept"] = mean(row["margin"] for row in kept)
@@ -390,21 +313,20 @@ def captions(model_path, checkpoint, pictures, truth, device, n=300):
     return shares
 
 
-def caption_counts(lab, run):
-    checkpoint = common.find_checkpoint(run / "03_ift")
-    truth = {name: sorted(objects) for name, objects in lab.truth().items()}
-    arguments = (lab.world / "model", checkpoint, lab.pictures, truth, lab.device)
-    return lab.call(captions, *arguments)
+def caption_counts(lab, run=None):
+    """Of the base model without a run."""
+    checkpoint = run and three.find_checkpoint(run / "03_ift")
+    arguments = (lab.world / "model", checkpoint, lab.pictures, lab.truth(), lab.device)
+    return call(lab.folder / "captions", captions, *arguments)
 
 
-def expert_judgements(expert, pictures, heldout, folder):
+def expert_judgements(expert, pictures, heldout, run):
     """The detector as judge: of each response its least sure object; the surer response wins, and
     equal ones count half. Rows as 05 writes them."""
-    detector = one.load_expert(str(expert), one.FLOOR, common.pick_device("cpu"), None, None, None)
+    args = Namespace(expert=str(expert), run=str(run), device="cpu")
+    detector = one.Expert(args, run / "expert_detections.jsonl", str(pictures), None)
     vocabulary = one.build_vocabulary(detector.classes, one.SYNONYMS)
-    questions = {pair["image"]: [] for pair in heldout}  # a detector is asked nothing
-    path = folder / "expert_detections.jsonl"
-    findings = one.find_objects(questions, detector, str(pictures), path)
+    findings = detector.find({pair["image"]: [] for pair in heldout})  # it looks for all it knows
     rows = []
     for pair in heldout:
         best = {}
@@ -422,24 +344,40 @@ def expert_judgements(expert, pictures, heldout, folder):
     return rows
 
 
+def expert_against_truth(rows, truth):
+    """Shares of stage 01's findings, of its pairs and of its labels that the truth contradicts.
+
+    rows: preferences with evidence, truth: {image: names of its objects}."""
+    findings_wrong, pairs_wrong, labels_wrong = [], [], []
+    for row in rows:
+        objects = truth[row["image"]]
+        sure = [finding for finding in row["evidence"] if finding["status"] != "unsure"]
+        wrong = [(f["status"] == "present") != (f["object"] in objects) for f in sure]
+        findings_wrong += wrong
+        pairs_wrong.append(any(wrong))
+        # A label is right where the rejected response alone names what is not there.
+        inventors = {f["claimed_by"] for f in row["evidence"] if f["object"] not in objects}
+        labels_wrong.append(inventors != {"rejected"})
+    measures = {"findings_contradicted": findings_wrong, "pairs_contradicted": pairs_wrong}
+    measures["labels_wrong"] = labels_wrong
+    return {name: float(np.mean(values)) for name, values in measures.items()}
+
+
 def expert_counts(lab, run):
     """How often the expert is wrong, by the pairs whose findings the run holds."""
     rows = read_jsonl(run / "01_preferences" / "preferences.jsonl")
-    measures = five.expert_against_truth([row for row in rows if row["evidence"]], lab.truth())
+    measures = expert_against_truth([row for row in rows if row["evidence"]], lab.truth())
     return {f"expert: {name}": value for name, value in measures.items()}
 
 
 # ---- The settings: each (lab, run) -> ({condition: judgement rows}, counts) ----------------------
-STARTS = ("base", "after 03")  # judges that settings share
-
-
 def start(lab, run):
     """The run that the others start from."""
-    judged, metrics = lab.judge_base()
+    judged, metrics = lab.judge(lab.base)
     counts = expert_counts(lab, lab.base)
-    for judge in STARTS:
+    for judge in ("base", "after 03"):
         counts[f"{judge}: checks right"] = metrics["table"][judge]["checks"]["balanced"]
-        counts[f"{judge}: verdict follows"] = ift.share_following(judged[judge])[0]
+        counts[f"{judge}: verdict follows"] = three.verdict_follows(judged[judge])[0]
     counts |= read_json(lab.base / "01_preferences" / "meta.json")["counts"]
     counts |= selection_counts(lab.base, "margin", lab.truth())
     return judged, counts
@@ -447,43 +385,38 @@ def start(lab, run):
 
 def headline(lab, run):
     """Margins against every control, four iterations."""
-    lab.judge_base()
-    lab.copy_stages(lab.base, run, "01", "02", "03", "04")
+    copy_stages(lab.base, run, "01", "02", "03", "04")
     lab.command("04", run, "--iterations", "4")
-    for rule, iterations in (("random", 4), ("best", 2), ("continue", 4)):
-        if rule != "continue":
-            share_samples(lab.base, run, rule)
-        lab.command("04", run, "--iterations", str(iterations), "--select", rule)
-    judged, metrics = lab.judge(run, lab.base, (*STARTS, "margin, iteration 1"), ())
+    for rule, iterations in (("random", "4"), ("best", "2"), ("continue", "4")):
+        share_samples(lab.base, run, rule)
+        lab.command("04", run, "--iterations", iterations, "--select", rule)
+    judged, _ = lab.judge(run, "--withhold", "blank", "other")
     heldout = read_jsonl(lab.pictures / "heldout.jsonl")
     detect = (lab.world / "expert.pt", lab.pictures, heldout, run)
-    judged["expert"] = lab.call(expert_judgements, *detect)
+    judged["expert"] = call(run, expert_judgements, *detect)
     image_of = {pair["id"]: pair["image"] for pair in heldout}
     shorter = five.heuristic_rows(heldout)
     judged["shorter response"] = [{**row, "image": image_of[row["id"]]} for row in shorter]
-    counts = {}
+    counts, made = {}, read_json(run / "04_rejection" / "meta.json")["counts"]
     for t in range(1, 5):
-        done = read_json(run / "04_rejection" / f"iter{t}" / "done.json")["counts"]
-        counts[f"kept of the pool, iteration {t}"] = done["pairs kept"] / done["pairs in the pool"]
-        zero = done["pairs with margin 0"] / done["pairs in the pool"]
-        counts[f"margin 0, iteration {t}"] = zero
+        size = made[f"iteration {t}, pairs in the pool"]
+        counts[f"kept of the pool, iteration {t}"] = made[f"iteration {t}, pairs kept"] / size
+        counts[f"margin 0, iteration {t}"] = made[f"iteration {t}, pairs with margin 0"] / size
     return judged, counts
 
 
 def small_pools(lab, run):
     """Margins with pools of half the size."""
-    lab.judge_base()
-    lab.copy_stages(lab.base, run, "01", "02", "03")
-    share_samples(lab.base, run, "margin", size=300)
+    copy_stages(lab.base, run, "01", "02", "03")
+    share_samples(lab.base, run, "margin")
     lab.command("04", run, "--iterations", "4", "--pool", "300")
-    judged, _ = lab.judge(run, lab.base, STARTS)
+    judged, _ = lab.judge(run)
     return judged, {}
 
 
 def shuffled_labels(lab, run):
     """Trained on labels drawn by lot, without findings: must fall to chance."""
-    lab.judge_base()
-    lab.copy_stages(lab.base, run, "01")
+    copy_stages(lab.base, run, "01")
 
     def change(row):
         if row["split"] != "train":
@@ -492,53 +425,46 @@ def shuffled_labels(lab, run):
             row = swap_label(row)
         return {**row, "evidence": []}
 
-    change_pairs(lab.base, run, change, "01_preferences")
+    change_pairs(lab.base, run, change)
     lab.command("02", run)
     lab.command("03", run)
-    judged, _ = lab.judge(run, lab.base, ("base",))
+    judged, _ = lab.judge(run)
     return judged, {}
 
 
-def select(lab, run, rule="margin", flags=(), findings=True, flipped=False, start="base", n=8):
-    """One iteration of 04 by a rule."""
-    source = {"base": lab.make_base, "weak": lab.make_weak, "wide": lab.make_wide}[start]()
-    if start != "weak":
-        lab.judge_base()
-    lab.copy_stages(source, run, "01", "02", "03")
-    if flipped or not findings:
-        alter_pool(source, run, lab.seed, findings, flipped)
-    share_samples(source, run, rule, n)
-    lab.command("04", run, "--iterations", "1", "--select", rule, "--samples", str(n), *flags)
-    if start == "weak":
-        judged, _ = lab.judge(run, lab.base, ("base",))
+def select(lab, run, rule="margin", flags=(), findings=True, flipped=False, weak=False):
+    """One iteration of 04 by a rule; weak: after a third of stage 03's steps."""
+    copy_stages(lab.base, run, "01", "02")
+    if weak:
+        lab.command("03", run, "--steps", "50")
     else:
-        judged, _ = lab.judge(run, lab.base, STARTS)
+        copy_stages(lab.base, run, "03")
+        share_samples(lab.base, run, rule)
+    if flipped or not findings:
+        alter_pool(lab.base, run, lab.seed, findings, flipped)
+    ran_as = RULE_OF.get(rule, rule)
+    lab.command("04", run, "--iterations", "1", "--select", ran_as, *flags, patch=rule)
+    judged, _ = lab.judge(run)
+    judged[f"{rule}, iteration 1"] = judged.pop(f"{ran_as}, iteration 1")
     return judged, selection_counts(run, rule, lab.truth(), lab.seed if flipped else None)
 
 
 def with_expert(lab, run, flags=(), expert=None, quality=None, findings=True):
     """Stages 01 to 03 with other findings; quality: of an expert made from the truth, as
     simulated_detections takes it; findings: does the judge learn from more than their labels?"""
-    lab.judge_base()
     if quality:
-        path = beside(run, "detections.jsonl")
+        path = run.with_name(f"{run.name}.detections.jsonl")
         write_jsonl(path, simulated_detections(lab, *quality))
         flags = (*flags, "--detections", str(path))
     if expert or quality:  # neither says what there is to see
         flags = (*flags, "--vocabulary", str(lab.base / "01_preferences" / "vocabulary.json"))
-    if not (run / "01_preferences").exists():
-        (run / "01_preferences").mkdir(parents=True)
-        names = (
-            ["candidates.jsonl"] if expert or quality else ["candidates.jsonl", "detections.jsonl"]
-        )
-        for name in names:
-            shutil.copy(lab.base / "01_preferences" / name, run / "01_preferences")
+    give(lab.base, run, "01_preferences/answers.jsonl", "01_preferences/detections.jsonl")
     lab.command("01", run, *flags, expert=expert)
     if not findings:
-        change_pairs(run, run, without_findings, "01_preferences")
+        change_pairs(run, run, without_findings)
     lab.command("02", run)
     lab.command("03", run)
-    judged, _ = lab.judge(run, lab.base, ("base",))
+    judged, _ = lab.judge(run)
     return judged, expert_counts(lab, run)
 
 
@@ -569,7 +495,7 @@ def simulated_detections(lab, precision, recall, confused=0):
         while len(wrong) < n_wrong:
             wrong.add(scenes.pick_absent(rng, rng.choice(present), present)[0])
         found += [{"object": kind, "confidence": 0.9, "box": None} for kind in sorted(wrong)]
-        rows.append({"id": row["image"], "detections": found})
+        rows.append({"image": row["image"], "detections": found})
     return rows
 
 
@@ -581,25 +507,18 @@ def other_colour(kind):
 
 def untrained(lab, run):
     """The captions of the base model."""
-    judged, _ = lab.judge_base()
-    truth = {name: sorted(objects) for name, objects in lab.truth().items()}
-    counts = lab.call(captions, lab.world / "model", None, lab.pictures, truth, lab.device)
-    return {"base": judged["base"]}, counts
+    return {"base": lab.judge(lab.base)[0]["base"]}, caption_counts(lab)
 
 
 def trained(lab, run, style=None, flags=()):
     """Stage 03 with other flags, on the critiques of another style if one is named."""
-    lab.judge_base()
-    lab.copy_stages(lab.base, run, "01")
+    copy_stages(lab.base, run, "01")
     if style:
         lab.command("02", run, "--style", style)
     else:
-        lab.copy_stages(lab.base, run, "02")
+        copy_stages(lab.base, run, "02")
     lab.command("03", run, *flags)
-    if style:  # it also asks the base model for another kind of answer
-        judged, metrics = lab.judge(run)
-    else:
-        judged, metrics = lab.judge(run, lab.base, ("base",))
+    judged, metrics = lab.judge(run)
     measures = metrics["table"]["after 03"]
     counts = {name: measures[name] for name in ("ece", "bradley_terry_loss", "unparseable")}
     counts |= caption_counts(lab, run)
@@ -614,36 +533,29 @@ def trained(lab, run, style=None, flags=()):
 def trained_with_bradley_terry(lab, run):
     """Stages 03 and 04 with --bt-weight 1: two iterations of margins, and of random pairs."""
     flags = ("--bt-weight", "1")
-    lab.judge_base()
-    lab.copy_stages(lab.base, run, "01", "02")
+    copy_stages(lab.base, run, "01", "02")
     lab.command("03", run, *flags)
-    for rule in ("margin", "random"):
-        if rule != "margin":
-            share_samples(run, run, rule)
-        lab.command("04", run, "--iterations", "2", "--select", rule, *flags)
-    judged, _ = lab.judge(run, lab.base, ("base",))
+    lab.command("04", run, "--iterations", "2", *flags)
+    share_samples(run, run, "random")
+    lab.command("04", run, "--iterations", "2", "--select", "random", *flags)
+    judged, _ = lab.judge(run)
     return judged, selection_counts(run, "margin", lab.truth())
 
 
 def without(lab, run, component):
     """The method with one component off: 01 to 03 and one iteration of 04."""
-    lab.judge_base()
     lam = ("--lam", "0") if component == "D_correct" else ()
-    filter_by = "verdict" if component == "checks" else "all"
+    patch = "verdict" if component == "checks" else None
     if component == "expert":
-        if not (run / "01_preferences").exists():
-            (run / "01_preferences").mkdir(parents=True)
-            shutil.copy(lab.base / "01_preferences" / "candidates.jsonl", run / "01_preferences")
+        give(lab.base, run, "01_preferences/answers.jsonl")
         vocabulary = lab.base / "01_preferences" / "vocabulary.json"
         lab.command("01", run, "--vocabulary", str(vocabulary), expert="none")
     else:
-        lab.copy_stages(lab.base, run, "01")
-    if component == "D_correct":
-        lab.copy_stages(lab.base, run, "02")
-    lab.command("02", run, filter_by=filter_by)
+        copy_stages(lab.base, run, "01")
+    lab.command("02", run, patch=patch)
     lab.command("03", run, *lam)
-    lab.command("04", run, "--iterations", "1", *lam, filter_by=filter_by)
-    judged, _ = lab.judge(run, lab.base, ("base",))
+    lab.command("04", run, "--iterations", "1", *lam, patch=patch)
+    judged, _ = lab.judge(run)
     counts = expert_counts(lab, run) | selection_counts(run, "margin", lab.truth())
     return judged, counts | caption_counts(lab, run)
 
@@ -677,10 +589,9 @@ def write_strange_pictures(folder, seed):
 
 def transfer(lab, run):
     """Trained on pairs that name none of UNSEEN, judged on pictures of another kind."""
-    lab.judge_base()
     if not (lab.pictures / "strange.jsonl").exists():
         write_strange_pictures(lab.pictures, lab.seed)
-    lab.copy_stages(lab.base, run, "01")
+    copy_stages(lab.base, run, "01")
     n_left = {"validation": 100, "train": 400, "pool": 10**6}
 
     def change(row):
@@ -691,24 +602,16 @@ def transfer(lab, run):
         n_left[split] -= 1
         return {**row, "split": split}
 
-    change_pairs(lab.base, run, change, "01_preferences")
+    change_pairs(lab.base, run, change)
     size = len(common.read_preferences(run, "pool")) // 2
     lab.command("02", run)
     lab.command("03", run)
     lab.command("04", run, "--pool", str(min(size, 600)))
     lab.command("04", run, "--pool", str(min(size, 600)), "--select", "random")
-    kept = run / "judged.json"
-    if not kept.exists():
-        ordinary, _ = lab.judge(run, lab.base, ("base",))
-        write_json(kept, ordinary)
-    ordinary, emptied = read_json(kept), run / "emptied"
-    if not emptied.exists():
-        shutil.rmtree(run / "05_evaluation")
-        emptied.touch()
-    strange = ("--pairs", str(lab.pictures / "strange.jsonl"))
-    strange += ("--truth", str(lab.pictures / "truth.jsonl"), "--withhold", "blank")
+    ordinary, _ = lab.judge(run)
+    strange = ("--pairs", str(lab.pictures / "strange.jsonl"), "--withhold", "blank")
     strange += ("--max-new-tokens", "256")  # up to 13 checks, which an ordinary critique has not
-    judged, metrics = lab.judge(run, flags=strange)
+    judged, metrics = lab.judge(run, *strange)
     counts = {"pool": size}
     pairs = {pair["id"]: pair for pair in read_jsonl(lab.pictures / "strange.jsonl")}
     for name in ("base", "after 03", "margin, iteration 2"):
@@ -737,75 +640,67 @@ def strange_shares(rows, pairs):
 
 
 # ---- Best-of-N and votes -------------------------------------------------------------------------
-def best_of_n(model_path, checkpoints, pictures, truth, device, folder, n=16, n_images=200):
-    """{picker: {N: share of the picks that name only what is there}}, N = 1, 2, ..., n."""
+def quality(text, objects):
+    """(names nothing absent, share of the objects that it names)."""
+    said = set(text.rstrip(".").split(", "))
+    return not said - set(objects), len(said & set(objects)) / len(objects)
+
+
+def best_of_n(files, checkpoints, truth, folder, n=16, n_images=200):
+    """Counts of the picks among the first 1, 2, 4, ..., n captions of each picture by the judges
+    {name: checkpoint}, and by others: shares that name nothing absent, of objects named. files:
+    (model, pictures, device)."""
+    model, pictures, device = files
     names = sorted(name for name in truth if name.startswith("heldout/"))[:n_images]
-    rows = [{"id": name, "image": name, "prompt": scenes.PROMPT} for name in names]
-    load = partial(common.load_judge, str(model_path), device=device)
-    sampling = {"max_new_tokens": 32, "batch_size": 256, "seed": 0}
-    writer = common.RowWriter(folder / "candidates.jsonl")
-    candidates = five.write_candidates(rows, load, writer, n, str(pictures), sampling)
-    sizes = [2**k for k in range(n.bit_length())]
-    judging = {"image_root": str(pictures), "style": "critique"}
-    # two captions of 32 tokens hold up to 20 claims: their checks take more than the demo's 96
-    judging |= {"max_new_tokens": 256, "batch_size": 256, "seed": 0}
+    path, load = folder / "answers.jsonl", partial(common.Judge, folder, str(model), device=device)
+    asking = {"image_root": str(pictures), "batch_size": 256, "seed": 0}
+    rows = [{"id": x, "image": x, "prompt": scenes.PROMPT, "text": scenes.PROMPT} for x in names]
+    how = {"n": n, "temperature": 1.0, "max_new_tokens": 32}
+    texts, scored, questions = [], [], []
+    for row, answers in zip(rows, common.ask(path, load(), rows, "captions", **how, **asking)):
+        texts.append([answer["text"].strip() for answer in answers])
+        scored.append([quality(text, truth[row["id"]]) for text in texts[-1]])
+        questions += five.games(row, texts[-1])
 
-    def quality(name, text):
-        """(names nothing absent, share of what is there that it names)."""
-        said = set(text.rstrip(".").split(", "))
-        return not said - set(truth[name]), len(said & set(truth[name])) / len(truth[name])
+    def random_pick(k, size):
+        return 0
 
-    def shares(picks):
-        return {str(size): [quality(name, picks[name][k]) for name in names] for k, size in sizes_k}
+    def longest(k, size):
+        return max(range(size), key=lambda caption: len(texts[k][caption]))
 
-    sizes_k = list(enumerate(sizes))
-    first = {name: [candidates[name][0]] * len(sizes) for name in names}
-    longest = {name: [max(candidates[name][:s], key=len) for s in sizes] for name in names}
-    oracle = {}
-    for name in names:
-        of_name = candidates[name]
-        oracle[name] = [max(of_name[:s], key=lambda text: quality(name, text)) for s in sizes]
-    picked = {"random": shares(first), "longest": shares(longest), "oracle": shares(oracle)}
+    def oracle(k, size):
+        return max(range(size), key=lambda caption: scored[k][caption])
+
+    pickers = {"random": random_pick, "longest": longest, "oracle": oracle}
     means = {}
-    for picker, checkpoint in checkpoints.items():
-        model, processor = load(checkpoint)
-        path = folder / f"games_{picker.replace(' ', '_')}.jsonl"
-        games = common.RowWriter(path, key=("condition", "question"))
+    for judge, checkpoint in checkpoints.items():
+        # two captions of 32 tokens hold up to 20 claims: their checks take more than the demo's 96
+        how = {"style": "critique", "max_new_tokens": 256}
+        judged = three.judge_pairs(path, load(checkpoint), questions, judge, **how, **asking)
+        probability_a = np.reshape([row["probability_a"] for row in judged], (len(names), -1))
+        matrices = [five.preference_matrix(n, of_picture) for of_picture in probability_a]
+        undecided = [row["verdict"] is None for row in judged]
+        means[f"best of {n}, {judge}: judgements without a verdict"] = mean(undecided)
+        wins = list(itertools.chain(*map(true_wins, matrices, scored)))
+        means[f"best of {n}, {judge}: a true caption wins"] = mean(wins)
 
-        def judge(questions, model=model, processor=processor, writer=games, picker=picker):
-            return ift.judge(model, processor, questions, writer, picker, **judging)
+        def pick(k, size, matrices=matrices):
+            return np.argmax(five.win_rates(matrices[k], size))
 
-        picked[picker] = shares(five.best_of_n(rows, candidates, judge))
-        undecided = [row["verdict"] is None for row in games.rows]
-        means[f"best of {n}, {picker}: judgements without a verdict"] = mean(undecided)
-        is_true = {}
-        for name, texts in candidates.items():
-            is_true[name] = [quality(name, text)[0] for text in texts]
-        for round_, share in true_wins(games.rows, is_true).items():
-            means[f"best of {n}, {picker}: a true caption wins, round {round_}"] = share
-    for picker, by_size in picked.items():
-        for size, values in by_size.items():
-            true, recall = (float(np.mean(column)) for column in zip(*values))
+        pickers[judge] = pick
+    for picker, pick in pickers.items():
+        for size in [2**k for k in range(n.bit_length())]:
+            picks = [of_picture[pick(k, size)] for k, of_picture in enumerate(scored)]
+            true, recall = (float(np.mean(column)) for column in zip(*picks))
             means[f"best of {size}, {picker}: names nothing absent"] = true
             means[f"best of {size}, {picker}: share of objects named"] = recall
     return means
 
 
-def true_wins(judgements, is_true):
-    """{round of the knockout: of its games between a true caption and one that names something
-    absent, the share that the true one wins}. is_true: {picture: of each of its captions}."""
-    for_first = Counter()  # P(the first wins), summed over both orders
-    for row in judgements:
-        p = row["probability_a"]
-        for_first[row["id"]] += p if row["label"] == "A" else 1 - p
-    wins = {}
-    for game, p in for_first.items():  # "picture/3-5", as five.best_of_n names them
-        name, _, places = game.rpartition("/")
-        first, second = (int(place) for place in places.split("-"))
-        if is_true[name][first] != is_true[name][second]:
-            round_ = (first ^ second).bit_length()  # from the size of the subtree that holds both
-            wins.setdefault(round_, []).append((p >= 1) == is_true[name][first])
-    return {round_: mean(found) for round_, found in sorted(wins.items())}
+def true_wins(matrix, scores):
+    """Of each two captions of which one names something absent: does the other beat it?"""
+    is_true = np.array([true for true, _ in scores])
+    return (matrix > 0.5)[is_true][:, ~is_true].flatten().tolist()
 
 
 def vote(model_path, checkpoint, pictures, heldout, device, sizes=(1, 3, 5, 9)):
@@ -824,7 +719,7 @@ def vote(model_path, checkpoint, pictures, heldout, device, sizes=(1, 3, 5, 9)):
         rows = []
         for q, samples in zip(questions, answers):
             row = {name: q[name] for name in ("image", "order", "label")}
-            row |= {"id": q["pair_id"], "verdict": ift.decide(samples[:size])[0]}
+            row |= {"id": q["pair_id"], "verdict": three.decide(samples[:size])[0]}
             rows.append(row)
         judged[f"votes {size}"] = rows
     return judged
@@ -832,35 +727,29 @@ def vote(model_path, checkpoint, pictures, heldout, device, sizes=(1, 3, 5, 9)):
 
 def best(lab, run):
     """Best-of-N by the base judge, after 03 and after an iteration of margins; votes after 03."""
-    lab.judge_base()
     run.mkdir(parents=True, exist_ok=True)
-    trained_judge = common.find_checkpoint(lab.base / "03_ift")
-    checkpoints = {"base": None, "after 03": trained_judge}
-    checkpoints["margin 1"] = common.find_checkpoint(lab.base / "04_rejection" / "iter1")
-    truth = {name: sorted(objects) for name, objects in lab.truth().items()}
-    model = lab.world / "model"
-    counts = lab.call(best_of_n, model, checkpoints, lab.pictures, truth, lab.device, run)
+    after_03, model = three.find_checkpoint(lab.base / "03_ift"), lab.world / "model"
+    checkpoints = {"base": None, "after 03": after_03}
+    checkpoints["margin 1"] = three.find_checkpoint(lab.base / "04_rejection" / "iter1")
+    files = (model, lab.pictures, lab.device)
+    counts = call(run, best_of_n, files, checkpoints, lab.truth(), run)
     heldout = read_jsonl(lab.pictures / "heldout.jsonl")
-    return lab.call(vote, model, trained_judge, lab.pictures, heldout, lab.device), counts
+    return call(run, vote, model, after_03, lab.pictures, heldout, lab.device), counts
 
 
 # ---- The studies ---------------------------------------------------------------------------------
 def selections():
     """{setting: function} of study 2."""
     settings = {}
-    for start, rules, flips in (
-        ("base", ("margin", "random", "best", "median"), (False, True)),
-        ("weak", ("margin", "random"), (False,)),
+    for weak, rules, flips in (
+        (False, ("margin", "random", "best", "median"), (False, True)),
+        (True, ("margin", "random"), (False,)),
     ):
-        for findings in (True, False):
-            for flipped in flips:
-                for rule in rules:
-                    names = ["findings" if findings else "no findings"]
-                    names += ["flipped"] if flipped else []
-                    names += ["weak start"] if start == "weak" else []
-                    name = ", ".join([*names, rule])
-                    known = {"findings": findings, "flipped": flipped, "start": start}
-                    settings[name] = partial(select, rule=rule, **known)
+        for findings, flipped, rule in itertools.product((True, False), flips, rules):
+            name = "findings" if findings else "no findings"
+            name += ", flipped" * flipped + ", weak start" * weak
+            how = {"findings": findings, "flipped": flipped, "weak": weak}
+            settings[f"{name}, {rule}"] = partial(select, rule=rule, **how)
     return settings
 
 
@@ -871,7 +760,7 @@ def retentions():
     for tau in ("0.1", "0.5", "0.9"):
         settings[f"tau {tau}"] = partial(select, flags=("--margin", tau))
     for n in (4, 8, 16):
-        settings[f"N {n}"] = partial(select, start="wide", n=n)
+        settings[f"N {n}"] = partial(select, flags=("--samples", str(n)))
     few = ("--retention", "0.1")
     settings["retention 0.1, random"] = partial(select, rule="random", flags=few)
     settings["pass rate in (0, 1)"] = partial(select, rule="sometimes")
@@ -947,7 +836,7 @@ def processor_name(device):
     """Of the GPU, or of the CPU with the vector instructions that torch uses."""
     import torch
 
-    if common.pick_device(device).type == "cuda":
+    if torch.cuda.is_available() and device != "cpu":
         return torch.cuda.get_device_name()
     model = "CPU"
     if Path("/proc/cpuinfo").exists():
@@ -956,12 +845,13 @@ def processor_name(device):
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def run_setting(lab, study, setting, results, lock):
+def run_setting(lab, study, setting, results):
     """Runs a setting and appends its line, unless the line is there."""
     name = re.sub(r"[^\w.-]+", "_", f"{study}-{setting}")
     run, clock = lab.folder / name, time.time()
     failure = None
     try:
+        lab.make_base()
         judged, counts = STUDIES[study][setting](lab, run)
     except Refused as error:
         judged, counts, failure = {}, {}, str(error)
@@ -981,7 +871,7 @@ def run_setting(lab, study, setting, results, lock):
     if failure:
         line["failure"] = failure
     line |= {"seconds": round(time.time() - clock), "commit": commit}
-    with lock, open(results, "a") as file:
+    with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")
     shown = ", ".join(f"{name} {share:.3f}" for name, share in accuracies.items())
     print(f"{study}, {setting}, seed {lab.seed}, {line['seconds']} s: {shown}", flush=True)
@@ -1012,7 +902,6 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", help="only these of the study")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="worlds and runs")
-    parser.add_argument("--parallel", type=int, default=2, help="settings worked on at a time")
     parser.add_argument("--device", help="of all commands; default: as the scripts choose")
     assets = demo.ROOT / "assets"
     parser.add_argument("--results", type=Path, default=assets / "results.jsonl")
@@ -1031,28 +920,18 @@ def parse_args(argv=None):
 
 
 def main(args):
-    out = args.out.resolve()
     if args.studies:
         lines = study_report.read(args.results) if args.results.exists() else []
         here = processor_name(args.device)
         done = {(x["study"], x["setting"], x["seed"]) for x in lines if x["processor"] == here}
-        labs = {seed: Lab(out, seed, args.device) for seed in args.seeds}
-        jobs = []
-        for study in args.studies:
-            for seed in args.seeds:
-                for setting in args.settings or STUDIES[study]:
-                    if (study, setting, seed) not in done:
-                        jobs.append((labs[seed], study, setting))
-        lock = threading.Lock()
-        with ThreadPoolExecutor(args.parallel) as pool:
-            futures = [pool.submit(run_setting, *job, args.results, lock) for job in jobs]
-            try:
-                is_done = [future.result() for future in futures]
-            except BaseException:  # Ctrl-C, a full disk: the settings at work end, no other begins
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        if not all(is_done):
-            sys.exit(f"error: {is_done.count(False)} of {len(is_done)} settings failed, see above")
+        labs = [Lab(args.out.resolve(), seed, args.device) for seed in args.seeds]
+        failed = 0
+        for study, lab in itertools.product(args.studies, labs):
+            for setting in args.settings or STUDIES[study]:
+                if (study, setting, lab.seed) not in done:
+                    failed += not run_setting(lab, study, setting, args.results)
+        if failed:
+            sys.exit(f"error: {failed} settings failed, see above")
     if args.table:
         print(study_report.tables(study_report.read(args.results)))
     if args.plot:

@@ -1,4 +1,4 @@
-"""Stage 01's experts, on fakes and tiny random weights: what they know, where their boxes lie."""
+"""Stage 01's experts: which picture, names and model each gets, where its boxes lie, what is kept."""
 
 import os
 import subprocess
@@ -8,90 +8,117 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import transformers as hf
-from conftest import ROOT, stage
+from conftest import ROOT, WORLD, read_rows, stage
 from PIL import Image
+from transformers import BatchFeature
+
+import common
 
 one = stage("01_build_preferences")
-COCO = [*one.SYNONYMS]
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "dog", "cat", "hot", "teddy", "bear"]
 SHOTS = [Image.new("RGB", (80, 40), (0, 50, 90)), Image.new("RGB", (40, 100), (100, 50, 90))]
-# The two boxes of every answer below, in pixels of the two pictures, by hand.
-LEFT = [10, 5, 30, 15], [5, 12.5, 15, 37.5]
-RIGHT = [40, 0, 80, 40], [20, 0, 40, 100]
 
 
 def found(name, confidence, box=None):
     return {"object": name, "confidence": confidence, "box": box}
 
 
-# ---- the findings of all images ------------------------------------------------------------------
+def run(folder, *flags):
+    """Stage 01's rows."""
+    one.main(one.parse_args(["--run", str(folder / "run"), *map(str, flags)]))
+    return read_rows(folder / "run/01_preferences/preferences.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def no_sheet(monkeypatch):
+    monkeypatch.setattr(one, "draw_contact_sheet", lambda *drawn: None)  # which takes seconds
+
+
+# ---- The findings of all images ------------------------------------------------------------------
 class Echo:
     """An expert whose detections tell the picture's red value and its questions."""
 
     def __init__(self, classes=None):
-        self.classes = classes
-        self.calls = []
+        self.classes, self.calls, self.loaded = classes, [], []
+
+    def load(self, *settings):
+        self.loaded.append(settings)
+        return self
 
     def find(self, images, questions):
         self.calls.append(len(images))
-        answers = []
-        for image, asked in zip(images, questions):
-            red = image.getpixel((0, 0))[0]
-            answers.append([found(name, red / 100) for name in asked])
-        return answers
+        return [
+            [found(name, image.getpixel((0, 0))[0] / 100) for name in names]
+            for image, names in zip(images, questions, strict=True)
+        ]
 
 
-def test_each_image_gets_its_own_detections(tmp_path):
-    """Over several batches; and what was looked at is not looked at again."""
+def expert_of(tmp_path, monkeypatch, echo, name="echo.pt"):
+    monkeypatch.setattr(one, "Detector", echo.load)
+    args = one.parse_args(["--images", "x", "--run", str(tmp_path / "run"), "--expert", name])
+    args.device = "cpu"
+    judge = SimpleNamespace(weights=["m", None])
+    return one.Expert(args, tmp_path / "detections.jsonl", tmp_path, judge)
+
+
+@pytest.mark.parametrize("classes", [None, ["ox", "ape"]])
+def test_each_picture_gets_its_own_detections(classes, tmp_path, monkeypatch):
+    """Over several batches; of an open expert by each picture's own names. What was looked at is
+    not looked at again, and then the expert is not even loaded."""
     questions = {}
     for i in range(70):
         Image.new("RGB", (2, 2), (i, 0, 0)).save(tmp_path / f"{i}.png")
         questions[f"{i}.png"] = [f"c{i}", f"d{i}"][: i % 3]
-    expert = Echo()
-    rows = one.find_objects(questions, expert, tmp_path, tmp_path / "detections.jsonl")
-    assert expert.calls == [32, 32, 6]
+    echo = Echo(classes)
+    findings = expert_of(tmp_path, monkeypatch, echo).find(questions)
+    assert echo.calls == [32, 32, 6] and echo.loaded == [("echo.pt", "cpu")]
     for i in range(70):
-        asked = questions[f"{i}.png"]
-        expected = [found(name, i / 100) for name in asked]
-        assert rows[f"{i}.png"] == {"id": f"{i}.png", "asked": asked, "detections": expected}
-    assert one.find_objects(questions, expert, tmp_path, tmp_path / "detections.jsonl") == rows
-    assert len(expert.calls) == 3
+        names = classes or questions[f"{i}.png"]
+        row = findings[f"{i}.png"]
+        assert row["classes"] == names
+        assert row["detections"] == [found(name, i / 100) for name in names]
+    assert len(one.read_detections(tmp_path / "detections.jsonl", {"ox": "ox", "c1": "c1"})) == 71
+    echo = Echo(["other"])
+    again = expert_of(tmp_path, monkeypatch, echo)
+    assert again.classes == classes and again.find(questions) == findings and not echo.loaded
+    other = expert_of(tmp_path, monkeypatch, echo, "other.pt").find({"5.png": ["ox"]})
+    assert other["5.png"]["detections"] == [found("other", 0.05)] and echo.calls == [1]
 
 
-# ---- ultralytics ---------------------------------------------------------------------------------
+# ---- Ultralytics ---------------------------------------------------------------------------------
 class Yolo:
-    """Stands in for ultralytics.YOLO: finds class 1 in each picture, and what has no name."""
+    """Stands in for ultralytics.YOLO: finds class 1 in each picture, and class 0 of the others."""
 
     names = {0: "crow", 1: "dog"}
-    task = "detect"
 
     def __init__(self, weights):
-        self.seen = []
+        self.seen, self.settings = [], []
 
     def predict(self, arrays, **settings):
         self.seen += arrays
-        boxes = SimpleNamespace(
-            cls=torch.tensor([1.0, 7.0]),
-            conf=torch.tensor([0.81236, 0.9]),
-            xyxy=torch.tensor([[1.04, 2.0, 3.0, 4.0]] * 2),
-        )
-        return [SimpleNamespace(boxes=boxes)] * len(arrays)
+        self.settings.append(settings)
+        results = []
+        for array in arrays:
+            boxes = SimpleNamespace(cls=torch.tensor([1.0]), conf=torch.tensor([0.81236]))
+            boxes.xyxy = torch.tensor([[1.04, 2.0, float(array.shape[1]), 4.0]])
+            results.append(SimpleNamespace(boxes=boxes, names=self.names))
+        return results
 
 
-def test_ultralytics_gets_the_judges_picture(monkeypatch):
+def test_ultralytics_gets_the_judges_pictures(monkeypatch):
     monkeypatch.setitem(sys.modules, "ultralytics", SimpleNamespace(YOLO=Yolo))
-    expert = one.load_expert("x.pt", 0.05, "cpu", ["dog"], None, None)
+    expert = one.Detector("x.pt", "cpu")
     assert expert.classes == ["crow", "dog"]
-    assert expert.find(SHOTS, [[], []]) == [[found("dog", 0.8124, [1.0, 2.0, 3.0, 4.0])]] * 2
-    for shot, array in zip(SHOTS, expert.model.seen):
+    boxes = [1.0, 2.0, 80.0, 4.0], [1.0, 2.0, 40.0, 4.0]
+    assert expert.find(SHOTS, [[], []]) == [[found("dog", 0.8124, box)] for box in boxes]
+    for shot, array in zip(SHOTS, expert.model.seen, strict=True):
         assert array.flags.c_contiguous
         assert (array[:, :, ::-1] == np.asarray(shot)).all()  # blue, green, red
+    (settings,) = expert.model.settings
+    assert (settings["conf"], settings["batch"]) == (0.01, 2)
 
 
-def test_ultralytics_leaves_this_process_as_it_is(tmp_path, monkeypatch):
-    """Real weights in a process of their own, at its first import on a machine."""
-    monkeypatch.setattr(Image, "open", Image.open)  # undoes what the import below does to it
+def test_the_shipped_expert_leaves_its_process_as_it_is(tmp_path):
+    """Real weights in a process of their own, at ultralytics' first import on a machine."""
     code = f"""
 import importlib, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -99,255 +126,106 @@ from PIL import Image
 before = Image.open
 one = importlib.import_module("01_build_preferences")
 assert "ultralytics" not in sys.modules
-expert = one.load_expert({str(tmp_path / "nano.pt")!r}, 0.0, "cpu", [], None, None)
-assert Image.open is before
-found = expert.find([Image.new("RGB", (80, 40)), Image.new("RGB", (40, 100))], [[], []])
-assert len(found) == 2
-assert len(expert.classes) == 80
-for (width, height), detections in zip(((80, 40), (40, 100)), found):
-    assert detections
-    for x1, y1, x2, y2 in (detection["box"] for detection in detections):
-        assert 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height
+expert = one.Detector({str(WORLD / "expert.pt")!r}, None)
+assert Image.open is before and "red circle" in expert.classes
+picture = Image.new("RGB", (80, 80), "white")
+picture.paste("red", (20, 30, 50, 60))
+for detection in sum(expert.find([picture, picture.crop((0, 0, 80, 70))], [[], []]), []):
+    x1, y1, x2, y2 = detection["box"]
+    assert 0 <= x1 <= x2 <= 80 and 0 <= y1 <= y2 <= 80 and detection["confidence"] >= .01
 """
-    from ultralytics import YOLO
-
-    YOLO("yolo11n.yaml").save(tmp_path / "nano.pt")
     first = {"YOLO_CONFIG_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **first})
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_open_ultralytics_weights_are_given_the_vocabulary(monkeypatch):
-    class World(Yolo):
-        def set_classes(self, classes):
-            self.names = dict(enumerate(classes))
-
-    monkeypatch.setitem(sys.modules, "ultralytics", SimpleNamespace(YOLO=World))
-    assert one.load_expert("w.pt", 0.05, "cpu", ["ox", "ape"], None, None).classes == ["ox", "ape"]
+# ---- The policy itself ---------------------------------------------------------------------------
+ODDS = {"dog": [0.6, 0.2, 0.1, 0.1], "cat": [0.1, 0.1, 0.2, 0.6]}  # of yes, Yes, no, No
 
 
-@pytest.mark.parametrize("name", ["none.pt", "weights.onnx", "folder/nothing", "text.pt"])
-def test_no_expert(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no wait for an answer
-    (tmp_path / "text.pt").write_text("no weights")
-    with pytest.raises(SystemExit, match=f"--expert {name}: no .*pt of ultralytics"):
-        one.load_expert(name, 0.05, "cpu", ["dog"], None, None)
-
-
-# ---- transformers --------------------------------------------------------------------------------
-STAGES = {"depths": [1] * 4, "out_features": ["stage2", "stage3", "stage4"]}
-SMALL = {
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 16,
-    "decoder_ffn_dim": 16,
-    "num_queries": 5,
-}
-
-
-def rt_detr():
-    resnet = hf.RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 8, 16], layer_type="basic", **STAGES
-    )
-    spoken = {"couch": "sofa", "motorcycle": "motorbike", "tv": "tvmonitor"}
-    spoken["dining table"] = "diningtable"
-    config = hf.RTDetrConfig(
-        backbone_config=resnet,
-        encoder_hidden_dim=16,
-        encoder_in_channels=[8, 8, 16],
-        d_model=16,
-        decoder_in_channels=[16] * 3,
-        decoder_layers=1,
-        num_denoising=0,
-        id2label={i: spoken.get(name, name) for i, name in enumerate(COCO)},
-        **SMALL,
-    )
-    processor = hf.RTDetrImageProcessor(size={"height": 64, "width": 64})
-    return hf.RTDetrForObjectDetection(config), processor
-
-
-def grounding_dino():
-    bert = hf.BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    swin = hf.SwinConfig(
-        image_size=64, embed_dim=8, num_heads=[1, 1, 2, 2], window_size=4, **STAGES
-    )
-    config = hf.GroundingDinoConfig(
-        backbone_config=swin, text_config=bert, d_model=32, decoder_layers=2, **SMALL
-    )
-    pictures = hf.GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
-    tokenizer = hf.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
-    return (
-        hf.GroundingDinoForObjectDetection(config),
-        hf.GroundingDinoProcessor(pictures, tokenizer),
-    )
-
-
-def owlv2():
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    letters += [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    clip = {"hidden_size": 16, "intermediate_size": 16}
-    clip |= {"num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": len(letters), "max_position_embeddings": 40}
-    text |= {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
-    config = hf.Owlv2Config(
-        text_config={**clip, **text},
-        vision_config={**clip, "image_size": 64, "patch_size": 16},
-        projection_dim=16,
-    )
-    tokenizer = hf.CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(letters)}, merges=[], model_max_length=40
-    )
-    pictures = hf.Owlv2ImageProcessor(size={"height": 64, "width": 64})
-    return hf.Owlv2ForObjectDetection(config), hf.Owlv2Processor(pictures, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def detectors(tmp_path_factory):
-    """{kind: folder} of a tiny RT-DETR, GroundingDINO and OWLv2, each with its own processor."""
-    folders = {}
-    torch.manual_seed(0)
-    for build in (rt_detr, grounding_dino, owlv2):
-        folders[build.__name__] = folder = str(tmp_path_factory.mktemp(build.__name__))
-        for part in build():
-            part.save_pretrained(folder)
-    return folders
-
-
-class Answers:
-    """Stands in for a detector's model: set logits, one picture after the other, of the two boxes
-    LEFT and RIGHT; keeps what it was called with.
-    """
-
-    device = "cpu"
-
-    def __init__(self, *logits):
-        self.logits = list(logits)
-        self.seen = []
-
-    def __call__(self, **inputs):
-        self.seen.append(inputs)
-        boxes = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0.75, 0.5, 0.5, 1.0]]])
-        return SimpleNamespace(logits=torch.tensor([self.logits.pop(0)]), pred_boxes=boxes)
-
-
-def test_transformers_detector_with_its_own_classes(detectors):
-    assert all(one.HubDetector(detectors["rt_detr"], -1.0, "cpu").find(SHOTS, [[], []]))  # as it is
-    expert = one.HubDetector(detectors["rt_detr"], 0.5, "cpu")
-    assert sorted(expert.classes) == sorted(COCO)  # though it says sofa, motorbike, tvmonitor
-    logits = torch.full((2, 2, 80), -9.0)
-    logits[:, 0, COCO.index("couch")] = 2.0
-    logits[1, 1, COCO.index("dog")] = 1.0
-    expert.model = Answers(*logits.tolist())
-    first, second = expert.find(SHOTS, [["dog"], []])
-    assert first == [found("couch", 0.8808, LEFT[0])]  # sigmoid(2)
-    assert second == [found("couch", 0.8808, LEFT[1]), found("dog", 0.7311, RIGHT[1])]
-
-
-def test_coco_names():
-    names = dict(enumerate(["N/A", *COCO, "street sign"]))
-    assert one.coco_names(names) == {i: name for i, name in names.items() if 0 < i <= 80}
-    assert one.coco_names({0: "sofa", 1: "N/A"}) == {0: "sofa", 1: "N/A"}  # not COCO's: as they are
-
-
-def test_owlv2(detectors):
-    """Boxes are fractions of the square that the picture is padded to."""
-    expert = one.HubDetector(detectors["owlv2"], 0.0, "cpu")
-    assert all(expert.find(SHOTS, [["dog", "cat"], ["hot_dog"]]))
-    expert = one.HubDetector(detectors["owlv2"], 0.5, "cpu")
-    assert expert.classes is None
-    expert.model = Answers([[1.0, 2.0], [-9.0, -9.0]], [[1.0], [-9.0]])
-    first, second = expert.find(SHOTS, [["dog", "cat"], ["hot_dog"]])
-    assert first == [found("cat", 0.8808, [10, 10, 30, 30])]
-    assert second == [found("hot_dog", 0.7311, [12.5, 12.5, 37.5, 37.5])]
-    asked = []
-    for inputs in expert.model.seen:
-        texts = expert.processor.tokenizer.batch_decode(
-            inputs["input_ids"], skip_special_tokens=True
-        )
-        asked.append([text.replace(" ", "") for text in texts])
-    assert asked == [["aphotoofadog", "aphotoofacat"], ["aphotoofahotdog"]]
-
-
-def test_grounding_dino(detectors):
-    """A name's probability is the mean of its tokens': a dog alone is half a hot dog."""
-    expert = one.HubDetector(detectors["grounding_dino"], 0.0, "cpu")
-    real = expert.find(SHOTS, [["hot dog", "cat"], ["dog"]])
-    assert {detection["object"] for detection in real[0]} <= {"hot dog", "cat"}
-    assert {detection["object"] for detection in real[1]} == {"dog"}
-    expert = one.HubDetector(detectors["grounding_dino"], 0.3, "cpu")
-    expert.model = Answers(  # of [CLS] hot dog . cat . [SEP] and [CLS] dog . [SEP]
-        [[9.0, -9.0, 2.0, 9.0, -9.0, 9.0, 9.0], [-9.0, -9.0, 2.0, -9.0, 1.0, -9.0, -9.0]],
-        [[9.0, 2.0, 9.0, 9.0], [-9.0, -9.0, -9.0, -9.0]],
-    )
-    first, second = expert.find(SHOTS, [["hot dog", "Cat"], ["dog"]])
-    questions = [[WORDS[i] for i in inputs["input_ids"][0]] for inputs in expert.model.seen]
-    assert questions[0] == ["[CLS]", "hot", "dog", ".", "cat", ".", "[SEP]"]
-    assert questions[1] == ["[CLS]", "dog", ".", "[SEP]"]
-    assert first == [
-        found("hot dog", 0.4405, LEFT[0]),  # (sigmoid(-9) + sigmoid(2)) / 2
-        found("Cat", 0.7311, RIGHT[0]),
-    ]
-    assert second == [found("dog", 0.8808, LEFT[1])]
-
-
-def test_many_names_are_asked_in_parts(detectors):
-    """None is lost, and none gets another part's answer; nothing is asked about nothing."""
-    expert = one.HubDetector(detectors["owlv2"], 0.5, "cpu")
-    sizes = []
-
-    def look(image, names):
-        sizes.append(len(names))
-        return [found(name, 0.9) for name in names.values()]
-
-    expert.look = look
-    names = [f"c{i}" for i in range(120)]
-    answers = expert.find(SHOTS, [names, []])
-    assert [[detection["object"] for detection in of_image] for of_image in answers] == [names, []]
-    assert sizes == [50, 50, 20]
-
-
-# ---- the policy itself ---------------------------------------------------------------------------
 class Policy:
-    """Stands in for the policy: its next token is (yes, Yes, no, No) with the set odds."""
+    """Stands in for the policy, whose next token after a question has its name's odds."""
 
     device = "cpu"
 
-    def __init__(self, logits):
-        self.logits = torch.tensor(logits)
-
-    def __call__(self, **inputs):
-        return SimpleNamespace(logits=self.logits[:, None])  # (names, 1, V)
+    def __call__(self, texts, **inputs):
+        logits = torch.tensor([ODDS[text.split()[3]] for text in texts]).log()
+        return SimpleNamespace(logits=torch.stack([-logits, logits], 1))  # (names, 2, V)
 
 
-def test_own_answers(monkeypatch):
-    """Confidence is the share of yes, in either spelling, at the last position."""
+@pytest.fixture
+def policy(monkeypatch):
+    """[(question, picture's red value)] that a policy was asked."""
     asked = []
 
     def encode(processor, texts, images):
-        asked.extend(zip(texts, images))
-        return hf.BatchFeature({"input_ids": torch.zeros(len(texts), 1)})
+        asked.extend(
+            (text, common.load_image(x).getpixel((0, 0))[0]) for text, x in zip(texts, images)
+        )
+        return BatchFeature({"texts": texts})
 
     def tokenize(words, add_special_tokens):
         ids = {"yes": 0, "Yes": 1, "no": 2, "No": 3}
         return SimpleNamespace(input_ids=[[ids[word], 9] for word in words])
 
-    monkeypatch.setattr(one.common, "encode_prompts", encode)
-    log = torch.tensor([[0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6]]).log().tolist()
-    policy, processor = Policy(log), SimpleNamespace(tokenizer=tokenize)
-    expert = one.load_expert("none", 0.05, "cpu", [], policy, processor)
-    assert expert.classes is None
-    answers = expert.find(SHOTS, [["dog", "cat"], []])
-    assert answers == [[found("dog", 0.8), found("cat", 0.2)], []]
-    assert asked == [
-        ("Is there a dog in the image? Answer yes or no.", SHOTS[0]),
-        ("Is there a cat in the image? Answer yes or no.", SHOTS[0]),
-    ]
+    loaded = Policy(), SimpleNamespace(tokenizer=tokenize)
+    monkeypatch.setattr(common, "load_judge", lambda **settings: loaded)
+    monkeypatch.setattr(common, "encode_prompts", encode)
+    return asked
+
+
+def test_own_answers(policy):
+    """Confidence is the part of yes, in either spelling, at the last position."""
+    expert = one.OwnAnswers(common.Judge("run", "m"))
+    answers = expert.find(SHOTS, [["dog"], ["cat", "dog"]])
+    assert answers == [[found("dog", 0.8)], [found("cat", 0.2), found("dog", 0.8)]]
+    asked = [("dog", 0), ("cat", 100), ("dog", 100)]
+    assert policy == [(f"Is there a {n} in the image? Answer yes or no.", red) for n, red in asked]
+    assert expert.classes is None and expert.find(SHOTS, [[], []]) == [[], []]
+
+
+def given_pairs(folder, n, chosen, rejected):
+    """--pairs of n black pictures."""
+    rows = []
+    for k in range(n):
+        Image.new("RGB", (40, 40)).save(folder / f"{k}.png")
+        rows.append({"image": f"{k}.png", "prompt": "Q?", "chosen": chosen, "rejected": rejected})
+    common.write_jsonl(folder / "pairs.jsonl", rows)
+    return ["--pairs", folder / "pairs.jsonl"]
+
+
+def test_main_without_an_expert(policy, tmp_path):
+    """--expert none; where COCO's vocabulary has none of the objects, that is what is said."""
+    flags = given_pairs(tmp_path, 2, "A dog.", "A dog and a cat.")
+    rows = run(tmp_path, *flags, "--expert", "none", "--absent", 0.3)
+    assert [row["hallucinated"] for row in rows] == [["cat"], ["cat"]] and len(policy) == 4
+    assert [seen["confidence"] for seen in rows[0]["evidence"]] == [0.8, 0.2]
+    flags = given_pairs(tmp_path, 2, "A red circle.", "A blue star.")
+    with pytest.raises(SystemExit, match="names no object of the vocabulary': 2.*--vocabulary"):
+        run(tmp_path, *flags, "--expert", "none")
+
+
+# ---- Findings made elsewhere ---------------------------------------------------------------------
+def test_main_on_findings(tmp_path, monkeypatch):
+    """By the picture's name; no model is loaded, ultralytics may be missing. A class that was not
+    looked for is unsure; a picture without findings is a counted skip."""
+    monkeypatch.setitem(sys.modules, "ultralytics", None)
+    flags = given_pairs(tmp_path, 3, "A dog.", "A dog and a cat.")
+    flags += ["--detections", tmp_path / "found.jsonl"]
+    findings = [{"image": "1.png", "classes": ["dog"], "detections": [found("dog", 0.9)]}]
+    findings.append({"image": "0.png", "detections": [{"object": "dog", "confidence": 0.8}]})
+    common.write_jsonl(tmp_path / "found.jsonl", findings)
+    (row,) = run(tmp_path, *flags)
+    assert (row["image"], row["source"], row["hallucinated"]) == ("0.png", "given", ["cat"])
+    assert [seen["confidence"] for seen in row["evidence"]] == [0.8, 0.0]
+    counts = common.read_json(tmp_path / "run/01_preferences/meta.json")["counts"]
+    assert counts["dropped: rejected does not hallucinate by the expert"] == 1
+    assert counts["skipped: image without a row in --detections"] == 1
+    findings = [{"image": f"{k}.png", "detections": [found("Hund", 0.9)]} for k in range(2)]
+    common.write_jsonl(tmp_path / "found.jsonl", findings)
+    with pytest.raises(SystemExit, match=r"no class \(\['Hund'\]\) is of --vocabulary"):
+        run(tmp_path, *flags)  # spelled otherwise, all objects would count as absent
+    (tmp_path / "v.json").write_text('{"Dog": "Hund", "cat": "Katze"}')
+    rows = run(tmp_path, *flags, "--vocabulary", tmp_path / "v.json")
+    assert [row["hallucinated"] for row in rows] == [["Katze"], ["Katze"]]

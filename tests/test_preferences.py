@@ -13,10 +13,11 @@ from PIL import Image
 import common
 
 one = stage("01_build_preferences")
-CLASSES = ["dog", "cat", "hot dog", "person", "apple", "bus", "umbrella"]
-VOCABULARY = one.build_vocabulary(CLASSES, {"person": ["man"]})
+draw_contact_sheet = one.draw_contact_sheet  # which takes seconds: main's tests leave it out
 STATUS = {"dog": "present", "cat": "present", "apple": "present", "bus": "absent"}
 STATUS |= {"umbrella": "absent", "person": "unsure"}
+CLASSES = ["hot dog", *STATUS]
+VOCABULARY = one.build_vocabulary(CLASSES, {"person": ["man"]})
 
 
 def found(name, confidence, box=(0, 0, 1, 1)):
@@ -72,8 +73,8 @@ def test_evidence():
     row = build(["A dog and a man.", "A dog and a bus."], detections=detections)
     evidence = [{**best, "claimed_by": "both", "status": "present"}]
     evidence += [{**detections[3], "claimed_by": "chosen", "status": "unsure"}]
-    nothing = {"object": "bus", "confidence": 0.0, "box": None}
-    evidence += [{**nothing, "claimed_by": "rejected", "status": "absent"}]
+    evidence.append({"object": "bus", "claimed_by": "rejected", "status": "absent"})
+    evidence[2] |= {"confidence": 0.0, "box": None}
     expected = {"id": "7-0", "image": "7.png", "prompt": "What is there?", "source": "sampled"}
     expected |= {"chosen": "A dog and a man.", "rejected": "A dog and a bus."}
     assert row == {**expected, "hallucinated": ["bus"], "evidence": evidence}
@@ -90,7 +91,8 @@ def test_swap():
     assert {(row["source"], *row["hallucinated"]) for row in rows} == {("swapped", "umbrella")}
 
 
-SURE = {"cat": "present", "dog": "absent"}
+ABSENT = {"swaps": ["dog"], "status": {"cat": "present", "dog": "absent"}}
+NO_SWAP = "no candidate hallucinates, no absent object to swap in"
 
 
 @pytest.mark.parametrize(
@@ -101,14 +103,9 @@ SURE = {"cat": "present", "dog": "absent"}
         (["A dog."], {"classes": ["bus"]}, "names no object of the vocabulary"),  # of the expert's
         (["A bus.", "A dog and a bus."], {}, "no candidate without hallucination"),
         (["A man."], {"swaps": ["bus"]}, "no candidate without hallucination"),
-        (["A dog."], {}, "no candidate hallucinates, no absent object to swap in"),
-        (
-            ["A dog."],
-            {"swaps": ["person"]},
-            "no candidate hallucinates, no absent object to swap in",
-        ),
+        (["A dog."], {"swaps": ["person"]}, NO_SWAP),
         # "hot cat" becomes "hot dog", of which nobody knows
-        (["A hot cat."], {"swaps": ["dog"], "status": SURE}, "the swap names nothing absent"),
+        (["A hot cat."], ABSENT, "the swap names nothing absent"),
     ],
 )
 def test_why_there_is_no_pair(texts, given, reason):
@@ -119,8 +116,7 @@ def test_why_there_is_no_pair(texts, given, reason):
     "chosen, rejected, reason",
     [
         ("A dog.", "A dog and a bus.", None),
-        ("Nothing.", "A bus.", None),
-        ("A man.", "A bus.", None),
+        ("Nothing, a man.", "A bus.", None),
         ("Nothing.", "Nobody.", "names no object of the vocabulary"),
         ("A dog and a bus.", "A bus.", "chosen hallucinates by the expert"),
         ("A dog.", "A cat.", "rejected does not hallucinate by the expert"),
@@ -130,8 +126,8 @@ def test_why_there_is_no_pair(texts, given, reason):
 def test_given_pair(chosen, rejected, reason):
     row = build([chosen, rejected], swaps=["umbrella"], chosen=chosen, rejected=rejected)
     if reason is None:  # it stays as it is
-        assert (row["chosen"], row["rejected"], row["source"]) == (chosen, rejected, "given")
-    assert reason is None or row == reason
+        row = (row["chosen"], row["rejected"], row["source"])
+    assert row == (reason or (chosen, rejected, "given"))
 
 
 # ---- swaps and questions -------------------------------------------------------------------------
@@ -160,41 +156,31 @@ def test_questions(monkeypatch):
     mentions = {"a-0": [["dog", "cat"], ["dog"]], "a-1": [["bus"]], "b-0": [["cat", "dog"], []]}
     many = [f"c{i}" for i in range(100)]
     swaps, questions = one.plan_questions(items, mentions, many, seed=0)
-    assert len({tuple(names) for names in swaps.values()}) == 3
-    assert {len(names) for names in swaps.values()} == {8}
+    assert len({tuple(names) for names in swaps.values() if len(names) == 8}) == 3
     expected = ["dog", "cat", *swaps["a-0"], "bus", *swaps["a-1"]]
     assert questions["a"] == list(dict.fromkeys(expected)) and len(questions) == 2
     assert questions["b"] == ["cat", "dog", *swaps["b-0"]]
     assert one.plan_questions(items[::-1], mentions, many, seed=0)[0] == swaps
     assert one.plan_questions(items, mentions, many, seed=1)[0] != swaps
     seen = []
-
-    def propose(named, co_occurrence, classes, rng):
-        seen.append((named, co_occurrence))
-        return []
-
-    monkeypatch.setattr(one, "propose_swaps", propose)
+    monkeypatch.setattr(one, "propose_swaps", lambda *given: seen.append(given) or [])
     one.plan_questions(items, mentions, many, seed=0)
-    assert [named for named, _ in seen] == [["dog", "cat"], ["bus"], ["cat", "dog"]]
+    assert [named for named, *_ in seen] == [["dog", "cat"], ["bus"], ["cat", "dog"]]
     assert seen[0][1] == {frozenset(("dog", "cat")): 2}
 
 
 # ---- splits --------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "n, flags, sizes",
-    [
-        (50, (None, None, None), (5, 5, 20)),  # a tenth, a tenth, half of what is left: 20 remain
-        (20_000, (None, None, None), (200, 500, 5000)),
-        (6_000, (None, None, None), (200, 500, 2650)),
-        (100, (0.25, 0.1, 0.5), (25, 10, 50)),
-        (100, (7, 0, None), (7, 0, 46)),
-        (100, (None, 1, 0.3), (10, 1, 30)),
-        (10, (None, 50, None), (1, 50, 0)),
-        (1, (None, None, None), (0, 0, 0)),
-    ],
-)
-def test_split_sizes(n, flags, sizes):
-    assert one.split_sizes(n, *flags) == dict(zip(("validation", "heldout", "train"), sizes))
+# pairs; --validation, --heldout, --train (x: not given) -> how many each; the rest is 04's
+SIZES = """50 x x x -> 5 5 20|20000 x x x -> 200 500 5000|6000 x x x -> 200 500 2650
+100 .25 .1 .5 -> 25 10 50|100 7 0 x -> 7 0 46|100 x 1 .3 -> 10 1 30|10 x 50 x -> 1 50 0
+1 x x x -> 0 0 0"""
+
+
+@pytest.mark.parametrize("case", SIZES.replace("\n", "|").split("|"))
+def test_split_sizes(case):
+    given, expected = case.split(" -> ")
+    n, *flags = (None if word == "x" else float(word) for word in given.split())
+    assert [*one.split_sizes(int(n), *flags).values()] == [int(x) for x in expected.split()]
 
 
 def test_assign_splits():
@@ -204,7 +190,7 @@ def test_assign_splits():
         rows += [{"id": f"{i}-{k}", "image": f"{i}.png"} for k in range(1 + i % 3)]  # 120 in all
     sizes = {"validation": 20, "heldout": 10, "train": 50}
     placed = one.assign_splits(rows, sizes, seed=3)
-    assert sorted(row["id"] for row in placed) == sorted(row["id"] for row in rows)
+    assert len({row["id"] for row in placed}) == len(placed) == 120
     assert len({(row["image"], row["split"]) for row in placed}) == 60  # no image in two splits
     names = [row["split"] for row in placed]
     assert list(dict.fromkeys(names)) == ["validation", "heldout", "train", "pool"]
@@ -212,11 +198,9 @@ def test_assign_splits():
         last = max(k for k, name in enumerate(names) if name == split) + 1
         assert end <= last < end + 3
     split_of = {row["id"]: row["split"] for row in placed}
-    again = one.assign_splits(rows[::-1], sizes, seed=3)
-    assert {row["id"]: row["split"] for row in again} == split_of
+    assert {r["id"]: r["split"] for r in one.assign_splits(rows[::-1], sizes, seed=3)} == split_of
     assert one.assign_splits(rows, sizes, seed=4) != placed
-    none = {"validation": 0, "heldout": 0, "train": 0}
-    assert {row["split"] for row in one.assign_splits(rows, none, seed=3)} == {"pool"}
+    assert {row["split"] for row in one.assign_splits(rows, dict.fromkeys(sizes, 0), 3)} == {"pool"}
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -234,9 +218,9 @@ def test_read_images(tmp_path):
     assert [row["id"] for row in rows[:4]] == ["a-0", "a-1", "b-0", "in/c-0"]
     assert [row["image"] for row in rows[:4]] == ["a.JPG", "a.png", "b.png", "in/c.png"]
     assert {row["prompt"] for row in rows} == set(prompts)
-    expected = {"rows read": 16, "skipped: missing image": 2}
-    expected |= {"skipped: not a picture by its suffix": 1}
-    assert counts == {**expected, "skipped: picture that does not decode": 1}
+    skips = {"missing image": 2, "not a picture by its suffix": 1}
+    skips["picture that does not decode"] = 1
+    assert counts == {"rows read": 16, **{f"skipped: {why}": n for why, n in skips.items()}}
     few, counts = one.read_images(photos, tmp_path, prompts, 2, 0, tmp_path)
     assert few == [{**row, "image": f"photos/{row['image']}"} for row in rows[:2]]  # same prompts
     assert counts["rows read"] == 2
@@ -252,7 +236,6 @@ TEXTS = {
     "d": ["A tree.", "A house.", "Nice."],
     "e": ["A dog and", "A dog", "A"],
 }
-ANSWERS = 5 * 3
 
 
 class Fakes:
@@ -264,6 +247,7 @@ class Fakes:
         monkeypatch.setattr(common, "load_judge", self.load_judge)
         monkeypatch.setattr(common, "sample", self.sample)
         monkeypatch.setattr(one, "Detector", lambda *settings: self)
+        monkeypatch.setattr(one, "draw_contact_sheet", lambda *drawn: None)
 
     def load_judge(self, **settings):
         self.loaded.append(settings)
@@ -274,8 +258,7 @@ class Fakes:
         for request in requests:
             red = common.load_image(request["image"]).getpixel((0, 0))[0]
             self.asked.append((request["id"], red, request["text"], settings))
-            texts = TEXTS[request["id"][0]]
-            same = {"verdict": None, "log_odds": None}
+            same, texts = {"verdict": None, "log_odds": None}, TEXTS[request["id"][0]]
             answers.append([{"text": f" {t}", "complete": t[-1] == ".", **same} for t in texts])
         return answers
 
@@ -285,9 +268,8 @@ class Fakes:
         for image, names in zip(images, questions, strict=True):
             red = image.getpixel((0, 0))[0]
             self.looked.append((red, names))
-            box = (red, 0, 30, 30)
-            confidence = 0.7 if red == 2 else 0.9
-            detections.append([found("dog", confidence, box), found("cat", 0.2, box)])
+            dog, box = 0.7 if red == 2 else 0.9, (red, 0, 30, 30)
+            detections.append([found("dog", dog, box), found("cat", 0.2, box)])
         return detections
 
 
@@ -305,7 +287,9 @@ def photos(tmp_path):
     folder.mkdir()
     for red, name in enumerate(TEXTS):
         Image.new("RGB", (40, 40), (red, 0, 0)).save(folder / f"{name}.png")
-    (folder.parent / "prompts.txt").write_text("\ufeffWhat?\n\n Where? \n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeffWhat?\n\n Where? \n", encoding="utf-8")
+    words = {"Dog": "dog", "cat": "cat", "bus": "bus", "a_Tree": "hot dog"}
+    (tmp_path / "v.json").write_text(json.dumps(words))
     return ["--images", folder, "--prompts", tmp_path / "prompts.txt", "--candidates", 3]
 
 
@@ -318,40 +302,31 @@ def test_main_on_images(tmp_path, photos, monkeypatch, capsys):
     expected = zip([f"{name}-0" for name in TEXTS], range(5), prompts)
     assert fakes.asked == [(*request, settings) for request in expected]
     assert fakes.looked == [(red, ["dog", "cat", "bus"]) for red in range(5)]
-    (loaded,) = fakes.loaded
-    assert (loaded["model_path"], loaded["max_image_tokens"]) == ("m", 64)
+    assert [(x["model_path"], x["max_image_tokens"]) for x in fakes.loaded] == [("m", 64)]
     texts = {name: (row["chosen"], row["rejected"], row["source"]) for name, row in rows.items()}
-    assert texts == {
-        "a-0": ("A dog.", "A bus.", "sampled"),
-        "c-0": ("A dog and a cat.", "A bus and a cat.", "swapped"),
-    }
-    assert [rows[k]["evidence"][0]["box"][0] for k in ("a-0", "c-0")] == [0, 2]
-    assert [rows[k]["prompt"] for k in ("a-0", "c-0")] == [prompts[0], prompts[2]]
-    numbers = {"rows read": 5, "candidates written": ANSWERS, "pairs made": 2}
+    swapped = ("A dog and a cat.", "A bus and a cat.", "swapped")
+    assert texts == {"a-0": ("A dog.", "A bus.", "sampled"), "c-0": swapped}
+    own = [(rows[k]["evidence"][0]["box"][0], rows[k]["prompt"]) for k in ("a-0", "c-0")]
+    assert own == [(0, prompts[0]), (2, prompts[2])]
+    numbers = {"rows read": 5, "candidates written": 15, "pairs made": 2}
     numbers |= {"  dropped: unfinished or too long": 5, "dropped: no candidate is finished": 1}
     numbers |= {"dropped: names no object of the vocabulary": 1}
     numbers |= {"dropped: no candidate without hallucination": 1, "  sampled pairs": 1}
     numbers |= {"  swapped pairs": 1, "  in split pool": 1, "  in split train": 1}
     numbers |= {"mentions present": 2, "mentions absent": 1, "mentions unsure": 2}
     assert {k: n for k, n in counts.items() if n} == numbers
-    said = capsys.readouterr().out
-    assert "split heldout for a later stage: raise --heldout" in said
-    assert "next: python 02_generate_critiques.py --run=" in said
+    assert "split heldout for a later stage: raise --heldout" in capsys.readouterr().out
     assert common.stage_args(tmp_path / "run", "01_preferences")["image_root"] == str(photos[1])
 
 
 def test_an_open_expert_is_asked_about_each_pictures_own_names(tmp_path, photos, monkeypatch):
     fakes = Fakes(monkeypatch, None)
-    vocabulary = tmp_path / "vocabulary.json"
-    names = {"Dog": "dog", "cat": "cat", "bus": "bus", "Hot_Dog": "pet", "ox": "ox"}
-    vocabulary.write_text(json.dumps(names))
-    rows, _ = run(tmp_path, *photos, "--vocabulary", vocabulary)
-    named = [["dog", "bus"], ["cat"], ["dog", "cat"], [], []]
+    run(tmp_path, *photos, "--vocabulary", tmp_path / "v.json")
+    named = [["dog", "bus"], ["cat"], ["dog", "cat"], ["hot dog"], []]
     assert [red for red, _ in fakes.looked] == list(range(5))
-    for (_, asked), of_text in zip(fakes.looked, named):  # its mentions, and all others as swaps
-        assert asked[: len(of_text)] == of_text
-        assert sorted(asked) == sorted({"dog", "cat", "bus", "pet", "ox"})
-    assert rows["c-0"]["hallucinated"][0] in ("bus", "pet", "ox")
+    for (_, names), of_text in zip(fakes.looked, named):  # its mentions, and all others as swaps
+        assert names[: len(of_text)] == of_text
+        assert sorted(names) == ["bus", "cat", "dog", "hot dog"]
 
 
 def test_what_has_been_asked_is_not_asked_again(tmp_path, photos, monkeypatch):
@@ -362,61 +337,31 @@ def test_what_has_been_asked_is_not_asked_again(tmp_path, photos, monkeypatch):
     first = (folder / "preferences.jsonl").read_bytes()
     kept = {path: path.read_bytes() for path in folder.glob("[ad]*.jsonl")}
     assert len(kept) == 2 and len(fakes.asked) == len(fakes.looked) == 5
-    vocabulary = tmp_path / "vocabulary.json"
-    vocabulary.write_text('{"dog": "dog", "cat": "cat", "bus": "bus", "tree": "bus"}')
     fakes.loaded.clear()
     assert run(tmp_path, *photos, "--present", 0.8)[0].keys() == {"a-0"}
-    assert run(tmp_path, *photos, "--absent", 0.3, "--vocabulary", vocabulary)[0] != first
+    rows, _ = run(tmp_path, *photos, "--absent", 0.3, "--vocabulary", tmp_path / "v.json")
+    assert (rows["c-0"]["chosen"], rows["c-0"]["hallucinated"]) == ("A dog.", ["cat"])
     rows, _ = run(tmp_path, *photos, "--validation", 1, "--heldout", 1, "--train", 0)
     assert {row["split"] for row in rows.values()} == {"validation", "heldout"}
     assert len(fakes.asked) == len(fakes.looked) == 5 and not fakes.loaded
     run(tmp_path, *photos, "--temperature", 0.5)  # other candidates, the same pictures
     assert len(fakes.asked) == 10 and len(fakes.looked) == 5 and len(fakes.loaded) == 1
     run(tmp_path, *photos)
-    assert len(fakes.asked) == 10 and len(fakes.loaded) == 1
-    assert (folder / "preferences.jsonl").read_bytes() == first
-    for path, content in kept.items():
-        assert path.read_bytes().startswith(content)
+    assert len(fakes.asked) == 10 and (folder / "preferences.jsonl").read_bytes() == first
+    assert all(path.read_bytes().startswith(content) for path, content in kept.items())
 
 
-def test_main_on_findings(tmp_path):
-    """Findings made elsewhere, by the picture's name: no model is loaded at all. A class that the
-    expert did not look for is unsure; a picture without findings is a counted skip."""
-    pairs, texts = [], {"prompt": "Q?", "chosen": "A dog.", "rejected": "A dog and a cat."}
-    for k in range(3):
-        Image.new("RGB", (40, 40)).save(tmp_path / f"{k}.png")
-        pairs.append({"image": f"{k}.png", **texts})
-    common.write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    flags = ["--pairs", tmp_path / "pairs.jsonl", "--detections", tmp_path / "found.jsonl"]
-    findings = [{"image": "1.png", "classes": ["dog"], "detections": [found("dog", 0.9)]}]
-    findings.append({"image": "0.png", "detections": [{"object": "dog", "confidence": 0.8}]})
-    common.write_jsonl(tmp_path / "found.jsonl", findings)
-    rows, counts = run(tmp_path, *flags)
-    (row,) = rows.values()
-    assert (row["image"], row["source"], row["hallucinated"]) == ("0.png", "given", ["cat"])
-    assert [found["confidence"] for found in row["evidence"]] == [0.8, 0.0]
-    assert counts["dropped: rejected does not hallucinate by the expert"] == 1
-    assert counts["skipped: image without a row in --detections"] == 1
-    findings = [{"image": f"{k}.png", "detections": [found("Hund", 0.9)]} for k in range(2)]
-    common.write_jsonl(tmp_path / "found.jsonl", findings)
-    with pytest.raises(SystemExit, match=r"no class \(\['Hund'\]\) is of --vocabulary"):
-        run(tmp_path, *flags)  # spelled otherwise, all objects would count as absent
-    (tmp_path / "v.json").write_text('{"Dog": "Hund", "cat": "Katze"}')
-    rows, _ = run(tmp_path, *flags, "--vocabulary", tmp_path / "v.json")
-    assert [row["hallucinated"] for row in rows.values()] == [["Katze"], ["Katze"]]
-
-
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_contact_sheet(tmp_path):
     """Odd texts and sizes; boxes in the colour of their status, at their place."""
-    rows = []
-    texts = ["costs $5 or $6_{", "日本語の文 🐕", "x" * 500, "A dog.\n\nA cat."]
-    for text, size in zip(texts, ((3000, 2000), (20, 900), (900, 20), (1, 1))):
+    rows, texts = [], ["costs $5 or $6_{", "日本語の文 🐕", "x" * 500, "A dog.\n\nA cat."]
+    for text, size in zip(texts, ((600, 400), (20, 900), (900, 20), (1, 1))):
         Image.new("RGB", size).save(tmp_path / f"{len(rows)}.png")
         evidence = [{**found("$a$", 0.9, (0, 0, *size)), "status": "unsure"}]
         evidence += [{"object": "bus", "status": "absent", "confidence": 0.0, "box": None}]
-        row = {"image": f"{len(rows)}.png", "chosen": text, "rejected": text, "evidence": evidence}
-        rows.append(row)
-    one.draw_contact_sheet(tmp_path / "sheet.png", rows, tmp_path)
+        row = {"image": f"{len(rows)}.png", "chosen": text, "rejected": text}
+        rows.append({**row, "evidence": evidence})
+    draw_contact_sheet(tmp_path / "sheet.png", rows, tmp_path)
     pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     assert pixels.shape == (1280, 1120, 3)
     orange = (pixels == (255, 140, 0)).all(2)
