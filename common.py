@@ -8,7 +8,6 @@ first B * n), H key-value heads, G query heads to each of them, D head size.
 import argparse
 import atexit
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import time
 import warnings
 from collections import Counter
 from functools import cached_property, partial
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
@@ -714,8 +714,7 @@ def stage_parser(doc):
 
 
 def remembered(path, run):
-    """How a run directory, which may be moved, remembers a path: from itself, or absolute; a hub
-    id, which does not exist here, as it is."""
+    """A path as a run directory, which may be moved, remembers it; a hub id as it is."""
     if path is None or not Path(path).exists():
         return path
     path, run = Path(path).resolve(), Path(run).resolve()
@@ -763,14 +762,13 @@ def finish_stage(folder, args, counts, next_step, **extra):
     for name in ("model", "image_root"):
         args[name] = remembered(args.get(name), args["run"])
     used = ("torch", "transformers", "peft", "datasets", "ultralytics", "numpy", "pillow")
-    installed = importlib.metadata.distributions()
     meta = {
         "args": args,
         "counts": counts,
         **extra,
         "seconds": round(time.time() - STARTED, 1),
         "peak_gpu_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "versions": {d.name: d.version for d in installed if d.name in used},
+        "versions": {d.name: d.version for d in distributions() if d.name in used},
     }
     for reason, count in counts.items():
         print(f"  {reason:<44} {count:>8}")

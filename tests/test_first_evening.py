@@ -1,0 +1,67 @@
+"""The README's "Your first evening": its seven lines in order, on 60 pictures of the toy world,
+with only what a test must add: a small judge and detector, and less of everything (slow)."""
+
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, WORLD, run_here
+from scenes import PROMPT, write_pictures
+
+pytestmark = pytest.mark.slow
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = TEXT[TEXT.index("## Your first evening") :].split("```")[1]
+LINES = [shlex.split(line, comments=True)[1:] for line in BLOCK.strip().splitlines()]
+SHORT = "--max-new-tokens 48 --micro-batch 32"
+ADDED = {
+    "01": f"--model {WORLD}/model --expert {WORLD}/expert.pt --candidates 4 --max-new-tokens 32",
+    "02": "--max-new-tokens 48",
+    "03": f"--steps 2 {SHORT}",
+    "04": f"--steps 2 --samples 32 --iterations 2 {SHORT}",
+    "05": "--max-new-tokens 48",
+}
+
+
+@pytest.fixture(scope="module")
+def evening(tmp_path_factory):
+    """(start(line of the README, more flags), run directory)."""
+    folder = tmp_path_factory.mktemp("evening")
+    write_pictures(folder, 3, n_images=60, n_heldout=1)
+    (folder / "prompts.txt").write_text(PROMPT + "\n")
+
+    def start(line, *more):
+        line = [folder / "run" if word == "runs/mine" else word for word in line]
+        line = [folder / "images" if word == "PICTURES" else word for word in line]
+        added = ADDED[line[0][:2]].split()
+        if line[0].startswith("01"):
+            added += ["--prompts", folder / "prompts.txt"]
+        run_here([str(word) for word in (*line, *added, *more)])
+
+    for line in LINES:
+        start(line)
+    return start, folder / "run"
+
+
+def test_the_seven_lines(evening):
+    """At the end both variants stand in one table, of pairs that 01 held out."""
+    _, run = evening
+    assert [line[0][:2] for line in LINES] == ["01", "02", "03", "04", "05", "03", "05"]
+    report = (run / "05_evaluation" / "report.md").read_text()
+    table = report.split("| judge |")[1].split("\n\n")[0]
+    found = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+    judges = ["base", "after 03", "margin, iteration 1", "margin, iteration 2", "after 03, bt"]
+    assert [name for name in found if name in judges] == judges
+    counts = json.loads((run / "05_evaluation" / "meta.json").read_text())["counts"]
+    splits = json.loads((run / "01_preferences" / "meta.json").read_text())["counts"]
+    assert counts["pairs"] == splits["  in split heldout"] > 0
+
+
+def test_another_training_needs_a_tag(evening):
+    """03 with other --steps stops before any work and says so; all weights and reports stay."""
+    start, run = evening
+    earlier = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match=r"steps was 2, is 3.*another --tag, or delete it"):
+        start(LINES[2], "--steps", 3)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == earlier
