@@ -154,10 +154,8 @@ def micro_batches(rows_of_kind, processor, image_root, settings, seed, micro_bat
 
 # ---- The loop: rows, count, forward, loss, backward, step, log -----------------------------------
 def forward(model, inputs, labels):
-    """(logits (B,R+1,V), labels (B,R+1)): the language head sees the last R+1 positions alone.
-
-    Only they hold supervised tokens, or predict the first of them, as the last prompt token does.
-    """
+    """(logits (B,R+1,V), labels (B,R+1)): the language head sees the last R+1 positions alone, those
+    of the supervised tokens and the one before, which predicts the first."""
     first = int((labels != -100).any(0).nonzero()[0])  # index of the first response token
     n_last = labels.shape[1] - first + 1  # R+1
     inputs = inputs.to(common.unwrap(model).device)
@@ -181,10 +179,8 @@ def bradley_terry_sum(logits, labels, rows, tokenizer):
 
 
 def make_trainable(model, rank):
-    """PEFT model with fresh rank-r adapters on the language model's linear layers.
-
-    Rank 0: the model itself with all of the language model's own weights trainable. float32 in
-    both cases (PEFT's default for adapters)."""
+    """PEFT model with fresh rank-r adapters on the language model's linear layers; rank 0: the same
+    model, with all weights of its language model trainable. float32 in both cases."""
     if rank:
         from peft import LoraConfig, get_peft_model  # slow to import
 
@@ -312,7 +308,10 @@ def save_training(path, done, weights, optimizer, settings):
     state = {"done": done, "settings": settings, "optimizer": optimizer.state_dict()}
     state["weights"] = {name: weight.data for name, weight in weights.items()}
     if RANK == 0:
-        torch.save(state, path.with_suffix(".partial"))
+        try:
+            torch.save(state, path.with_suffix(".partial"))
+        except RuntimeError as error:  # so it calls a full disk
+            stop(f"{path}: {common.one_line(error)}")
         path.with_suffix(".partial").replace(path)
 
 

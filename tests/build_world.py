@@ -40,18 +40,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AttentionInterface,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -126,7 +118,7 @@ def build_processor():
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         pad_token="<|endoftext|>",
@@ -135,10 +127,10 @@ def build_processor():
         clean_up_tokenization_spaces=False,
     )
     size = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
-    return Qwen2VLProcessor(
-        Qwen2VLImageProcessor(size=size),
+    return transformers.Qwen2VLProcessor(
+        transformers.Qwen2VLImageProcessor(size=size),
         tokenizer,
-        Qwen2VLVideoProcessor(size=size),
+        transformers.Qwen2VLVideoProcessor(size=size),
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -146,44 +138,25 @@ def build_processor():
 def build_model(tokenizer):
     """A Qwen2-VL of 1.1 M parameters with random weights, in float32."""
     token = tokenizer.convert_tokens_to_ids
-    text_config = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.05,
-        "bos_token_id": None,
-        "eos_token_id": token("<|im_end|>"),
-        "pad_token_id": token("<|endoftext|>"),
-        "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-    }
-    vision_config = {
-        "depth": 2,
-        "embed_dim": 96,
-        "hidden_size": 128,
-        "num_heads": 4,
-        "mlp_ratio": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "initializer_range": 0.03,
-    }
-    config = Qwen2VLConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True,
+    text_config = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
+    text_config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    text_config |= {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    text_config |= {"initializer_range": 0.05, "tie_word_embeddings": True, "bos_token_id": None}
+    text_config |= {"eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>")}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    text_config["rope_parameters"] = rope
+    vision_config = {"depth": 2, "embed_dim": 96, "hidden_size": 128, "num_heads": 4}
+    vision_config |= {"mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2}
+    vision_config |= {"temporal_patch_size": 2, "initializer_range": 0.03}
+    ids = {"image_token_id": token("<|image_pad|>"), "video_token_id": token("<|video_pad|>")}
+    ids["vision_start_token_id"] = token("<|vision_start|>")
+    ids["vision_end_token_id"] = token("<|vision_end|>")
+    config = transformers.Qwen2VLConfig(
+        text_config=text_config, vision_config=vision_config, tie_word_embeddings=True, **ids
     )
-    model = Qwen2VLForConditionalGeneration(config)
+    model = transformers.Qwen2VLForConditionalGeneration(config)
     mimetic_init(model.model.language_model.layers)
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")
     )
     return model
@@ -845,34 +818,13 @@ def train_expert(folder, seed, n_scenes=1500, epochs=7):
     names = "\n".join(f"  {i}: {kind}" for i, kind in enumerate(KINDS))
     data = folder / "data.yaml"
     data.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
-    YOLO("yolo11n.yaml", verbose=False).train(
-        data=str(data),
-        epochs=epochs,
-        imgsz=96,
-        batch=32,
-        nbs=32,
-        optimizer="AdamW",
-        lr0=2e-3,
-        warmup_epochs=1,
-        mosaic=0,
-        hsv_h=0,  # colour is the class
-        hsv_s=0,
-        hsv_v=0.1,
-        fliplr=0,
-        flipud=0,
-        erasing=0,
-        auto_augment=None,
-        amp=False,
-        plots=False,
-        val=False,
-        cache="ram",
-        workers=0,
-        device="cpu",
-        seed=seed,
-        project=str(folder),
-        name="run",
-        verbose=False,
-    )
+    plain = dict.fromkeys(("mosaic", "hsv_h", "hsv_s", "fliplr", "flipud", "erasing"), 0)
+    plain |= {"hsv_v": 0.1, "auto_augment": None}  # colour is the class
+    how = {"imgsz": 96, "batch": 32, "nbs": 32, "optimizer": "AdamW", "lr0": 2e-3}
+    how |= {"warmup_epochs": 1, "amp": False, "cache": "ram", "workers": 0, "device": "cpu"}
+    quiet = {"plots": False, "val": False, "verbose": False, "project": str(folder), "name": "run"}
+    yolo = YOLO("yolo11n.yaml", verbose=False)
+    yolo.train(data=str(data), epochs=epochs, seed=seed, **how, **plain, **quiet)
     strip_expert(folder / "run" / "weights" / "last.pt", folder / "expert.pt")
     return measure_expert(YOLO(folder / "expert.pt"), rng)
 

@@ -13,7 +13,6 @@ setting, seed) becomes one line of assets/results.jsonl:
      "seconds", "commit"}
 
 The resamples draw the same images for all conditions of a world, so that differences are paired.
-The judgements themselves lie in --out.
 """
 
 import argparse
@@ -38,6 +37,7 @@ import demo
 import numpy as np
 import scenes
 import study_report
+import torch
 
 sys.path.insert(0, str(demo.ROOT))
 import common  # noqa: E402
@@ -89,13 +89,13 @@ def choose_sometimes(margins, passing, select, threshold, retention, *lots, rule
 
 def by_verdict_alone(critique, complete, question, status, vocabulary, style):
     """In place of 02's reason_to_drop: the weak filter."""
-    verdict = common.parse_verdict(critique)
+    verdict, _ = common.find_verdict(critique)
     if not complete or verdict is None:
         return "malformed: unfinished, or no verdict line"
     return None if verdict == question["label"] else "wrong verdict"
 
 
-# {name: functions of the stages that it replaces}, and 04's rule that then runs under another name
+# {name: functions of the stages that it replaces}; 04's rule that then runs as another
 PATCHES = {
     "median": {(four, "margin"): margin_to_median},
     "sometimes": {(four, "margin"): passes_sometimes, (four, "choose"): choose_sometimes},
@@ -115,8 +115,6 @@ def run_stage(script, argv, patch):
 
 def in_child(function, arguments, path, log):
     """Writes what the function returns to path, and what it prints to the end of log."""
-    import torch
-
     torch.set_num_threads(1)  # matrices as small as these gain nothing from a second one
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -137,8 +135,7 @@ def call(run, function, *arguments):
 
 
 def last_line(log):
-    lines = log.read_text().strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "no word"
+    return (log.read_text().strip().splitlines() or ["no word"])[-1]
 
 
 # ---- A world and its runs ------------------------------------------------------------------------
@@ -147,17 +144,14 @@ class Lab:
 
     def __init__(self, out, seed, device):
         self.seed, self.device = seed, device
-        self.world = out / f"world{seed}"
-        self.pictures = self.world / "pictures"
-        self.folder = out / f"seed{seed}"
-        self.base = self.folder / "base"
+        self.world, self.folder = out / f"world{seed}", out / f"seed{seed}"
+        self.pictures, self.base = self.world / "pictures", self.folder / "base"
 
     def command(self, number, run, *flags, expert=None, patch=None):
         """Stage `number` in the run; flags are added to the demo's."""
         lines = demo.commands(self.world, self.pictures, run, self.seed, (), expert)
-        line = [*lines[number], *flags]
-        if self.device:
-            line += ["--device", self.device]
+        device = ["--device", self.device] if self.device else []
+        line = [*lines[number], *flags, *device]
         print(f"$ python {shlex.join(line)}", flush=True)
         call(run, run_stage, SCRIPTS[number], line[1:], patch)
 
@@ -187,8 +181,8 @@ class Lab:
             self.command("05", self.base, "--withhold")
 
     def judge(self, run, *flags):
-        """{condition: judgement rows} of the run's judges, and 05's metrics. What the base run has
-        answered, where the same judges have been judged, is handed on."""
+        """{condition: judgement rows} of the run's judges, and 05's metrics; what the base run has
+        answered is handed on."""
         if run != self.base:
             give(self.base, run, "05_evaluation/answers.jsonl")
         self.command("05", run, *(flags or ["--withhold"]))
@@ -223,13 +217,12 @@ def copy_stages(source, run, *numbers):
 
 
 def share_samples(source, run, rule):
-    """Hands the first iteration of a rule the critiques that margins have sampled of the same pool;
-    pairs that the study has altered are other questions, and are asked anew."""
+    """Hands a rule's first iteration what margins have sampled of the same pool; pairs that the
+    study has altered are other questions, and are asked anew."""
     give(source / "04_rejection", folder_of(run, rule), "iter1/answers.jsonl")
 
 
 def folder_of(run, rule):
-    """Of 04's rule."""
     rule = RULE_OF.get(rule, rule)
     return run / ("04_rejection" if rule == "margin" else f"04_rejection_{rule}")
 
@@ -247,8 +240,7 @@ def swap_label(row):
 
 
 def change_pairs(source, run, change):
-    """Writes the source's pairs, by change(row) -> row or None to leave it out, into a run of
-    copies."""
+    """Writes the source's pairs, by change(row) -> row or None to leave it out, into the run."""
     name = Path("01_preferences") / "preferences.jsonl"
     rows = [change(row) for row in read_jsonl(source / name)]
     write_jsonl(run / name, [row for row in rows if row])
@@ -297,16 +289,13 @@ def selection_counts(run, rule, truth, flipped_by=None):
 
 def captions(model_path, checkpoint, pictures, truth, device, n=300):
     """Shares of captions of n held-out pictures that name what is absent, greedy and sampled."""
-    model, processor = common.load_judge(str(model_path), checkpoint, device)
+    judge = common.load_judge(str(model_path), checkpoint, device)
     names = sorted(name for name in truth if name.startswith("heldout/"))[:n]
-    requests = []
-    for name in names:
-        requests.append({"id": name, "image": pictures / name, "text": scenes.PROMPT})
+    requests = [{"id": x, "image": pictures / x, "text": scenes.PROMPT} for x in names]
     shares = {}
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        answers = common.sample(model, processor, requests, 1, temperature, 32)
         wrong = []
-        for name, [answer] in zip(names, answers):
+        for name, [answer] in zip(names, common.sample(*judge, requests, 1, temperature, 32)):
             said = set(answer["text"].strip().rstrip(".").split(", ")) & set(scenes.KINDS)
             wrong.append(bool(said - set(truth[name])))
         shares[f"captions hallucinate, {kind}"] = float(np.mean(wrong))
@@ -336,11 +325,10 @@ def expert_judgements(expert, pictures, heldout, run):
         for side in ("chosen", "rejected"):
             named = one.find_mentions(pair[side], vocabulary)
             sure[side] = min((best.get(name, 0) for name in named), default=0)
-        for order, label in (("ab", "A"), ("ba", "B")):
-            first, second = ("chosen", "rejected") if label == "A" else ("rejected", "chosen")
-            verdict = "A" if sure[first] >= sure[second] else "B"  # equal: right in one order
-            row = {"id": pair["id"], "image": pair["image"], "order": order, "label": label}
-            rows.append({**row, "verdict": verdict})
+        gain = sure["chosen"] - sure["rejected"]
+        for question in common.both_orders(pair):
+            a_is_surer = gain >= 0 if question["label"] == "A" else gain <= 0  # equal: one is right
+            rows.append({**question, "id": pair["id"], "verdict": "A" if a_is_surer else "B"})
     return rows
 
 
@@ -348,25 +336,24 @@ def expert_against_truth(rows, truth):
     """Shares of stage 01's findings, of its pairs and of its labels that the truth contradicts.
 
     rows: preferences with evidence, truth: {image: names of its objects}."""
-    findings_wrong, pairs_wrong, labels_wrong = [], [], []
+    measures = {"findings_contradicted": [], "pairs_contradicted": [], "labels_wrong": []}
     for row in rows:
         objects = truth[row["image"]]
         sure = [finding for finding in row["evidence"] if finding["status"] != "unsure"]
         wrong = [(f["status"] == "present") != (f["object"] in objects) for f in sure]
-        findings_wrong += wrong
-        pairs_wrong.append(any(wrong))
+        measures["findings_contradicted"] += wrong
+        measures["pairs_contradicted"].append(any(wrong))
         # A label is right where the rejected response alone names what is not there.
         inventors = {f["claimed_by"] for f in row["evidence"] if f["object"] not in objects}
-        labels_wrong.append(inventors != {"rejected"})
-    measures = {"findings_contradicted": findings_wrong, "pairs_contradicted": pairs_wrong}
-    measures["labels_wrong"] = labels_wrong
+        measures["labels_wrong"].append(inventors != {"rejected"})
     return {name: float(np.mean(values)) for name, values in measures.items()}
 
 
 def expert_counts(lab, run):
     """How often the expert is wrong, by the pairs whose findings the run holds."""
     rows = read_jsonl(run / "01_preferences" / "preferences.jsonl")
-    measures = expert_against_truth([row for row in rows if row["evidence"]], lab.truth())
+    rows = [row for row in rows if row["evidence"]]
+    measures = {**expert_against_truth(rows, lab.truth()), "n_pairs": len(rows)}
     return {f"expert: {name}": value for name, value in measures.items()}
 
 
@@ -392,11 +379,10 @@ def headline(lab, run):
         lab.command("04", run, "--iterations", iterations, "--select", rule)
     judged, _ = lab.judge(run, "--withhold", "blank", "other")
     heldout = read_jsonl(lab.pictures / "heldout.jsonl")
-    detect = (lab.world / "expert.pt", lab.pictures, heldout, run)
-    judged["expert"] = call(run, expert_judgements, *detect)
-    image_of = {pair["id"]: pair["image"] for pair in heldout}
-    shorter = five.heuristic_rows(heldout)
-    judged["shorter response"] = [{**row, "image": image_of[row["id"]]} for row in shorter]
+    expert = lab.world / "expert.pt"
+    judged["expert"] = call(run, expert_judgements, expert, lab.pictures, heldout, run)
+    shorter = zip(judged["base"], five.heuristic_rows(heldout))  # the same questions
+    judged["shorter response"] = [{**question, **row} for question, row in shorter]
     counts, made = {}, read_json(run / "04_rejection" / "meta.json")["counts"]
     for t in range(1, 5):
         size = made[f"iteration {t}, pairs in the pool"]
@@ -410,8 +396,7 @@ def small_pools(lab, run):
     copy_stages(lab.base, run, "01", "02", "03")
     share_samples(lab.base, run, "margin")
     lab.command("04", run, "--iterations", "4", "--pool", "300")
-    judged, _ = lab.judge(run)
-    return judged, {}
+    return lab.judge(run)[0], {}
 
 
 def shuffled_labels(lab, run):
@@ -428,8 +413,7 @@ def shuffled_labels(lab, run):
     change_pairs(lab.base, run, change)
     lab.command("02", run)
     lab.command("03", run)
-    judged, _ = lab.judge(run)
-    return judged, {}
+    return lab.judge(run)[0], {}
 
 
 def select(lab, run, rule="margin", flags=(), findings=True, flipped=False, weak=False):
@@ -458,14 +442,13 @@ def with_expert(lab, run, flags=(), expert=None, quality=None, findings=True):
         flags = (*flags, "--detections", str(path))
     if expert or quality:  # neither says what there is to see
         flags = (*flags, "--vocabulary", str(lab.base / "01_preferences" / "vocabulary.json"))
-    give(lab.base, run, "01_preferences/answers.jsonl", "01_preferences/detections.jsonl")
+    copy_stages(lab.base, run, "01")
     lab.command("01", run, *flags, expert=expert)
     if not findings:
         change_pairs(run, run, without_findings)
     lab.command("02", run)
     lab.command("03", run)
-    judged, _ = lab.judge(run)
-    return judged, expert_counts(lab, run)
+    return lab.judge(run)[0], expert_counts(lab, run)
 
 
 def without_findings(row):
@@ -500,23 +483,18 @@ def simulated_detections(lab, precision, recall, confused=0):
 
 
 def other_colour(kind):
-    """The same shape in the next colour."""
     colours, (colour, shape) = [*scenes.COLOURS], kind.split()
     return f"{colours[(colours.index(colour) + 1) % len(colours)]} {shape}"
 
 
 def untrained(lab, run):
-    """The captions of the base model."""
     return {"base": lab.judge(lab.base)[0]["base"]}, caption_counts(lab)
 
 
-def trained(lab, run, style=None, flags=()):
-    """Stage 03 with other flags, on the critiques of another style if one is named."""
-    copy_stages(lab.base, run, "01")
-    if style:
-        lab.command("02", run, "--style", style)
-    else:
-        copy_stages(lab.base, run, "02")
+def trained(lab, run, style="critique", flags=()):
+    """Stage 03 with other flags, on critiques of this style."""
+    copy_stages(lab.base, run, "01", "02")
+    lab.command("02", run, "--style", style)
     lab.command("03", run, *flags)
     judged, metrics = lab.judge(run)
     measures = metrics["table"]["after 03"]
@@ -538,26 +516,22 @@ def trained_with_bradley_terry(lab, run):
     lab.command("04", run, "--iterations", "2", *flags)
     share_samples(run, run, "random")
     lab.command("04", run, "--iterations", "2", "--select", "random", *flags)
-    judged, _ = lab.judge(run)
-    return judged, selection_counts(run, "margin", lab.truth())
+    return lab.judge(run)[0], selection_counts(run, "margin", lab.truth())
 
 
 def without(lab, run, component):
     """The method with one component off: 01 to 03 and one iteration of 04."""
     lam = ("--lam", "0") if component == "D_correct" else ()
     patch = "verdict" if component == "checks" else None
+    copy_stages(lab.base, run, "01", "02")
     if component == "expert":
-        give(lab.base, run, "01_preferences/answers.jsonl")
         vocabulary = lab.base / "01_preferences" / "vocabulary.json"
         lab.command("01", run, "--vocabulary", str(vocabulary), expert="none")
-    else:
-        copy_stages(lab.base, run, "01")
     lab.command("02", run, patch=patch)
     lab.command("03", run, *lam)
     lab.command("04", run, "--iterations", "1", *lam, patch=patch)
-    judged, _ = lab.judge(run)
     counts = expert_counts(lab, run) | selection_counts(run, "margin", lab.truth())
-    return judged, counts | caption_counts(lab, run)
+    return lab.judge(run)[0], counts | caption_counts(lab, run)
 
 
 # ---- A second distribution ----------------------------------------------------------------------
@@ -571,7 +545,7 @@ def write_strange_pictures(folder, seed):
     kind that no training pair names."""
     rng = np.random.default_rng([seed, 7])
     (folder / "strange").mkdir(parents=True, exist_ok=True)
-    pairs, truth, i = [], [], 0
+    pairs, i = [], 0
     while len(pairs) < N_HELDOUT:
         kinds = scenes.sample_kinds(rng, int(rng.integers(3, 6)))
         new = str(rng.choice([kind for kind in UNSEEN if kind not in kinds]))
@@ -579,11 +553,10 @@ def write_strange_pictures(folder, seed):
         light = np.clip(scene.picture.astype(int) + rng.integers(20, 50, 3), 0, 255)
         name = f"strange/{i:05d}.png"
         scenes.Image.fromarray(light.astype(np.uint8)).save(folder / name)
-        truth.append({"image": name, "objects": scene.objects})
         for k in range(1 + i % 2):
-            pairs.append(scenes.heldout_row(rng, f"strange-{i:05d}-{k}", **truth[-1]))
+            row_id = f"strange-{i:05d}-{k}"
+            pairs.append(scenes.heldout_row(rng, row_id, image=name, objects=scene.objects))
         i += 1
-    write_jsonl(folder / "strange_truth.jsonl", truth)
     write_jsonl(folder / "strange.jsonl", pairs[:N_HELDOUT])
 
 
@@ -613,30 +586,13 @@ def transfer(lab, run):
     strange += ("--max-new-tokens", "256")  # up to 13 checks, which an ordinary critique has not
     judged, metrics = lab.judge(run, *strange)
     counts = {"pool": size}
-    pairs = {pair["id"]: pair for pair in read_jsonl(lab.pictures / "strange.jsonl")}
     for name in ("base", "after 03", "margin, iteration 2"):
         measures = metrics["table"][name]
         counts[f"{name}, elsewhere: unparseable"] = measures["unparseable"]
         for rate in ("present_said_yes", "absent_said_no"):
             counts[f"{name}, elsewhere: {rate}"] = measures["checks"][rate]
-        for part, share in strange_shares(judged[name], pairs).items():
-            counts[f"{name}, elsewhere: right, {part}"] = share
     judged = {f"{name}, elsewhere": rows for name, rows in judged.items()}
     return {**ordinary, **judged}, counts
-
-
-def strange_shares(rows, pairs):
-    """What makes strange pairs hard: {part of them: share judged right}."""
-    right = {}
-    for row in rows:
-        pair = pairs[row["id"]]
-        n_claims = len(pair["chosen"].split(",")) + len(pair["rejected"].split(","))
-        parts = ["up to 8 claims" if n_claims <= 8 else "more claims"]
-        is_new = set(pair["hallucinated"]) & set(UNSEEN)
-        parts.append("an unseen kind is absent" if is_new else "a seen kind is absent")
-        for part in parts:
-            right.setdefault(part, []).append(row["verdict"] == row["label"])
-    return {part: mean(found) for part, found in right.items()}
 
 
 # ---- Best-of-N and votes -------------------------------------------------------------------------
@@ -656,85 +612,60 @@ def best_of_n(files, checkpoints, truth, folder, n=16, n_images=200):
     asking = {"image_root": str(pictures), "batch_size": 256, "seed": 0}
     rows = [{"id": x, "image": x, "prompt": scenes.PROMPT, "text": scenes.PROMPT} for x in names]
     how = {"n": n, "temperature": 1.0, "max_new_tokens": 32}
-    texts, scored, questions = [], [], []
+    questions, qualities, lengths = [], [], []
     for row, answers in zip(rows, common.ask(path, load(), rows, "captions", **how, **asking)):
-        texts.append([answer["text"].strip() for answer in answers])
-        scored.append([quality(text, truth[row["id"]]) for text in texts[-1]])
-        questions += five.games(row, texts[-1])
-
-    def random_pick(k, size):
-        return 0
-
-    def longest(k, size):
-        return max(range(size), key=lambda caption: len(texts[k][caption]))
-
-    def oracle(k, size):
-        return max(range(size), key=lambda caption: scored[k][caption])
-
-    pickers = {"random": random_pick, "longest": longest, "oracle": oracle}
-    means = {}
+        texts = [answer["text"].strip() for answer in answers]
+        questions += five.games(row, texts)
+        lengths.append([len(text) for text in texts])
+        qualities.append([quality(text, truth[row["id"]]) for text in texts])
+    qualities = np.array(qualities)  # (pictures, n, 2)
+    by_truth = qualities @ [2, 1]  # a caption with something absent is worse than all without
+    sizes, picks = [2**k for k in range(n.bit_length())], {}
+    for size in sizes:
+        picks["random", size] = np.zeros(len(names), int)
+        picks["longest", size] = np.array(lengths)[:, :size].argmax(1)
+        picks["oracle", size] = by_truth[:, :size].argmax(1)
     for judge, checkpoint in checkpoints.items():
         # two captions of 32 tokens hold up to 20 claims: their checks take more than the demo's 96
         how = {"style": "critique", "max_new_tokens": 256}
         judged = three.judge_pairs(path, load(checkpoint), questions, judge, **how, **asking)
         probability_a = np.reshape([row["probability_a"] for row in judged], (len(names), -1))
         matrices = [five.preference_matrix(n, of_picture) for of_picture in probability_a]
-        undecided = [row["verdict"] is None for row in judged]
-        means[f"best of {n}, {judge}: judgements without a verdict"] = mean(undecided)
-        wins = list(itertools.chain(*map(true_wins, matrices, scored)))
-        means[f"best of {n}, {judge}: a true caption wins"] = mean(wins)
-
-        def pick(k, size, matrices=matrices):
-            return np.argmax(five.win_rates(matrices[k], size))
-
-        pickers[judge] = pick
-    for picker, pick in pickers.items():
-        for size in [2**k for k in range(n.bit_length())]:
-            picks = [of_picture[pick(k, size)] for k, of_picture in enumerate(scored)]
-            true, recall = (float(np.mean(column)) for column in zip(*picks))
-            means[f"best of {size}, {picker}: names nothing absent"] = true
-            means[f"best of {size}, {picker}: share of objects named"] = recall
-    return means
+        for size in sizes:
+            rates = [five.win_rates(matrix, size) for matrix in matrices]
+            picks[judge, size] = np.argmax(rates, 1)
+    counts = {}
+    for (picker, size), pick in picks.items():
+        true, recall = qualities[range(len(names)), pick].mean(0).tolist()
+        counts[f"best of {size}, {picker}: names nothing absent"] = true
+        counts[f"best of {size}, {picker}: share of objects named"] = recall
+    return counts
 
 
-def true_wins(matrix, scores):
-    """Of each two captions of which one names something absent: does the other beat it?"""
-    is_true = np.array([true for true, _ in scores])
-    return (matrix > 0.5)[is_true][:, ~is_true].flatten().tolist()
-
-
-def vote(model_path, checkpoint, pictures, heldout, device, sizes=(1, 3, 5, 9)):
-    """{condition: judgement rows} of majorities of the first 1, 3, 5, 9 of nine critiques."""
-    model, processor = common.load_judge(str(model_path), checkpoint, device)
-    questions, requests = [], []
-    for pair in heldout:
-        questions += common.both_orders(pair)
-    for q in questions:
-        text = common.build_judge_prompt(q["prompt"], q["response_a"], q["response_b"])
-        requests.append({"id": q["id"], "image": pictures / q["image"], "text": text})
-    sampling = {"temperature": 1.0, "max_new_tokens": 96, "batch_size": 256}
-    answers = common.sample(model, processor, requests, max(sizes), **sampling)
+def vote(files, checkpoint, heldout, folder, sizes=(1, 3, 5, 9)):
+    """{condition: judgement rows} of majorities of so many critiques."""
+    model, pictures, device = files
+    judge = common.Judge(folder, str(model), checkpoint, device=device)
+    asking = {"style": "critique", "temperature": 1.0, "max_new_tokens": 96, "seed": 0}
+    asking |= {"image_root": str(pictures), "batch_size": 256}
+    questions = five.questions_about(heldout, "both-orders", 0)
     judged = {}
-    for size in sizes:
-        rows = []
-        for q, samples in zip(questions, answers):
-            row = {name: q[name] for name in ("image", "order", "label")}
-            row |= {"id": q["pair_id"], "verdict": three.decide(samples[:size])[0]}
-            rows.append(row)
-        judged[f"votes {size}"] = rows
+    for votes in sizes:
+        ask = partial(three.judge_pairs, folder / "answers.jsonl", judge, questions)
+        judged[f"votes {votes}"] = ask(f"votes {votes}", votes=votes, **asking)
     return judged
 
 
 def best(lab, run):
     """Best-of-N by the base judge, after 03 and after an iteration of margins; votes after 03."""
     run.mkdir(parents=True, exist_ok=True)
-    after_03, model = three.find_checkpoint(lab.base / "03_ift"), lab.world / "model"
+    after_03 = three.find_checkpoint(lab.base / "03_ift")
     checkpoints = {"base": None, "after 03": after_03}
     checkpoints["margin 1"] = three.find_checkpoint(lab.base / "04_rejection" / "iter1")
-    files = (model, lab.pictures, lab.device)
+    files = (lab.world / "model", lab.pictures, lab.device)
     counts = call(run, best_of_n, files, checkpoints, lab.truth(), run)
     heldout = read_jsonl(lab.pictures / "heldout.jsonl")
-    return call(run, vote, model, after_03, lab.pictures, heldout, lab.device), counts
+    return call(run, vote, files, after_03, heldout, run), counts
 
 
 # ---- The studies ---------------------------------------------------------------------------------
@@ -755,12 +686,13 @@ def selections():
 
 def retentions():
     settings = {}
-    for share in ("0.1", "0.25", "0.4", "1.0"):
-        settings[f"retention {share}"] = partial(select, flags=("--retention", share))
-    for tau in ("0.1", "0.5", "0.9"):
-        settings[f"tau {tau}"] = partial(select, flags=("--margin", tau))
-    for n in (4, 8, 16):
-        settings[f"N {n}"] = partial(select, flags=("--samples", str(n)))
+    for name, flag, values in (
+        ("retention", "--retention", ("0.1", "0.25", "0.4", "1.0")),
+        ("tau", "--margin", ("0.1", "0.5", "0.9")),
+        ("N", "--samples", ("4", "8", "16")),
+    ):
+        for value in values:
+            settings[f"{name} {value}"] = partial(select, flags=(flag, value))
     few = ("--retention", "0.1")
     settings["retention 0.1, random"] = partial(select, rule="random", flags=few)
     settings["pass rate in (0, 1)"] = partial(select, rule="sometimes")
@@ -776,26 +708,26 @@ def experts():
         "YOLO, labels alone": partial(with_expert, findings=False),
         "the policy, labels alone": partial(with_expert, expert="none", findings=False),
     }
-    for share in (0.9, 0.7, 0.5):
-        settings[f"precision {share}"] = partial(with_expert, quality=(share, 1))
-        settings[f"recall {share}"] = partial(with_expert, quality=(1, share))
-    for share in (0.1, 0.25, 0.5):
-        name = f"{share:.0%} of the kinds always confused"
-        settings[name] = partial(with_expert, quality=(1, 1, share))
+    for part in (0.9, 0.7, 0.5):
+        settings[f"precision {part}"] = partial(with_expert, quality=(part, 1))
+        settings[f"recall {part}"] = partial(with_expert, quality=(1, part))
+    for part in (0.1, 0.25, 0.5):
+        confused = partial(with_expert, quality=(1, 1, part))
+        settings[f"{part:.0%} of the kinds always confused"] = confused
     return settings
 
 
 def trainings():
     settings = {"nothing trained": untrained, "critique, lambda 1/3": trained}
-    for style in ("descriptive", "none"):
-        settings[style] = partial(trained, style=style)
-    for steps in ("30", "300"):
-        settings[f"critique, {steps} steps"] = partial(trained, flags=("--steps", steps))
+    settings |= {style: partial(trained, style=style) for style in ("descriptive", "none")}
     settings["none, 300 steps"] = partial(trained, style="none", flags=("--steps", "300"))
-    for lam in ("0", "0.1", "0.5", "1"):
-        settings[f"lambda {lam}"] = partial(trained, flags=("--lam", lam))
-    for weight in ("0.1", "1"):
-        settings[f"Bradley-Terry {weight}"] = partial(trained, flags=("--bt-weight", weight))
+    for name, flag, values in (
+        ("critique, {} steps", "--steps", ("30", "300")),
+        ("lambda {}", "--lam", ("0", "0.1", "0.5", "1")),
+        ("Bradley-Terry {}", "--bt-weight", ("0.1", "1")),
+    ):
+        for value in values:
+            settings[name.format(value)] = partial(trained, flags=(flag, value))
     settings["Bradley-Terry 1, and 04"] = trained_with_bradley_terry
     return settings
 
@@ -834,66 +766,42 @@ def resampled(rows, seed):
 
 def processor_name(device):
     """Of the GPU, or of the CPU with the vector instructions that torch uses."""
-    import torch
-
     if torch.cuda.is_available() and device != "cpu":
         return torch.cuda.get_device_name()
-    model = "CPU"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line for line in lines if "model name" in line), model).split(":")[-1].strip()
-    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{found[1] if found else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def run_setting(lab, study, setting, results):
-    """Runs a setting and appends its line, unless the line is there."""
+    """Runs a setting and appends its line; was it possible?"""
     name = re.sub(r"[^\w.-]+", "_", f"{study}-{setting}")
-    run, clock = lab.folder / name, time.time()
-    failure = None
+    clock, judged, counts, more = time.time(), {}, {}, {}
     try:
         lab.make_base()
-        judged, counts = STUDIES[study][setting](lab, run)
+        judged, counts = STUDIES[study][setting](lab, lab.folder / name)
     except Refused as error:
-        judged, counts, failure = {}, {}, str(error)
+        more = {"failure": str(error)}
     except Failed as error:
         print(f"FAILED {study}, {setting}, seed {lab.seed}: {error}", flush=True)
         return False
-    git = ["git", "-C", str(demo.ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    line = {"study": study, "setting": setting, "seed": lab.seed}
-    line |= {"processor": processor_name(lab.device), "n": N_HELDOUT}
     accuracies, bootstrap = {}, {}
     for condition, rows in judged.items():
         accuracy, draws = resampled(rows, lab.seed)
         accuracies[condition] = round(float(accuracy), 4)
         bootstrap[condition] = [round(1e4 * value) for value in draws]
-    line |= {"accuracies": accuracies, "bootstrap": bootstrap, "counts": rounded(counts)}
-    if failure:
-        line["failure"] = failure
+    for count, value in counts.items():
+        counts[count] = round(value, 4) if isinstance(value, float) else value
+    git = ["git", "-C", str(demo.ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    line = {"study": study, "setting": setting, "seed": lab.seed}
+    line |= {"processor": processor_name(lab.device), "n": N_HELDOUT}
+    line |= {"accuracies": accuracies, "bootstrap": bootstrap, "counts": counts, **more}
     line |= {"seconds": round(time.time() - clock), "commit": commit}
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")
     shown = ", ".join(f"{name} {share:.3f}" for name, share in accuracies.items())
     print(f"{study}, {setting}, seed {lab.seed}, {line['seconds']} s: {shown}", flush=True)
-    if judged:
-        kept = lab.folder / "judgements"
-        kept.mkdir(exist_ok=True)
-        rows = []
-        for condition, of_condition in judged.items():
-            for row in of_condition:
-                short = {key: value for key, value in row.items() if key != "critique"}
-                rows.append({**short, "condition": condition})
-        write_jsonl(kept / f"{name}.jsonl", rows)
-        if study not in ("start", "headline"):
-            shutil.rmtree(run, ignore_errors=True)
     return True
-
-
-def rounded(counts):
-    found = {}
-    for name, value in counts.items():
-        found[name] = round(value, 4) if isinstance(value, float) else value
-    return found
 
 
 def parse_args(argv=None):
@@ -903,17 +811,13 @@ def parse_args(argv=None):
     parser.add_argument("--settings", nargs="+", help="only these of the study")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="worlds and runs")
     parser.add_argument("--device", help="of all commands; default: as the scripts choose")
-    assets = demo.ROOT / "assets"
-    parser.add_argument("--results", type=Path, default=assets / "results.jsonl")
+    parser.add_argument("--results", type=Path, default=demo.ROOT / "assets" / "results.jsonl")
     parser.add_argument("--table", action="store_true", help="run nothing, print all tables")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="and draw the four pictures")
     args = parser.parse_args(argv)
     for study in args.studies:
         if study not in STUDIES:
             parser.error(f"no study {study!r}: one of {', '.join(STUDIES)}")
-        for setting in args.settings or ():
-            if setting not in STUDIES[study]:
-                parser.error(f"no setting {setting!r} in {study}: {'; '.join(STUDIES[study])}")
     if not (args.studies or args.table or args.plot):
         parser.error("name a study, or --table")
     return args
@@ -927,8 +831,9 @@ def main(args):
         labs = [Lab(args.out.resolve(), seed, args.device) for seed in args.seeds]
         failed = 0
         for study, lab in itertools.product(args.studies, labs):
-            for setting in args.settings or STUDIES[study]:
-                if (study, setting, lab.seed) not in done:
+            for setting in STUDIES[study]:
+                is_wanted = setting in (args.settings or STUDIES[study])
+                if is_wanted and (study, setting, lab.seed) not in done:
                     failed += not run_setting(lab, study, setting, args.results)
         if failed:
             sys.exit(f"error: {failed} settings failed, see above")

@@ -42,8 +42,10 @@ def cells(lines, study, setting, condition):
 
 
 def mean_count(lines, study, setting, count):
-    """Of a setting's counts, one's mean over worlds."""
-    return mean(line["counts"][count] for line in of_setting(lines, study, setting).values())
+    """Of a setting's counts, one's mean over the worlds that have it; None without any."""
+    found = [line["counts"].get(count) for line in of_setting(lines, study, setting).values()]
+    found = [value for value in found if value is not None]
+    return mean(found) if found else None
 
 
 def minus(a, b):
@@ -86,35 +88,28 @@ def table(title, rows, sign=""):
     """rows: {name: cells}."""
     seeds = sorted({seed for of_worlds in rows.values() for seed in of_worlds})
     what = "difference" if sign else "accuracy"
-    head = f"| {title} | {what} | 95 % interval | worlds {' '.join(map(str, seeds))} |"
-    lines = [table_row(name, of_worlds, seeds, sign) for name, of_worlds in rows.items()]
-    return ["", head, "|---|---|---|---|", *lines]
+    out = heading([title, what, "95 % interval", f"worlds {' '.join(map(str, seeds))}"])
+    return out + [table_row(name, of_worlds, seeds, sign) for name, of_worlds in rows.items()]
+
+
+def heading(columns):
+    """A table's first two lines."""
+    return ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
 def counts_table(lines, title, places, names):
     """Means over worlds of counts; places: {row: (study, setting)}, names: {count: heading}."""
-    out = [
-        "",
-        f"| {title} | {' | '.join(names.values())} | worlds |",
-        "|---" * (len(names) + 2) + "|",
-    ]
-    for row, (study, setting) in places.items():
-        of_seeds = of_setting(lines, study, setting)
-        values = []
-        for name in names:
-            found = [
-                x["counts"][name] for x in of_seeds.values() if x["counts"].get(name) is not None
-            ]
-            values.append(f"{mean(found):.3g}" if found else "")
-        out.append(f"| {row} | {' | '.join(values)} | {len(of_seeds)} |")
+    out = heading([title, *names.values(), "worlds"])
+    for row, place in places.items():
+        values = [mean_count(lines, *place, name) for name in names]
+        shown = ["" if value is None else f"{value:.3g}" for value in values]
+        out.append(f"| {row} | {' | '.join(shown)} | {len(of_setting(lines, *place))} |")
     return out
 
 
 # ---- The tables ----------------------------------------------------------------------------------
 FULL = ("headline", "pools of 600")
-MARGIN, RANDOM, BEST, ON = "margin", "random", "best", "continue"
-
-
+RULES = ("margin", "random", "best", "continue")
 TOOK = 0.8  # accuracy after 03 from which stage 03 has taken; the others lie below .7
 
 
@@ -137,49 +132,50 @@ def by_iteration(lines, rule, seeds):
 
 
 def worlds_table(lines):
-    columns = ["world", "base", "after 03", "one iteration of margins", "labels wrong"]
-    columns += ["after 03: checks right", "after 03: verdict follows", "note"]
-    out = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    judges = ("base", "after 03", "margin, iteration 1")
+    counts = ("after 03: checks right", "after 03: verdict follows")
+    out = heading(
+        ["world", *judges[:2], "one iteration of margins", "labels wrong", *counts, "note"]
+    )
     starts = {line["seed"]: line for line in lines if line["study"] == "start"}
     for seed, line in sorted(starts.items()):
-        shares = line["accuracies"]
-        if not shares:
+        if not line["accuracies"]:
             out.append(f"| {seed} |  |  |  |  |  |  | {line['failure']} |")
             continue
-        names = ("base", "after 03", "margin, iteration 1")
-        found = [number(shares[name]) for name in names]
-        counts = ("expert: labels_wrong", "after 03: checks right", "after 03: verdict follows")
-        found += [number(line["counts"][name]) for name in counts]
+        found = [number(line["accuracies"][name]) for name in judges]
+        found += [number(line["counts"][name]) for name in ("expert: labels_wrong", *counts)]
         out.append(f"| {seed} | {' | '.join(found)} |  |")
     return out
 
 
+def iterations(rule, last=4):
+    return [f"{rule}, iteration {t}" for t in range(1, last + 1)]
+
+
+def differences_of(rows, pairs):
+    """{"a - b": paired difference} of conditions {name: cells}, where both are measured."""
+    found = {f"{a} - {b}": minus(rows[a], rows[b]) for a, b in pairs if a in rows and b in rows}
+    return {name: of_worlds for name, of_worlds in found.items() if of_worlds}
+
+
 def headline_tables(lines):
+    margins, last = iterations("margin"), "margin, iteration 4"
     judges = ["shorter response", "base", "expert", "after 03"]
-    for rule in (MARGIN, RANDOM, BEST, ON):
-        judges += [f"{rule}, iteration {t}" for t in range(1, 5)]
-    judges += ["margin, iteration 4, blank image", "margin, iteration 4, other image"]
+    for rule in RULES:
+        judges += iterations(rule)
+    judges += [f"{last}, blank image", f"{last}, other image"]
     rows = {name: cells(lines, *FULL, name) for name in judges}
     rows = {name: found for name, found in rows.items() if found}
-    for t in range(1, 5):
-        rows[f"pools of 300: margin, iteration {t}"] = cells(
-            lines, "headline", "pools of 300", f"margin, iteration {t}"
-        )
-    pairs = [("after 03", "base"), ("after 03", "expert"), ("margin, iteration 4", "expert")]
-    pairs += [("margin, iteration 1", "after 03"), ("margin, iteration 2", "after 03")]
-    pairs += [(f"margin, iteration {t + 1}", f"margin, iteration {t}") for t in (1, 2, 3)]
-    for rule in (RANDOM, BEST, ON):
-        pairs += [(f"margin, iteration {t}", f"{rule}, iteration {t}") for t in range(1, 5)]
-    pairs += [("random, iteration 2", "after 03"), ("random, iteration 4", "after 03")]
-    differences = {}
-    for a, b in pairs:
-        if found := minus(cells(lines, *FULL, a), cells(lines, *FULL, b)):
-            differences[f"{a} - {b}"] = found
-    took = where_03_took(lines)
+    pairs = [("after 03", "base"), ("after 03", "expert"), (last, "expert")]
+    pairs += [(name, "after 03") for name in margins[:2]] + list(zip(margins[1:], margins))
+    for rule in RULES[1:]:
+        pairs += zip(margins, iterations(rule))
+    pairs += [(f"random, iteration {t}", "after 03") for t in (2, 4)]
+    differences, took = differences_of(rows, pairs), where_03_took(lines)
     here = {name: only(found, took) for name, found in differences.items()}
-    small = cells(lines, "headline", "pools of 300", "margin, iteration 4")
-    last = "margin, iteration 4"
-    differences[f"{last}: pools of 600 - of 300"] = minus(cells(lines, *FULL, last), small)
+    small = {name: cells(lines, "headline", "pools of 300", name) for name in margins}
+    rows |= {f"pools of 300: {name}": found for name, found in small.items()}
+    differences[f"{last}: pools of 600 - of 300"] = minus(rows[last], small[last])
     kept = {f"kept of the pool, iteration {t}": f"kept {t}" for t in range(1, 5)}
     kept |= {f"margin 0, iteration {t}": f"margin 0, {t}" for t in range(1, 5)}
     return [
@@ -191,122 +187,112 @@ def headline_tables(lines):
 
 
 POOLS = ("findings", "findings, flipped", "no findings", "no findings, flipped")
-RULE_NAMES = ("margin", "random", "best", "median")
 
 
 def margins_tables(lines):
-    rows, differences, places = {}, {}, {}
+    rows, pairs, places = {}, [], {}
     for pool in (*POOLS, *(f"{pool}, weak start" for pool in POOLS)):
-        of_rule = {}
-        for rule in RULE_NAMES:
-            found = cells(lines, "margins", f"{pool}, {rule}", f"{rule}, iteration 1")
-            if found:
-                of_rule[rule] = rows[f"{pool}: {rule}"] = found
-                places[f"{pool}: {rule}"] = ("margins", f"{pool}, {rule}")
-        for other in of_rule.keys() - {MARGIN} if MARGIN in of_rule else ():
-            name = f"{pool}: margin - {other}"
-            differences[name] = minus(of_rule[MARGIN], of_rule[other])
+        for rule in ("margin", "random", "best", "median"):
+            name, place = f"{pool}: {rule}", ("margins", f"{pool}, {rule}")
+            if found := cells(lines, *place, f"{rule}, iteration 1"):
+                rows[name], places[name] = found, place
+                pairs.append((f"{pool}: margin", name))
+    differences = differences_of(rows, [(a, b) for a, b in pairs if a != b])
+    short = {name.replace(f" - {name.split(':')[0]}:", " -"): x for name, x in differences.items()}
     kept = ("false facts, kept", "false facts, passing")
     kept += ("flipped, kept", "flipped, passing", "flipped, pool", "pairs kept")
     measured = {seed for of_worlds in rows.values() for seed in of_worlds}
-    found = cells(lines, "start", "the demo's flags", "after 03")
-    after_03 = {seed: cell for seed, cell in found.items() if seed in measured}
+    after_03 = only(cells(lines, "start", "the demo's flags", "after 03"), measured)
     return [
         *table("2. margins: one iteration", {"after 03": after_03, **rows}),
-        *table("2. differences", dict(sorted(differences.items())), "+"),
+        *table("2. differences", dict(sorted(short.items())), "+"),
         *counts_table(lines, "2. what is kept", places, {name: name for name in kept}),
     ]
 
 
-def plain_tables(lines, number_, study, condition, reference, counts):
-    """Every setting of a study by one condition, its difference to a reference, its counts."""
-    settings = sorted({x["setting"] for x in lines if x["study"] == study}, key=str)
+def plain_tables(lines, title, conditions, reference, counts):
+    """Every setting of a study by the first of the conditions that it has, its difference to one
+    of them, its counts."""
+    study = reference[0]
     rows, differences = {}, {}
-    base = cells(lines, *reference)
-    for setting in settings:
-        found = {}
-        for name in condition:
-            found = found or cells(lines, study, setting, name)
-        rows[setting] = found
-        if setting != reference[1] and found:
-            differences[f"{setting} - {reference[1]}"] = minus(found, base)
-    places = {setting: (study, setting) for setting in settings}
-    out = table(f"{number_}. {study}", rows)
-    out += table(f"{number_}. differences", differences, "+")
-    if counts:
-        out += counts_table(lines, f"{number_}. counts", places, counts)
-    return out
+    for setting in sorted({line["setting"] for line in lines if line["study"] == study}):
+        found = [cells(lines, study, setting, name) for name in conditions]
+        rows[setting] = next(filter(None, found), {})
+        if setting != reference[1] and rows[setting]:
+            gain = minus(rows[setting], cells(lines, *reference))
+            differences[f"{setting} - {reference[1]}"] = gain
+    places = {setting: (study, setting) for setting in rows}
+    return [
+        *table(f"{title}. {study}", rows),
+        *table(f"{title}. differences", differences, "+"),
+        *counts_table(lines, f"{title}. counts", places, counts),
+    ]
 
 
 def bradley_terry_table(lines):
     """The whole method with the verdict's own loss, beside the method without it."""
-    rows, differences = {}, {}
-    for name in ("after 03", "margin, iteration 2", "random, iteration 2"):
-        rows[name] = cells(lines, "training", "Bradley-Terry 1, and 04", name)
-        without = cells(lines, *FULL, name)
-        differences[f"{name}: with - without"] = minus(rows[name], without)
-    second = rows["margin, iteration 2"]
-    for other in ("after 03", "random, iteration 2"):
-        differences[f"margin, iteration 2 - {other}"] = minus(second, rows[other])
+    names = ("after 03", "margin, iteration 2", "random, iteration 2")
+    rows = {name: cells(lines, "training", "Bradley-Terry 1, and 04", name) for name in names}
+    differences = {}
+    for name, found in rows.items():
+        differences[f"{name}: with - without"] = minus(found, cells(lines, *FULL, name))
+    differences |= differences_of(rows, [(names[1], names[0]), (names[1], names[2])])
     return [
         *table("5. --bt-weight 1 in 03 and 04", rows),
         *table("5. differences, --bt-weight 1", differences, "+"),
     ]
 
 
+def means_table(lines, place, title, template, rows, columns):
+    """Means of counts that the template names by row and column; rows: {name: heading}."""
+    out = heading([title, *columns])
+    for row, said in rows.items():
+        names = [template.format(row=row, column=column) for column in columns]
+        found = [number(mean_count(lines, *place, name)) for name in names]
+        out.append(f"| {said} | {' | '.join(found)} |")
+    return out
+
+
+def conditions(lines, place):
+    """{condition: cells} of all that a setting's first line has judged."""
+    line = next(line for line in lines if (line["study"], line["setting"]) == place)
+    return {name: cells(lines, *place, name) for name in line["accuracies"]}, line["counts"]
+
+
 def transfer_tables(lines):
-    line = next((x for x in lines if x["study"] == "transfer"), None)
-    if line is None:
-        return []
-    names = [*line["accuracies"]]
-    rows = {name: cells(lines, "transfer", "other pictures", name) for name in names}
-    elsewhere = {}
+    place = ("transfer", "other pictures")
+    rows, counts = conditions(lines, place)
+    pairs = []
     for other in ("after 03", "random, iteration 2"):
         for where in ("", ", elsewhere"):
-            a, b = rows[f"margin, iteration 2{where}"], rows[other + where]
-            elsewhere[f"margin, iteration 2 - {other}{where}"] = minus(a, b)
-    out = table("7. transfer", rows) + table("7. differences", elsewhere, "+")
-    names = [name for name in line["counts"] if name.startswith("after 03, elsewhere: ")]
+            pairs.append((f"margin, iteration 2{where}", other + where))
+    short = {}
+    for name, found in differences_of(rows, pairs).items():
+        short[name.replace(", elsewhere -", " -")] = found
+    out = table("7. transfer", rows) + table("7. differences", short, "+")
+    names = [name for name in counts if name.startswith("after 03, elsewhere: ")]
     columns = [name.partition(": ")[2] for name in names]
-    out += ["", f"| 7. elsewhere: shares | {' | '.join(columns)} |"]
-    out.append("|---" * (len(columns) + 1) + "|")
-    for judge in ("base", "after 03", "margin, iteration 2"):
-        means = []
-        for column in columns:
-            count = f"{judge}, elsewhere: {column}"
-            means.append(number(mean_count(lines, "transfer", "other pictures", count)))
-        out.append(f"| {judge} | {' | '.join(means)} |")
-    return out
+    judges = {name: name for name in ("base", "after 03", "margin, iteration 2")}
+    title, template = "7. elsewhere: shares", "{row}, elsewhere: {column}"
+    return out + means_table(lines, place, title, template, judges, columns)
 
 
 def best_tables(lines):
     """Votes and Best-of-N."""
-    line = next((x for x in lines if x["study"] == "best"), None)
-    if line is None:
-        return []
-    votes = {name: cells(lines, "best", "N and votes", name) for name in line["accuracies"]}
-    more = {f"{name} - votes 1": minus(votes[name], votes["votes 1"]) for name in [*votes][1:]}
+    place = ("best", "N and votes")
+    votes, _ = conditions(lines, place)
+    more = differences_of(votes, [(name, "votes 1") for name in [*votes][1:]])
     out = table("8. votes", votes) + table("8. differences", more, "+")
     pickers = ("random", "longest", "base", "after 03", "margin 1", "oracle")
+    sizes = {n: f"N = {n}" for n in (1, 2, 4, 8, 16)}
     for what in ("names nothing absent", "share of objects named"):
-        head = f"8. Best-of-N: {what}"
-        out += ["", f"| {head} | {' | '.join(pickers)} |", "|---" * (len(pickers) + 1) + "|"]
-        for n in (1, 2, 4, 8, 16):
-            found = []
-            for picker in pickers:
-                count = f"best of {n}, {picker}: {what}"
-                found.append(number(mean_count(lines, "best", "N and votes", count)))
-            out.append(f"| N = {n} | {' | '.join(found)} |")
-    judges = ("base", "after 03", "margin 1")
-    out += ["", f"| 8. a true caption beats a false one | {' | '.join(judges)} |"]
-    out.append("|---" * (len(judges) + 1) + "|")
-    for round_ in (1, 2, 3, 4):
-        found = []
-        for judge in judges:
-            count = f"best of 16, {judge}: a true caption wins, round {round_}"
-            found.append(number(mean_count(lines, "best", "N and votes", count)))
-        out.append(f"| round {round_} of the knockout | {' | '.join(found)} |")
-    return out
+        template = "best of {row}, {column}: " + what
+        out += means_table(lines, place, f"8. Best-of-N: {what}", template, sizes, pickers)
+    # of a knockout, by which Best-of-N was measured until 05 compared each with each
+    rounds = {k: f"round {k} of the knockout" for k in (1, 2, 3, 4)}
+    template = "best of 16, {column}: a true caption wins, round {row}"
+    title = "8. a true caption beats a false one"
+    return out + means_table(lines, place, title, template, rounds, pickers[2:5])
 
 
 def leak_table(lines):
@@ -330,7 +316,7 @@ def processors_table(lines):
                 of_line = found.setdefault((condition, line["seed"]), {})
                 accuracy = line["accuracies"][condition]
                 of_line.setdefault(line["processor"], []).append(number(accuracy))
-    out = ["", "| made anew on | judge | world | accuracy |", "|---|---|---|---|"]
+    out = heading(["made anew on", "judge", "world", "accuracy"])
     for (condition, seed), of_processor in sorted(found.items()):
         if len(of_processor) > 1:
             for processor, accuracies in of_processor.items():
@@ -338,35 +324,30 @@ def processors_table(lines):
     return out
 
 
+SAID = "captions hallucinate, greedy"
+WRONG = {"expert: labels_wrong": "labels wrong", "expert: findings_contradicted": "findings wrong"}
+WRONG["expert: n_pairs"] = "pairs"
+KEPT = {"pairs kept": "pairs kept", "margin of the kept": "mean margin"}
+KEPT["false facts, kept"] = "false facts, kept"
+TRAINED = {SAID: SAID, "captions hallucinate, sampled": "sampled", "ece": "ECE"}
+TRAINED |= {"bradley_terry_loss": "Bradley-Terry", "unparseable": "unparseable"}
+TRAINED["critiques trained on"] = "critiques"
+TRAINED["words of critiques trained on"] = "words of critiques trained on"
+
+
 def tables(lines):
     """All tables as markdown."""
-    wrong = {
-        "expert: labels_wrong": "labels wrong",
-        "expert: findings_contradicted": "findings wrong",
-    }
-    wrong |= {"expert: n_pairs": "pairs"}
-    kept = {"pairs kept": "pairs kept", "margin of the kept": "mean margin"}
-    kept |= {"false facts, kept": "false facts, kept"}
-    said = {"captions hallucinate, greedy": "captions hallucinate, greedy"}
-    said |= {"captions hallucinate, sampled": "sampled", "ece": "ECE"}
-    said |= {"bradley_terry_loss": "Bradley-Terry", "unparseable": "unparseable"}
-    said |= {"critiques trained on": "critiques"}
-    said |= {"words of critiques trained on": "words of critiques trained on"}
-    one_step = ("margin, iteration 1", "sometimes, iteration 1", "random, iteration 1")
-    after, critique = ("after 03",), ("training", "critique, lambda 1/3", "after 03")
-    off = ("margin, iteration 1",)
+    first, after = "margin, iteration 1", "after 03"
+    one_step = (first, "sometimes, iteration 1", "random, iteration 1")
+    usual, nothing = ("retention", "retention 0.4", first), ("components", "without nothing", first)
+    critique = ("training", "critique, lambda 1/3", after)
     out = worlds_table(lines) + headline_tables(lines) + margins_tables(lines)
-    usual = ("retention", "retention 0.4", "margin, iteration 1")
-    out += plain_tables(lines, 3, "retention", one_step, usual, kept)
-    out += plain_tables(lines, 4, "expert", after, ("expert", "YOLO", "after 03"), wrong)
-    out += plain_tables(lines, 5, "training", after, critique, said)
-    counts = wrong | kept | {"captions hallucinate, greedy": "captions hallucinate, greedy"}
-    nothing = ("components", "without nothing", "margin, iteration 1")
-    out += plain_tables(lines, 6, "components", off, nothing, counts)
-    out += (
-        bradley_terry_table(lines) + transfer_tables(lines) + best_tables(lines) + leak_table(lines)
-    )
-    return "\n".join(out + processors_table(lines))
+    out += plain_tables(lines, "3", one_step, usual, KEPT)
+    out += plain_tables(lines, "4", [after], ("expert", "YOLO", after), WRONG)
+    out += plain_tables(lines, "5", [after], critique, TRAINED)
+    out += plain_tables(lines, "6", [first], nothing, {**WRONG, **KEPT, SAID: SAID})
+    out += bradley_terry_table(lines) + transfer_tables(lines) + best_tables(lines)
+    return "\n".join(out + leak_table(lines) + processors_table(lines))
 
 
 # ---- The README's table of claims ----------------------------------------------------------------
@@ -376,21 +357,14 @@ def told(of_worlds, sign):
     return f"{number(average(of_worlds), sign)} ({number(low, sign)}, {number(high, sign)})"
 
 
-# Of an interval: does the claim hold?
-def gains(low, high):
-    return low > 0
-
-
-def no_effect(low, high):
-    return low <= 0 <= high
-
-
-def is_chance(low, high):
-    return low > 0.45 and high < 0.55
-
-
-def above_chance(low, high):
-    return low > 0.5
+def holds(kind, low, high):
+    """Of an interval: is the claim of this kind true?"""
+    return {
+        "gains": low > 0,
+        "no effect": low <= 0 <= high,
+        "chance": low > 0.45 and high < 0.55,
+        "above chance": low > 0.5,
+    }[kind]
 
 
 def full(condition):
@@ -430,44 +404,44 @@ def claim_rows():
     lifts = "Training on checked critiques lifts the base judge"
     strange = "It is above chance on other pictures, of unseen kinds"
     return [
-        (lifts, "+.12", first, full("base"), gains),
-        ("04 lifts it further: two iterations of margins", "+.02-.03", second, first, gains),
-        ("... more than stage 03 continued", "", second, continued, gains),
-        ("... more than random pairs", "", second, random_2, gains),
-        ("... where a tenth of the pool is kept", "", tenth, tenth_random, gains),
-        ("A third and fourth iteration change nothing", "saturates", last, second, no_effect),
-        ("40 % of a pool's pairs beat all that pass", "", some, everything, gains),
-        ("The judge exceeds the detector that taught it", "", last, full("expert"), gains),
-        ("Without the picture it falls to chance", "", blank, None, is_chance),
+        (lifts, "+.12", first, full("base"), "gains"),
+        ("04 lifts it further: two iterations of margins", "+.02-.03", second, first, "gains"),
+        ("... more than stage 03 continued", "", second, continued, "gains"),
+        ("... more than random pairs", "", second, random_2, "gains"),
+        ("... where a tenth of the pool is kept", "", tenth, tenth_random, "gains"),
+        ("A third and fourth iteration change nothing", "saturates", last, second, "no effect"),
+        ("40 % of a pool's pairs beat all that pass", "", some, everything, "gains"),
+        ("The judge exceeds the detector that taught it", "", last, full("expert"), "gains"),
+        ("Without the picture it falls to chance", "", blank, None, "chance"),
         (
             "Labels drawn by lot, without findings, teach it nothing",
             "",
             shuffled,
             untrained,
-            no_effect,
+            "no effect",
         ),
-        (strange, "", elsewhere, None, above_chance),
-        ("Critiques beat descriptions", "over +.10", critique, described, gains),
-        ("... and verdicts alone", "", critique, verdicts, gains),
-        ("02's filters beat the verdict alone", "", whole, unchecked, gains),
-        ("A loss on the verdict itself (`--bt-weight 1`) lifts 03", "", bt, first, gains),
-        ("... and 04 lifts it further", "", bt_second, bt, gains),
-        ("The expert's findings beat its labels alone", "+.15-.20", yolo, labels, gains),
-        ("... and the policy's own yes or no", "", yolo, policy, gains),
-        ("Three sampled votes beat one greedy critique", "", votes_3, first, gains),
+        (strange, "", elsewhere, None, "above chance"),
+        ("Critiques beat descriptions", "over +.10", critique, described, "gains"),
+        ("... and verdicts alone", "", critique, verdicts, "gains"),
+        ("02's filters beat the verdict alone", "", whole, unchecked, "gains"),
+        ("A loss on the verdict itself (`--bt-weight 1`) lifts 03", "", bt, first, "gains"),
+        ("... and 04 lifts it further", "", bt_second, bt, "gains"),
+        ("The expert's findings beat its labels alone", "+.15-.20", yolo, labels, "gains"),
+        ("... and the policy's own yes or no", "", yolo, policy, "gains"),
+        ("Three sampled votes beat one greedy critique", "", votes_3, first, "gains"),
     ]
 
 
 def claims(lines):
     """The README's table, as lines of markdown."""
-    out = ["| claim | paper | here | worlds | verdict | study |", "|---|---|---|---|---|---|"]
-    for claim, paper, place, other, holds in claim_rows():
+    out = heading(["claim", "paper", "here", "worlds", "verdict", "study"])[1:]
+    for claim, paper, place, other, kind in claim_rows():
         found = cells(lines, *place)
         if other:
             found = minus(found, cells(lines, *other))
         ours, verdict = "not measured", ""
         if found:
-            verdict = "holds" if holds(*interval(found)) else "does not"
+            verdict = "holds" if holds(kind, *interval(found)) else "does not"
             verdict += " so far" if len(found) < FEW else ""
             ours = told(found, "+" if other else "")
         cells_of_row = (claim, paper, ours, str(len(found)), verdict, f"`{place[0]}`")
@@ -477,67 +451,68 @@ def claims(lines):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 COLOURS = {"margin": "#0072B2", "random": "#D55E00", "best": "#009E73", "continue": "#CC79A7"}
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 MARKERS = {"margin": "o", "random": "s", "best": "^", "continue": "D"}
 
 
-def axes(path, size=(6.4, 3.8)):
-    """A figure on white: readable on a light and on a dark page."""
-    figure = Figure(size, layout="tight", facecolor="white")
-    axis = figure.subplots()
+def grid(axis):
     axis.grid(color="0.9")
     axis.set_axisbelow(True)
-    return figure, axis
+    return axis
+
+
+def figure_of(size, n=1, **ratios):
+    """On white: readable on a light and on a dark page."""
+    return Figure(size, layout="tight", facecolor="white").subplots(1, n, **ratios)
 
 
 def draw_iterations(path, lines):
     """Accuracy by iteration with controls: means and intervals where 03 took, else each world."""
-    figure = Figure((8.4, 3.8), layout="tight", facecolor="white")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    names = {"margin": "margins", "random": "random pairs", "best": "best of random pairs"}
-    names["continue"] = "stage 03 continued"
+    left, right = map(grid, figure_of((8.4, 3.8), 2, width_ratios=(3, 2)))
+    names = ("margins", "random pairs", "best of random pairs", "stage 03 continued")
     took, others = where_03_took(lines), where_03_took(lines, has_taken=False)
-    for shift, (rule, name) in enumerate(names.items()):
+    for k, (rule, name) in enumerate(zip(RULES, names)):
         style = {"color": COLOURS[rule], "marker": MARKERS[rule], "markersize": 5}
         found = by_iteration(lines, rule, took)
         spans = np.array([interval(of_worlds) for of_worlds in found])
         middle = np.array([average(of_worlds) for of_worlds in found])
-        x = np.arange(len(found)) + (shift - 1.5) * 0.08
+        x = np.arange(len(found)) + (k - 1.5) * 0.08
         bars = {"capsize": 2, "elinewidth": 0.9, "label": name}
         left.errorbar(x, middle, np.abs(spans.T - middle), **style, **bars)
         for seed in others:
             values = [of_worlds[seed][0] for of_worlds in by_iteration(lines, rule, [seed])]
-            right.plot(range(len(values)), values, **style)
+            right.plot(range(len(values)), values, **style, label=name)
     expert = average(only(cells(lines, *FULL, "expert"), took))
     left.axhline(expert, color="0.3", linestyle=":", label="the detector as judge")
     left.set_title(f"where stage 03 took: {len(took)} worlds, bars 95 %", fontsize=9)
     right.set_title("where it did not: each world a line", fontsize=9)
     for axis in (left, right):
-        axis.grid(color="0.9")
-        axis.set_axisbelow(True)
         axis.set_xticks(range(5), ["after 03", "1", "2", "3", "4"])
         axis.set_xlabel("iteration of stage 04")
     left.set_ylabel("accuracy, share of questions")
-    handles, labels = left.get_legend_handles_labels()
-    right.legend(handles, labels, fontsize=7, loc="upper left")
-    figure.savefig(path, dpi=120)
+    right.legend(*left.get_legend_handles_labels(), fontsize=7, loc="upper left")
+    left.figure.savefig(path, dpi=120)
 
 
 def draw_expert(path, lines):
     """Judge accuracy against the share of labels that the expert gets wrong."""
-    figure, axis = axes(path, (8.4, 3.8))
-    shares = (0.9, 0.7, 0.5)
-    groups = {
-        "errors by lot: false findings": [f"precision {share}" for share in shares],
-        "errors by lot: misses": [f"recall {share}" for share in shares],
-        "always the same errors": [f"{k}% of the kinds always confused" for k in (10, 25, 50)],
-        "the truth": ["truth"],
-        "YOLO": ["YOLO"],
-        "the policy's yes or no": ["the policy's yes or no"],
-        "labels alone, YOLO's or the policy's": ["YOLO, labels alone", "the policy, labels alone"],
-    }
-    markers = ("o", "s", "^", "*", "D", "X", "v")
-    colours = ("#0072B2", "#D55E00", "#CC79A7", "black", "#009E73", "#E69F00", "0.45")
-    for (label, settings), marker, colour in zip(groups.items(), markers, colours):
+    axis = grid(figure_of((8.4, 3.8)))
+    labels = "labels alone, YOLO's or the policy's"
+    parts = (0.9, 0.7, 0.5)
+    for label, settings, marker, colour in (
+        ("errors by lot: false findings", [f"precision {x}" for x in parts], "o", "#0072B2"),
+        ("errors by lot: misses", [f"recall {x}" for x in parts], "s", "#D55E00"),
+        (
+            "always the same errors",
+            [f"{k}% of the kinds always confused" for k in (10, 25, 50)],
+            "^",
+            "#CC79A7",
+        ),
+        ("the truth", ["truth"], "*", "black"),
+        ("YOLO", ["YOLO"], "D", "#009E73"),
+        ("the policy's yes or no", ["the policy's yes or no"], "X", "#E69F00"),
+        (labels, ["YOLO, labels alone", "the policy, labels alone"], "v", "0.45"),
+    ):
         x, y = [], []
         for setting in settings:
             for line in of_setting(lines, "expert", setting).values():
@@ -548,62 +523,54 @@ def draw_expert(path, lines):
     axis.set(xlabel="pairs whose label the expert gets wrong, %")
     axis.set(ylabel="accuracy after stage 03", ylim=(0.45, 1))
     axis.set_title("each point one world and one expert, 1,000 held-out pairs", fontsize=9)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.savefig(path, dpi=130)
+    axis.legend(fontsize=7, **BESIDE)
+    axis.figure.savefig(path, dpi=130)
 
 
 def draw_flipped(path, lines):
     """Of the flipped pairs: their share among what each rule keeps."""
-    figure, axis = axes(path, (6.4, 3.2))
-    pools = ("findings, flipped", "no findings, flipped")
-    names = {"margin": "margins", "random": "random pairs"}
-    bars = {
-        "flipped, pool": ("the pool", "0.75"),
-        "flipped, passing": ("a passing critique", "0.5"),
-    }
-    for place, pool in enumerate(pools):
-        columns = []  # (label, colour, values)
-        of_pool = of_setting(lines, "margins", f"{pool}, margin").values()
-        for count, (label, colour) in bars.items():
-            columns.append((label, colour, [100 * x["counts"][count] for x in of_pool]))
-        for rule, label in names.items():
+    axis = grid(figure_of((6.4, 3.2)))
+    columns = (  # (what is counted, of which rule's lines, label, colour)
+        ("flipped, pool", "margin", "the pool", "0.75"),
+        ("flipped, passing", "margin", "a passing critique", "0.5"),
+        ("flipped, kept", "margin", "kept by margins", COLOURS["margin"]),
+        ("flipped, kept", "random", "kept by random pairs", COLOURS["random"]),
+    )
+    for group, pool in enumerate(("findings, flipped", "no findings, flipped")):
+        for k, (count, rule, label, colour) in enumerate(columns):
             found = of_setting(lines, "margins", f"{pool}, {rule}").values()
-            values = [100 * x["counts"]["flipped, kept"] for x in found]
-            columns.append((f"kept by {label}", COLOURS[rule], values))
-        for k, (label, colour, values) in enumerate(columns):
-            x = place + (k - 1.5) * 0.2
-            axis.bar(x, mean(values), width=0.18, color=colour, label=None if place else label)
+            values = [100 * line["counts"][count] for line in found]
+            x = group + (k - 1.5) * 0.2
+            axis.bar(x, mean(values), width=0.18, color=colour, label=None if group else label)
             axis.plot([x] * len(values), values, "o", color="black", markersize=3)
     axis.set_xticks(range(2), ["with the expert's findings", "without findings"])
     axis.set(ylabel="pairs with a flipped label, %")
     axis.set_title("15 % of the labels of the pools were flipped; points: worlds", fontsize=9)
     axis.legend(fontsize=8, loc="upper right")
-    figure.savefig(path, dpi=130)
+    axis.figure.savefig(path, dpi=130)
 
 
 def draw_best_of_n(path, lines):
     """Quality of the caption that each picker takes from N."""
-    figure, axis = axes(path, (6.4, 3.2))
-    pickers = {
-        "oracle": ("the truth", "black", "*"),
-        "margin 1": ("the judge after 04", "#0072B2", "o"),
-        "after 03": ("the judge after 03", "#009E73", "^"),
-        "base": ("the base judge", "#E69F00", "D"),
-        "random": ("a random one", "#D55E00", "s"),
-        "longest": ("the longest", "0.45", "v"),
-    }
-    found = of_setting(lines, "best", "N and votes").values()
+    axis, place = grid(figure_of((6.4, 3.2))), ("best", "N and votes")
     sizes = (1, 2, 4, 8, 16)
-    for picker, (label, colour, marker) in pickers.items():
+    for picker, label, colour, marker in (
+        ("oracle", "the truth", "black", "*"),
+        ("margin 1", "the judge after 04", "#0072B2", "o"),
+        ("after 03", "the judge after 03", "#009E73", "^"),
+        ("base", "the base judge", "#E69F00", "D"),
+        ("random", "a random one", "#D55E00", "s"),
+        ("longest", "the longest", "0.45", "v"),
+    ):
         names = [f"best of {n}, {picker}: names nothing absent" for n in sizes]
-        shares = [mean(line["counts"][name] for line in found) for name in names]
-        axis.plot(range(len(sizes)), shares, color=colour, marker=marker, label=label)
+        parts = [mean_count(lines, *place, name) for name in names]
+        axis.plot(range(len(sizes)), parts, color=colour, marker=marker, label=label)
     axis.set_xticks(range(len(sizes)), sizes)
     axis.set(xlabel="N, captions to pick from", ylabel="picks that name nothing absent")
-    axis.set_title(f"means of {len(found)} worlds, 200 pictures each", fontsize=9)
-    beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-    axis.legend(fontsize=7, title="picked by", title_fontsize=7, **beside)
-    figure.savefig(path, dpi=130)
+    n_worlds = len(of_setting(lines, *place))
+    axis.set_title(f"means of {n_worlds} worlds, 200 pictures each", fontsize=9)
+    axis.legend(fontsize=7, title="picked by", title_fontsize=7, **BESIDE)
+    axis.figure.savefig(path, dpi=130)
 
 
 def draw(lines, folder):

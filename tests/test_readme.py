@@ -1,11 +1,11 @@
 """What the README says is so: commands parse, paths, flags and lines exist, code stands in the
 files, numbers of the claims are those of assets/results.jsonl."""
 
-import ast
+import copy
 import importlib
 import re
 import shlex
-import sys
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -13,14 +13,15 @@ import study
 import study_report
 from conftest import ROOT, STAGES, stage
 from PIL import Image
-from study_report import mean_count, number
+from study_report import number
 
-from common import read_json
+from common import load_image, read_json, write_jsonl
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)  # [(language, code)]
 PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
 EXPERTS = ("YOLO", "the policy's yes or no")
+FILES = ("common", *STAGES)
 SCRIPTS = ("bench", "bench_gpu", "build_world", "demo", "faults", "pictures", "study")
 
 
@@ -38,12 +39,8 @@ def commands():
     return found
 
 
-def flags_of(source):
-    return set(re.findall(r'"(--[a-z][\w-]*)"', source))
-
-
-def test_there_are_commands():
-    assert len(commands()) > 15
+def flags_of(file):
+    return set(re.findall(r'"(--[a-z][\w-]*)"', (ROOT / file).read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -53,7 +50,7 @@ def test_commands_parse(command, monkeypatch):
     if command[0] != "python":
         return
     script, *argv = command[1:]
-    assert (ROOT / script).exists()
+    assert (ROOT / script).exists() and len(commands()) > 15
     name = script.removesuffix(".py").removeprefix("tests/")
     if name in STAGES:
         stage(name).parse_args(argv)
@@ -61,23 +58,19 @@ def test_commands_parse(command, monkeypatch):
     module = importlib.import_module(name)
     if hasattr(module, "parse_args"):
         module.parse_args(argv)
-    known = flags_of((ROOT / script).read_text(encoding="utf-8"))
+    known = flags_of(f"{script}")
     assert {word for word in argv if word.startswith("--")} <= known
 
 
 def test_flags_exist():
-    known = {"--nproc-per-node", "--help"}
-    for name in (*STAGES, "common"):
-        known |= flags_of((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-    for name in SCRIPTS:
-        known |= flags_of((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8"))
-    negative = {f"--no-{flag[2:]}" for flag in known}
+    known = {"--nproc-per-node", "--help"}.union(*(flags_of(f"{name}.py") for name in FILES))
+    known |= {flag for script in SCRIPTS for flag in flags_of(f"tests/{script}.py")}
     for flag in re.findall(r"`[^`]*?(--[a-z][\w-]*)[^`]*`", PROSE):
-        assert flag in known | negative, flag
+        assert flag.replace("--no-", "--") in known, flag
 
 
 def test_excerpts_stand_in_the_files():
-    files = [(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in (*STAGES, "common")]
+    files = [(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in FILES]
     excerpts = [code for language, code in BLOCKS if language == "python" and code[0] == " "]
     assert len(excerpts) == 5
     for code in excerpts:
@@ -97,12 +90,15 @@ def test_links_lead_to_what_they_name():
         assert anchor in anchors, anchor
     for path in re.findall(r"\]\((?!http|#)([^)#]+)", TEXT):
         assert (ROOT / path).exists(), path
+    first, last = map(int, re.search(r"lines (\d+)-(\d+) of \[`common.py`", TEXT).groups())
+    lines = (ROOT / "common.py").read_text(encoding="utf-8").splitlines()
+    heads = [number for number, line in enumerate(lines, 1) if line.startswith("# ----")]
+    assert first == heads[0] and heads[1] - 3 <= last < heads[1]
 
 
 def test_pictures_are_small_and_all_shown():
     shown = set(re.findall(r"!\[[^]]*\]\((assets/[^)]+)\)", TEXT))
-    there = {f"assets/{path.name}" for path in (ROOT / "assets").glob("*.png")}
-    assert shown == there
+    assert shown == {f"assets/{path.name}" for path in (ROOT / "assets").glob("*.png")}
     for path in shown:
         assert (ROOT / path).stat().st_size < 150_000, path
         with Image.open(ROOT / path) as picture:
@@ -116,20 +112,12 @@ def test_it_is_read_in_twenty_minutes():
 
 def test_claims_are_the_results():
     lines = study_report.read(ROOT / "assets" / "results.jsonl")
-    for line in study_report.claims(lines):
-        assert line in TEXT
     rows = [row for row in TEXT.splitlines() if row.startswith("|")]
     studies = set(study.STUDIES)
-    for row in study_report.claims(lines)[2:]:
-        assert row in rows
+    claims = study_report.claims(lines)
+    assert set(claims) <= set(rows)
+    for row in claims[2:]:
         assert re.search(r"`([\w-]+)`", row.split("|")[-2])[1] in studies
-
-
-def test_python_blocks_are_python():
-    assert sys.version_info >= (3, 11)
-    for language, code in BLOCKS:
-        if language == "python" and code[0] != " ":
-            ast.parse(code)
 
 
 def test_the_demos_table_is_the_demos():
@@ -151,107 +139,164 @@ def test_the_demos_table_is_the_demos():
 def test_ratios_are_the_benchs():
     bench = (ROOT / "assets" / "bench.txt").read_text()
     printed = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", bench, re.MULTILINE)
-    ratios = [" ".join(row) for row in printed]
     table = TEXT[TEXT.index("| what | against | toy") :].split("\n\n")[0]
     told = re.findall(r"\d+\.\d\d \d+\.\d\d \d+\.\d\d", table)
-    assert sorted(told) == sorted(ratios)
+    assert sorted(told) == sorted(" ".join(row) for row in printed)
+
+
+# ---- The text's numbers: sentences, and what stands in their braces -------------------------------
+SENTENCES = """
+demo {passing} of {written} pass; {wrong_order} fall to the second rule
+is {largest}, the pool's largest
+03 ends at {took[0]} and 04 at {took[1]}
+in {deaf[0]} and {deaf[1]} of the critiques, elsewhere in {follows} or more
+though {checks:.0f} % of the checks were right
+all worlds come to {bt[0]}, and 04 takes them to {bt[1]}
+the judge stays at {labels}
+{picks[0]} at random, {picks[1]} the best of 4
+{picks[2]} of 16
+in {wins[0]:.0f} % of a knockout's first games, in {wins[1]:.0f} % of its last
+it denies {absent:.0f} % of what is absent
+but also {missed:.0f} % of what is there
+it judges {few} right, of those with more {many}
+after 03 {styles[0]}, or {styles[1]}, instead of {styles[2]}
+| {steps} in three worlds
+{lams[0]} and {lams[1]}: the same
+{said[0]} and {said[1]} hallucinate ({said[2]} at 1/3), {said[3]} of the
+{gains[0]} where margins gain {gains[1]}
+labels wrong {wrong[1]:.0f} instead of {wrong[0]:.0f} %
+accuracy {experts[1]} for {experts[0]}
+{usual} becomes {attacked}
+but {lost:.0f} % are missing
+"""
 
 
 def two(value):
     return f"{value:.2f}".removeprefix("0")
 
 
-def shares(lines, study_name, setting, condition="after 03"):
-    """Accuracies of all worlds."""
-    found = study_report.cells(lines, study_name, setting, condition)
-    return [value for value, _ in found.values()]
+def span(values):
+    return f"{two(min(values))}-{two(max(values))}"
 
 
-def test_experiments_expect_what_was_measured():
+@pytest.fixture(scope="module")
+def measured():
+    """{name in SENTENCES: number or text} from assets/demo.json and assets/results.jsonl."""
     lines = study_report.read(ROOT / "assets" / "results.jsonl")
-    table = TEXT[TEXT.index("| change | expect") :].split("\n\n")[0]
-    styles = ("descriptive", "none", "critique, lambda 1/3")
-    described, verdicts, critiques = (two(mean(shares(lines, "training", x))) for x in styles)
-    assert f"after 03 {described}, or {verdicts}, instead of {critiques}" in table
-    few = [two(value) for value in shares(lines, "training", "critique, 30 steps")]
-    assert ", ".join(few) in table
-    lams = [f"lambda {lam}" for lam in (0, 1)]
-    without, equal = (two(mean(shares(lines, "training", lam))) for lam in lams)
-    assert f"{without} and {equal}" in table
-    count = "captions hallucinate, greedy"
-    said = [two(mean_count(lines, "training", x, count)) for x in (*lams, "nothing trained")]
-    third = two(mean_count(lines, "training", "critique, lambda 1/3", count))
-    assert f"{said[0]} and {said[1]} hallucinate ({third} at 1/3), {said[2]} of the" in table
-    first, *seconds = (
-        study_report.cells(lines, *study_report.FULL, judge)
-        for judge in ("after 03", "continue, iteration 2", "margin, iteration 2")
-    )
-    gains = [study_report.average(study_report.minus(second, first)) for second in seconds]
-    continued, margins = (number(gain, "+") for gain in gains)
-    assert f"{continued} where margins gain {margins}" in table
-    wrong = [mean_count(lines, "expert", x, "expert: labels_wrong") for x in EXPERTS]
-    assert f"labels wrong {100 * wrong[1]:.0f} instead of {100 * wrong[0]:.0f} %" in table
-    yolo, own = (two(mean(shares(lines, "expert", x))) for x in EXPERTS)
-    assert f"accuracy {own} for {yolo}" in table
-    demo = read_json(ROOT / "assets" / "demo.json")["table"]
-    attacked, usual = demo["margin, iteration 2, attack"], demo["margin, iteration 2"]
-    assert f"{number(usual['accuracy'])} becomes {number(attacked['accuracy'])}" in table
-    missing = 1 - attacked["checks"]["n_checks"] / usual["checks"]["n_checks"]
-    assert f"but {100 * missing:.0f} % are missing" in table
-    assert attacked["checks"]["balanced"] == pytest.approx(usual["checks"]["balanced"], abs=0.005)
-
-
-def test_the_demos_numbers_in_the_text():
     demo = read_json(ROOT / "assets" / "demo.json")
-    counts = demo["counts of 02"]
-    passing = counts["kept"] + counts["repeated"]
-    wrong_order = counts["dropped: verdict does not follow from its checks"]
-    written = f"{counts['critiques written']:,}"
-    assert f"demo {passing} of {written} pass; {wrong_order} fall to the second rule" in TEXT
-    largest = number(demo["largest margin"])
-    assert f"is {largest}, the pool's largest" in " ".join(TEXT.split())
 
+    def worlds(study_name, setting, condition="after 03"):
+        found = study_report.cells(lines, study_name, setting, condition)
+        return {seed: value for seed, (value, _) in found.items()}
 
-def test_what_worlds_say_in_the_text():
-    """The numbers between the tables, in words that stand together in the README."""
-    lines = study_report.read(ROOT / "assets" / "results.jsonl")
-    text = " ".join(TEXT.split())
+    def middle(*where):
+        return two(mean(worlds(*where).values()))
+
+    def count(*where):
+        return study_report.mean_count(lines, *where)
+
+    full, last = study_report.FULL, "margin, iteration 2"
+    counts, table = demo["counts of 02"], demo["table"]
+    x = {"passing": counts["kept"] + counts["repeated"]}
+    x["written"] = f"{counts['critiques written']:,}"
+    x["wrong_order"] = counts["dropped: verdict does not follow from its checks"]
+    x["largest"] = number(demo["largest margin"])
+    usual, attacked = table[last], table[f"{last}, attack"]
+    x["usual"], x["attacked"] = number(usual["accuracy"]), number(attacked["accuracy"])
+    x["lost"] = 100 * (1 - attacked["checks"]["n_checks"] / usual["checks"]["n_checks"])
     took = study_report.where_03_took(lines)
-    spans = []
-    for judge in ("after 03", "margin, iteration 2"):
-        found = study_report.cells(lines, *study_report.FULL, judge)
-        values = [value for value, _ in study_report.only(found, took).values()]
-        spans.append(f"{two(min(values))}-{two(max(values))}")
-    assert f"03 ends at {spans[0]} and 04 at {spans[1]}" in text
+    x["took"] = [span([worlds(*full, j)[seed] for seed in took]) for j in ("after 03", last)]
     starts = study_report.of_setting(lines, "start", "the demo's flags")
-    follows = {seed: x["counts"]["after 03: verdict follows"] for seed, x in starts.items()}
-    deaf = [two(value) for seed, value in follows.items() if seed not in took]
-    others = two(min(value for seed, value in follows.items() if seed in took))
-    assert f"in {deaf[0]} and {deaf[1]} of the critiques, elsewhere in {others} or more" in text
-    right = [x["counts"]["after 03: checks right"] for x in starts.values()]
-    assert f"though {100 * min(right):.0f} % of the checks were right" in text
-    weighted = shares(lines, "training", "Bradley-Terry 1, and 04")
-    last = shares(lines, "training", "Bradley-Terry 1, and 04", "margin, iteration 2")
-    spans = [f"{two(min(values))}-{two(max(values))}" for values in (weighted, last)]
-    assert f"all worlds come to {spans[0]}, and 04 takes them to {spans[1]}" in text
-    labels = mean(shares(lines, "expert", "YOLO, labels alone"))
-    assert f"the judge stays at {two(labels)}" in text
-    picks = []
-    for picker, n in (("random", 4), ("after 03", 4), ("after 03", 16)):
-        name = f"best of {n}, {picker}: names nothing absent"
-        picks.append(two(mean_count(lines, "best", "N and votes", name)))
-    assert f"{picks[0]} at random, {picks[1]} the best of 4" in text
-    assert f"{picks[2]} of 16" in text
-    wins = "best of 16, after 03: a true caption wins, round"
-    first, last = (
-        100 * mean_count(lines, "best", "N and votes", f"{wins} {round_}") for round_ in (1, 4)
-    )
-    assert f"in {first:.0f} % of a knockout's first games, in {last:.0f} % of its last" in text
+    follows = {seed: run["counts"]["after 03: verdict follows"] for seed, run in starts.items()}
+    x["deaf"] = [two(part) for seed, part in follows.items() if seed not in took]
+    x["follows"] = two(min(follows[seed] for seed in took))
+    x["checks"] = 100 * min(run["counts"]["after 03: checks right"] for run in starts.values())
+    weighted = "training", "Bradley-Terry 1, and 04"
+    x["bt"] = [span(worlds(*weighted, judge).values()) for judge in ("after 03", last)]
+    x["labels"] = middle("expert", "YOLO, labels alone")
+    best = "best", "N and votes"
+    names = [
+        f"best of {n}: names nothing absent" for n in ("4, random", "4, after 03", "16, after 03")
+    ]
+    x["picks"] = [two(count(*best, name)) for name in names]
+    name = "best of 16, after 03: a true caption wins, round"
+    x["wins"] = [100 * count(*best, f"{name} {k}") for k in (1, 4)]
     names = ("absent_said_no", "present_said_yes", "right, up to 8 claims", "right, more claims")
-    places = [f"margin, iteration 2, elsewhere: {name}" for name in names]
-    absent, present, few, many = (
-        mean_count(lines, "transfer", "other pictures", place) for place in places
+    places = [f"{last}, elsewhere: {name}" for name in names]
+    absent, present, few, many = (count("transfer", "other pictures", y) for y in places)
+    x |= {"absent": 100 * absent, "missed": 100 * (1 - present), "few": two(few), "many": two(many)}
+    third = "critique, lambda 1/3"
+    x["styles"] = [middle("training", style) for style in ("descriptive", "none", third)]
+    x["steps"] = ", ".join(map(two, worlds("training", "critique, 30 steps").values()))
+    settings = ("lambda 0", "lambda 1", third, "nothing trained")
+    x["lams"] = [middle("training", setting) for setting in settings[:2]]
+    said = "captions hallucinate, greedy"
+    x["said"] = [two(count("training", setting, said)) for setting in settings]
+    first, *later = (
+        study_report.cells(lines, *full, y) for y in ("after 03", "continue, iteration 2", last)
     )
-    assert f"it denies {100 * absent:.0f} % of what is absent" in text
-    assert f"but also {100 * (1 - present):.0f} % of what is there" in text
-    assert f"it judges {two(few)} right, of those with more {two(many)}" in text
+    gains = [study_report.average(study_report.minus(second, first)) for second in later]
+    x["gains"] = [number(gain, "+") for gain in gains]
+    x["wrong"] = [100 * count("expert", y, "expert: labels_wrong") for y in EXPERTS]
+    x["experts"] = [middle("expert", y) for y in EXPERTS]
+    return x
+
+
+@pytest.mark.parametrize("sentence", SENTENCES.strip().splitlines())
+def test_numbers_are_what_was_measured(measured, sentence):
+    assert sentence.format(**measured) in " ".join(TEXT.split())
+
+
+# ---- Pairs for TRL -------------------------------------------------------------------------------
+@pytest.fixture
+def trl_pairs(pictures, tmp_path, monkeypatch):
+    """(rows of a run, the data set that README's block makes of them)."""
+    rows = []
+    for i, object_ in enumerate(("red circle", "blue star", "green heart")):
+        row = {"id": f"p{i}", "image": f"{i}.png", "prompt": "List the objects in the image."}
+        row |= {"chosen": f"{object_}.", "rejected": f"{object_}, red ring.", "source": "x"}
+        rows.append({**row, "hallucinated": ["red ring"], "evidence": [], "split": "train"})
+    (tmp_path / "runs/mine/01_preferences").mkdir(parents=True)
+    write_jsonl(tmp_path / "runs/mine/01_preferences/preferences.jsonl", rows)
+    (tmp_path / "PICTURES").symlink_to(pictures)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (block,) = [code for _, code in BLOCKS if "def trl_row" in code]
+    scope = {}
+    exec(block, scope)
+    return rows, scope["pairs"]
+
+
+def test_pairs_have_trls_columns(trl_pairs, pictures):
+    rows, pairs = trl_pairs
+    assert set(pairs.column_names) == {"images", "prompt", "chosen", "rejected"}
+    for row, pair in zip(rows, pairs, strict=True):
+        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+            assert pair[name] == [{"role": role, "content": row[name]}]
+        (picture,) = pair["images"]
+        assert picture.tobytes() == load_image(pictures / row["image"]).tobytes()
+
+
+def test_dpo_trainer_takes_them(trl_pairs, tiny, tmp_path):
+    """Its own data preparation, where TRL is installed."""
+    trl = pytest.importorskip("trl")
+    rows, pairs = trl_pairs
+    model, processor = copy.deepcopy(tiny[0]), tiny[1]
+    args = trl.DPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    args.per_device_train_batch_size = len(rows)
+    trainer = trl.DPOTrainer(model, args=args, train_dataset=pairs, processing_class=processor)
+    (batch,) = trainer.get_train_dataloader()
+    expected = []  # each response beside its own picture; the three have three sizes
+    for row in rows:
+        grid = processor.image_processor(
+            [load_image(Path("PICTURES") / row["image"])]
+        ).image_grid_thw[0]
+        expected += [(row[name], grid.tolist()) for name in ("chosen", "rejected")]
+    found = []
+    for ids, mask, grid in zip(
+        *(batch[x] for x in ("input_ids", "completion_mask", "image_grid_thw"))
+    ):
+        text = processor.tokenizer.decode(ids[mask == 1], skip_special_tokens=True)
+        assert rows[0]["prompt"] in processor.tokenizer.decode(ids[mask == 0])
+        found.append((text.strip(), grid.tolist()))
+    assert sorted(found) == sorted(expected)

@@ -1,5 +1,6 @@
-"""The judge as a library: README's snippet, run as it stands there."""
+"""The judge as a library: README's block, run as it stands there."""
 
+import itertools
 import math
 import re
 
@@ -15,23 +16,21 @@ PROMPT = "List the objects in the image."
 
 @pytest.fixture
 def define_reward(monkeypatch):
-    """define_reward(model, processor) -> reward() of the README's block, with this checkpoint."""
+    """define_reward(model, processor) -> reward() of the README's block, with this judge."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (snippet,) = [block for block in blocks if "def reward" in block]
-    assert len(snippet.strip().splitlines()) <= 35
+    (block,) = re.findall(r"```python\n((?:(?!```).)*def reward.*?)```", text, re.DOTALL)
 
-    def define(model, processor):
-        monkeypatch.setattr(common, "load_judge", lambda *_: (model, processor))
+    def define(*loaded):
         scope = {}
-        exec(snippet, scope)
+        monkeypatch.setattr(common, "load_judge", lambda *_: loaded)
+        exec(block, scope)
         return scope["reward"]
 
     return define
 
 
 def test_reward_is_the_mean_probability_of_winning(define_reward, monkeypatch):
-    """By hand: P(A wins) for every ordered pair of three responses; one critique has no verdict."""
+    """By hand: P(A) for every ordered pair of three responses; one critique has no verdict."""
     p_a = {("x", "y"): 0.9, ("y", "x"): 0.4, ("x", "z"): 0.5}
     p_a |= {("z", "x"): 0.1, ("y", "z"): None, ("z", "y"): 0.2}
     p_of_text = {common.build_judge_prompt("which?", a, b): p for (a, b), p in p_a.items()}
@@ -40,47 +39,36 @@ def test_reward_is_the_mean_probability_of_winning(define_reward, monkeypatch):
     def fake_sample(model, processor, requests, **settings):
         assert settings["temperature"] == 0
         seen.extend(requests)
-        answers = []
-        for request in requests:
-            p = p_of_text[request["text"]]
-            answers.append([{"log_odds": None if p is None else math.log(p / (1 - p))}])
-        return answers
+        for p in (p_of_text[request["text"]] for request in requests):
+            log_odds = None if p is None else math.log(p / (1 - p))
+            yield [{"log_odds": log_odds, "verdict": log_odds and "AB"[log_odds < 0]}]
 
     monkeypatch.setattr(common, "sample", fake_sample)
     rewards = define_reward(None, None)("1.png", "which?", ["x", "y", "z"])
     x, y = (0.9 + 0.6 + 0.5 + 0.9) / 4, (0.1 + 0.4 + 0.5 + 0.8) / 4
     assert rewards == pytest.approx([x, y, (0.5 + 0.1 + 0.5 + 0.2) / 4], abs=1e-6)
-    assert len(seen) == 6 == len({request["id"] for request in seen})
-    assert {request["image"] for request in seen} == {"1.png"}
+    assert len(seen) == 6 and {request["image"] for request in seen} == {"1.png"}
 
 
-def test_reward_of_a_judge_is_what_stage_03_measures(trained, pictures, define_reward, tmp_path):
-    """From the same pairs in both orders; also of pictures in memory, as a training loop has."""
-    three = stage("03_train_ift")
-    model, processor = trained
-    reward = define_reward(model, processor)
-    rewards = reward(pictures / "1.png", PROMPT, RESPONSES)
-    n = len(RESPONSES)
-    assert all(type(r) is float and 0 <= r <= 1 for r in rewards)
-    assert sum(rewards) == pytest.approx(n / 2)
-
+def test_reward_is_what_stage_05_measures(trained, pictures, define_reward, tmp_path):
+    """From the same pairs in both orders; also of a picture in memory, as a training loop has."""
     questions = []
-    for i in range(n):
-        for j in range(i):
-            pair = {"id": f"{i}{j}", "image": "1.png", "prompt": PROMPT}
-            pair |= {"chosen": RESPONSES[i], "rejected": RESPONSES[j]}
-            questions += common.both_orders(pair)
-    writer = common.RowWriter(tmp_path / "rows.jsonl", key=("condition", "question"))
-    rows = three.judge(
-        model, processor, questions, writer, "x", image_root=pictures, style="critique"
-    )
-    wins = [[] for _ in RESPONSES]
+    for a, b in itertools.combinations(range(3), 2):
+        pair = {"id": f"{a}{b}", "image": "1.png", "prompt": PROMPT}
+        pair |= {"chosen": RESPONSES[a], "rejected": RESPONSES[b]}
+        questions += common.both_orders(pair)
+    judge = common.Judge(tmp_path, "model")
+    judge.loaded = trained
+    how = {"style": "critique", "max_new_tokens": 512, "seed": 0, "batch_size": 8}
+    path = tmp_path / "answers.jsonl"
+    rows = stage("03_train_ift").judge_pairs(path, judge, questions, "", image_root=pictures, **how)
+    wins = [0.0, 0.0, 0.0]
     for row in rows:
         p = row["probability_a"] if row["label"] == "A" else 1 - row["probability_a"]
-        wins[int(row["id"][0])].append(p)  # the chosen
-        wins[int(row["id"][1])].append(1 - p)
-    expected = [sum(p) / (2 * (n - 1)) for p in wins]
-    assert rewards == pytest.approx(expected, abs=1e-3) and max(rewards) - min(rewards) > 0.01
-
-    again = reward(Image.open(pictures / "1.png"), PROMPT, RESPONSES)
-    assert again == pytest.approx(rewards, abs=1e-3)
+        a, b = map(int, row["id"])
+        wins[a] += p / 4  # two games in both orders
+        wins[b] += (1 - p) / 4
+    reward = define_reward(*trained)
+    assert sum(wins) == pytest.approx(1.5) and max(wins) - min(wins) > 0.01
+    for picture in (pictures / "1.png", Image.open(pictures / "1.png")):
+        assert reward(picture, PROMPT, RESPONSES) == pytest.approx(wins, abs=1e-3)
