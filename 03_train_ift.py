@@ -154,7 +154,7 @@ def micro_batches(rows_of_kind, processor, image_root, settings, seed, micro_bat
 
 # ---- The loop: rows, count, forward, loss, backward, step, log -----------------------------------
 def forward(model, inputs, labels):
-    """(logits (B,R+1,V), labels (B,R+1)): the language head sees the last R+1 positions alone, those
+    """(logits (B,R+1,V), labels (B,R+1)): the language head sees only the last R+1 positions, those
     of the supervised tokens and the one before, which predicts the first."""
     first = int((labels != -100).any(0).nonzero()[0])  # index of the first response token
     n_last = labels.shape[1] - first + 1  # R+1

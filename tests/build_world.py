@@ -12,16 +12,15 @@ the text. It was taught to compare picture and text before (plain yes/no questio
 findings given in the prompt. The rate of wrong facts is raised while the judge measures too well
 on validation scenes (never on the held-out ones): see `steer`, which prints what it did.
 
-Skills arrive suddenly and not on every processor at the same step. What a judge must have for the
-stages to get anywhere is in WANTED; a build that still lacks something in the end is refused. What
-was hardest to notice: a verdict that ignores the critique above it. Such a judge looks like others
-in every number of a base judge, but most of stage 03's steps go into finding that rule.
+Skills arrive suddenly and not on every processor at the same step. A build that in the end lacks
+something of WANTED is refused. What was hardest to notice: a verdict that ignores the critique
+above it. Such a judge looks like others in every number of a base judge, but most of stage 03's
+steps go into finding that rule.
 
-Which build is shipped is decided by this rule, written down before any was looked at: seeds 0 to 5
-are built and put through stages 01-03 with the demo's flags; the first in that order is taken for
-which the base judge's accuracy (mean of both orders) is .47-.60, well-formed critiques are above
-.93, captions at T = 1 hallucinate in 10-25 %, and the judge after stage 03 reaches .80-.90: hard
-enough that stage 04 has something to choose from, and able to learn.
+Which build is shipped was decided before any was looked at: of seeds 0 to 5, put through stages
+01-03 with the demo's flags, the first for which the base judge's accuracy is .47-.60, well-formed
+critiques are above .93, captions at T = 1 hallucinate in 10-25 %, and the judge after 03 reaches
+.80-.90: hard enough that stage 04 has something to choose from, and able to learn.
 """
 
 import argparse
@@ -34,6 +33,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,15 +78,8 @@ WANTED = {
     "check_accuracy": (0.85, 1.0),  # of plain yes/no questions: does it compare picture and text?
     "verdict_follows": (0.6, 1.0),  # does its verdict depend on its own checks? .5: not at all
 }
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL = tuple(f"<|{name}|>" for name in NAMES)
 # Qwen2-VL's without its default system turn: each prompt token costs CPU time
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -118,21 +111,13 @@ def build_processor():
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
     )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    names = {"unk_token": "<unk>", "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    how = {"padding_side": "left", "clean_up_tokenization_spaces": False}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **how)
     size = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
-    return transformers.Qwen2VLProcessor(
-        transformers.Qwen2VLImageProcessor(size=size),
-        tokenizer,
-        transformers.Qwen2VLVideoProcessor(size=size),
-        chat_template=CHAT_TEMPLATE,
-    )
+    images = transformers.Qwen2VLImageProcessor(size=size)
+    videos = transformers.Qwen2VLVideoProcessor(size=size)
+    return transformers.Qwen2VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer):
@@ -306,9 +291,8 @@ class Trainer:
         before = torch.arange(start)
         cell = torch.arange(N_CELLS)
         behind = torch.arange(ids.shape[1] - end) + start + 3  # a 3x3 grid takes three positions
-        positions = []
-        for place in (cell * 0, cell // 3, cell % 3):  # time, row, column
-            positions.append(torch.cat([before, start + place, behind]))
+        grid = (cell * 0, cell // 3, cell % 3)  # time, row, column
+        positions = [torch.cat([before, start + place, behind]) for place in grid]
         self.model.set_attn_implementation("sdpa_that_keeps")
         output = self.model.model.language_model(
             inputs_embeds=embeds,
@@ -510,7 +494,7 @@ class Rows:
             unsure = [kind for kind in facts if rng.random() < 0.1]
             noted = facts | dict.fromkeys(unsure, "unsure")
             facts |= {kind: yes_or_no(kind in present) for kind in unsure}
-            verdict = label if rng.random() < 0.93 else other(label)
+            verdict = label if rng.random() < 0.93 else "AB"[label == "A"]
             findings = check_lines((side, kind, noted[kind]) for side, kind in claims)
             reference = f"{findings}Verdict: {verdict}"
         else:
@@ -554,9 +538,8 @@ class Rows:
 
     def responses(self, image):
         """Response A, response B, the better one."""
-        chosen, rejected, _, _ = make_pair(
-            self.rng, self.present[image] or sample_kinds(self.rng, 3)
-        )
+        present = self.present[image] or sample_kinds(self.rng, 3)
+        chosen, rejected, _, _ = make_pair(self.rng, present)
         if self.rng.random() < 0.5:
             return rejected, chosen, "B"
         return chosen, rejected, "A"
@@ -573,10 +556,6 @@ def verdict_of(claims, facts):
     if n_a == n_b:
         return None
     return "B" if n_a > n_b else "A"
-
-
-def other(letter):
-    return "B" if letter == "A" else "A"
 
 
 def true_lines(named_by_a, named_by_b):
@@ -603,18 +582,15 @@ def judge_questions(scenes, pairs, guided, rng):
     for scene, pair in zip(scenes, pairs):
         present = {thing["object"] for thing in scene.objects}
         for label in "AB":
-            a, b = pair.chosen, pair.rejected
-            if label == "B":
-                a, b = b, a
+            a, b = (pair.chosen, pair.rejected) if label == "A" else (pair.rejected, pair.chosen)
             claims = claims_of(a, b)
             reference = None
             if guided:
                 unsure = {kind for _, kind in claims if rng.random() < 0.1}
-                findings = []
-                for side, kind in claims:
-                    answer = "unsure" if kind in unsure else yes_or_no(kind in present)
-                    findings.append((side, kind, answer))
-                reference = f"{check_lines(findings)}Verdict: {label}"
+                facts = {kind: yes_or_no(kind in present) for _, kind in claims}
+                facts |= dict.fromkeys(unsure, "unsure")
+                findings = check_lines((side, kind, facts[kind]) for side, kind in claims)
+                reference = f"{findings}Verdict: {label}"
             prompt = build_judge_prompt(PROMPT, caption(a), caption(b), "critique", reference)
             questions.append((scene.picture, prompt, label, claims, present))
     return questions
@@ -716,9 +692,6 @@ def train_model(trainer, rng, train, captioned, validation):
     def questions():
         return trainer.loss([rows.question() for _ in range(12)], look=True, copy=True)
 
-    def align_step():
-        return align(128)
-
     def check_step():
         return checks(14, 10) + 0.2 * align(16)
 
@@ -737,7 +710,7 @@ def train_model(trainer, rng, train, captioned, validation):
         verdicts = trainer.loss([rows.only_verdict() for _ in range(16)])
         return mix_step() + 2 * verdicts  # half of their weight is the stop token's
 
-    seconds = {"align": train_steps(trainer, "align", 90, 2e-3, align_step, final=0.5)}
+    seconds = {"align": train_steps(trainer, "align", 90, 2e-3, partial(align, 128), final=0.5)}
     rows.near_misses = (0.3, 0.3, 0.4)  # easier ones among them, or it starts at chance
     seconds["check"] = train_steps(trainer, "check", 160, 1.5e-3, check_step, final=0.5)
     rows.near_misses = (0.4, 0.4, 0.2)
@@ -831,8 +804,7 @@ def train_expert(folder, seed, n_scenes=1500, epochs=7):
 
 def write_yolo_data(folder, rng, split, n):
     """n scenes of 5-9 objects: dense ones teach more a second."""
-    images = folder / "images" / split
-    labels = folder / "labels" / split
+    images, labels = folder / "images" / split, folder / "labels" / split
     images.mkdir(parents=True)
     labels.mkdir(parents=True)
     for i in range(n):
@@ -921,11 +893,9 @@ def main(args):
     seconds["all"] = round(time.time() - start, 1)
     world = {"seed": args.seed, "base_model": table, "expert": precision_recall}
     world |= {"steering": steering, "seconds": seconds}
-    for title in ("base_model", "expert", "seconds"):
-        print(f"\n{title}")
-        for name, value in world[title].items():
-            print(f"  {name:28s} {value}")
-    (args.out / "world.json").write_text(json.dumps(world, indent=1) + "\n")
+    text = json.dumps(world, indent=1)
+    print(text)
+    (args.out / "world.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":
