@@ -291,8 +291,8 @@ class Judge:
 def as_seen(picture):
     """RGB as a person sees it: upright by its EXIF tag, alpha on white."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode[0] in "IF":  # convert would clip them
-        raise OSError("its pixels have 16 or 32 bits, or are floats")
+    if picture.mode[0] in "IF" or max(picture.size) > 200 * min(picture.size):
+        raise OSError("a strip, or pixels of 16 or 32 bits or floats, which `convert` would clip")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

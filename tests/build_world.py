@@ -775,8 +775,7 @@ def steer(trainer, rows, correcting_step, validation, corrections=4):
 
 # ---- The expert, in a process of its own: it needs the second core while the model trains -------
 def train_expert(folder, seed, n_scenes=1500, epochs=7):
-    """YOLO11n from scratch on dense scenes -> folder/expert.pt; returns its precision and recall.
-    ultralytics keeps its settings inside `folder` and stays offline."""
+    """YOLO11n from scratch, offline, on dense scenes -> folder/expert.pt; its precision, recall."""
     os.environ |= {"YOLO_CONFIG_DIR": str(folder), "MPLCONFIGDIR": str(folder)}
     os.environ |= {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "YOLO_VERBOSE": "0"}
     sys.stdout = (folder / "log.txt").open("w")  # this process's own: progress bars
@@ -805,8 +804,8 @@ def train_expert(folder, seed, n_scenes=1500, epochs=7):
 def write_yolo_data(folder, rng, split, n):
     """n scenes of 5-9 objects: dense ones teach more a second."""
     images, labels = folder / "images" / split, folder / "labels" / split
-    images.mkdir(parents=True)
-    labels.mkdir(parents=True)
+    for part in images, labels:
+        part.mkdir(parents=True)
     for i in range(n):
         scene = draw_scene(rng, sample_kinds(rng, rng.integers(5, 10)), USER)
         Image.fromarray(scene.picture).save(images / f"{i}.png")
@@ -893,9 +892,8 @@ def main(args):
     seconds["all"] = round(time.time() - start, 1)
     world = {"seed": args.seed, "base_model": table, "expert": precision_recall}
     world |= {"steering": steering, "seconds": seconds}
-    text = json.dumps(world, indent=1)
-    print(text)
-    (args.out / "world.json").write_text(text + "\n")
+    print(json.dumps(world, indent=1))
+    (args.out / "world.json").write_text(json.dumps(world, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,6 @@ def run_stage(script, argv, patch):
 
 
 def in_child(function, arguments, path, log):
-    """Writes what the function returns to path, and what it prints to the end of log."""
     torch.set_num_threads(1)  # matrices as small as these gain nothing from a second one
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -536,7 +535,8 @@ def without(lab, run, component):
 
 # ---- A second distribution ----------------------------------------------------------------------
 UNSEEN = ("red star", "green ring", "blue heart", "yellow cross", "purple circle", "red diamond")
-UNSEEN = (*UNSEEN, "green triangle", "blue square")
+UNSEEN += ("green triangle", "blue square")
+SPLITS = {"validation": 100, "train": 400}
 STRANGE = scenes.Style(noise=30, jitter=45, smallest=5.5, largest=12.5)
 
 
@@ -565,7 +565,7 @@ def transfer(lab, run):
     if not (lab.pictures / "strange.jsonl").exists():
         write_strange_pictures(lab.pictures, lab.seed)
     copy_stages(lab.base, run, "01")
-    n_left = {"validation": 100, "train": 400, "pool": 10**6}
+    n_left = {**SPLITS, "pool": 10**6}
 
     def change(row):
         named = {found["object"] for found in row["evidence"]}
@@ -602,7 +602,7 @@ def quality(text, objects):
     return not said - set(objects), len(said & set(objects)) / len(objects)
 
 
-def best_of_n(files, checkpoints, truth, folder, n=16, n_images=200):
+def best_of_n(files, checkpoints, truth, folder, n=8, n_images=200):
     """Counts of the picks among the first 1, 2, 4, ..., n captions of each picture by the judges
     {name: checkpoint}, and by others: shares that name nothing absent, of objects named. files:
     (model, pictures, device)."""

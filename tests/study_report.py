@@ -1,11 +1,10 @@
 """Tables and pictures of study.py's results, from assets/results.jsonl alone.
 
 Every interval is 95 %, over worlds and images together: worlds are drawn with replacement, and of
-each drawn world one of the resamples of its images that the line holds. A difference is taken
-within each world and each resample, so it is paired. It counts (marked *) where its interval leaves
-out zero and at least FEW worlds are in it: over two or three such an interval is far too narrow
-(without any difference it leaves out zero in some 18-33 % of the cases over two worlds, in 8 % over
-eight), and it knows nothing of training once more, which moves a judge by about .01.
+each one of its recorded resamples. A difference is taken within each world and resample, so it is
+paired. It counts (marked *) where its interval leaves out zero and at least FEW worlds are in it:
+without any difference it leaves out zero in some 18-33 % of the cases over two worlds, in 8 % over
+eight; and it knows nothing of training once more, which moves a judge by about .01.
 """
 
 import json
@@ -72,24 +71,22 @@ def number(value, sign=""):
     return f"{round(value, 3) + 0:{sign}.3f}".replace("0.", ".", 1)  # + 0: no -.000
 
 
-def table_row(name, of_worlds, seeds, sign=""):
-    if not of_worlds:
-        return f"| {name} | not measured |  |  |"
-    low, high = interval(of_worlds)
-    is_clear = sign and len(of_worlds) >= FEW and (low > 0 or high < 0)
-    star = " *" if is_clear else ""
-    values = [number(of_worlds[seed][0], sign) if seed in of_worlds else "-" for seed in seeds]
-    worlds = " ".join(values)
-    span = f"{number(low, sign)} to {number(high, sign)}"
-    return f"| {name} | {number(average(of_worlds), sign)}{star} | {span} | {worlds} |"
-
-
 def table(title, rows, sign=""):
-    """rows: {name: cells}."""
+    """rows: {name: cells}; sign: "+" of differences."""
     seeds = sorted({seed for of_worlds in rows.values() for seed in of_worlds})
     what = "difference" if sign else "accuracy"
     out = heading([title, what, "95 % interval", f"worlds {' '.join(map(str, seeds))}"])
-    return out + [table_row(name, of_worlds, seeds, sign) for name, of_worlds in rows.items()]
+    for name, of_worlds in rows.items():
+        if not of_worlds:
+            out.append(f"| {name} | not measured |  |  |")
+            continue
+        worlds = " ".join(number(of_worlds[x][0], sign) if x in of_worlds else "-" for x in seeds)
+        low, high = interval(of_worlds)
+        is_clear = sign and len(of_worlds) >= FEW and (low > 0 or high < 0)
+        middle = number(average(of_worlds), sign) + " *" * bool(is_clear)
+        span = f"{number(low, sign)} to {number(high, sign)}"
+        out.append(f"| {name} | {middle} | {span} | {worlds} |")
+    return out
 
 
 def heading(columns):
@@ -139,12 +136,10 @@ def worlds_table(lines):
     )
     starts = {line["seed"]: line for line in lines if line["study"] == "start"}
     for seed, line in sorted(starts.items()):
-        if not line["accuracies"]:
-            out.append(f"| {seed} |  |  |  |  |  |  | {line['failure']} |")
-            continue
-        found = [number(line["accuracies"][name]) for name in judges]
-        found += [number(line["counts"][name]) for name in ("expert: labels_wrong", *counts)]
-        out.append(f"| {seed} | {' | '.join(found)} |  |")
+        values = [line["accuracies"].get(name) for name in judges]
+        values += [line["counts"].get(name) for name in ("expert: labels_wrong", *counts)]
+        found = ["" if value is None else number(value) for value in values]
+        out.append(f"| {seed} | {' | '.join(found)} | {line.get('failure', '')} |")
     return out
 
 
@@ -154,8 +149,7 @@ def iterations(rule, last=4):
 
 def differences_of(rows, pairs):
     """{"a - b": paired difference} of conditions {name: cells}, where both are measured."""
-    found = {f"{a} - {b}": minus(rows[a], rows[b]) for a, b in pairs if a in rows and b in rows}
-    return {name: of_worlds for name, of_worlds in found.items() if of_worlds}
+    return {f"{a} - {b}": minus(rows[a], rows[b]) for a, b in pairs if a in rows and b in rows}
 
 
 def headline_tables(lines):
@@ -190,22 +184,22 @@ POOLS = ("findings", "findings, flipped", "no findings", "no findings, flipped")
 
 
 def margins_tables(lines):
-    rows, pairs, places = {}, [], {}
+    rows, differences, places = {}, {}, {}
     for pool in (*POOLS, *(f"{pool}, weak start" for pool in POOLS)):
         for rule in ("margin", "random", "best", "median"):
             name, place = f"{pool}: {rule}", ("margins", f"{pool}, {rule}")
             if found := cells(lines, *place, f"{rule}, iteration 1"):
                 rows[name], places[name] = found, place
-                pairs.append((f"{pool}: margin", name))
-    differences = differences_of(rows, [(a, b) for a, b in pairs if a != b])
-    short = {name.replace(f" - {name.split(':')[0]}:", " -"): x for name, x in differences.items()}
+                if rule != "margin":
+                    gain = minus(rows[f"{pool}: margin"], found)
+                    differences[f"{pool}: margin - {rule}"] = gain
     kept = ("false facts, kept", "false facts, passing")
     kept += ("flipped, kept", "flipped, passing", "flipped, pool", "pairs kept")
     measured = {seed for of_worlds in rows.values() for seed in of_worlds}
     after_03 = only(cells(lines, "start", "the demo's flags", "after 03"), measured)
     return [
         *table("2. margins: one iteration", {"after 03": after_03, **rows}),
-        *table("2. differences", dict(sorted(short.items())), "+"),
+        *table("2. differences", dict(sorted(differences.items())), "+"),
         *counts_table(lines, "2. what is kept", places, {name: name for name in kept}),
     ]
 
@@ -232,15 +226,13 @@ def plain_tables(lines, title, conditions, reference, counts):
 def bradley_terry_table(lines):
     """The whole method with the verdict's own loss, beside the method without it."""
     names = ("after 03", "margin, iteration 2", "random, iteration 2")
-    rows = {name: cells(lines, "training", "Bradley-Terry 1, and 04", name) for name in names}
-    differences = {}
-    for name, found in rows.items():
-        differences[f"{name}: with - without"] = minus(found, cells(lines, *FULL, name))
+    rows, differences = {}, {}
+    for name in names:
+        rows[name] = cells(lines, "training", "Bradley-Terry 1, and 04", name)
+        differences[f"{name}: with - without"] = minus(rows[name], cells(lines, *FULL, name))
     differences |= differences_of(rows, [(names[1], names[0]), (names[1], names[2])])
-    return [
-        *table("5. --bt-weight 1 in 03 and 04", rows),
-        *table("5. differences, --bt-weight 1", differences, "+"),
-    ]
+    out = table("5. --bt-weight 1 in 03 and 04", rows)
+    return out + table("5. differences, --bt-weight 1", differences, "+")
 
 
 def means_table(lines, place, title, template, rows, columns):
@@ -262,19 +254,17 @@ def conditions(lines, place):
 def transfer_tables(lines):
     place = ("transfer", "other pictures")
     rows, counts = conditions(lines, place)
-    pairs = []
+    differences, second = {}, "margin, iteration 2"
     for other in ("after 03", "random, iteration 2"):
         for where in ("", ", elsewhere"):
-            pairs.append((f"margin, iteration 2{where}", other + where))
-    short = {}
-    for name, found in differences_of(rows, pairs).items():
-        short[name.replace(", elsewhere -", " -")] = found
-    out = table("7. transfer", rows) + table("7. differences", short, "+")
+            gain = minus(rows[second + where], rows[other + where])
+            differences[f"{second} - {other}{where}"] = gain
     names = [name for name in counts if name.startswith("after 03, elsewhere: ")]
     columns = [name.partition(": ")[2] for name in names]
-    judges = {name: name for name in ("base", "after 03", "margin, iteration 2")}
-    title, template = "7. elsewhere: shares", "{row}, elsewhere: {column}"
-    return out + means_table(lines, place, title, template, judges, columns)
+    judges, template = ("base", "after 03", second), "{row}, elsewhere: {column}"
+    judges, title = dict(zip(judges, judges)), "7. elsewhere: shares"
+    shares = means_table(lines, place, title, template, judges, columns)
+    return table("7. transfer", rows) + table("7. differences", differences, "+") + shares
 
 
 def best_tables(lines):
@@ -306,21 +296,21 @@ def leak_table(lines):
 
 def processors_table(lines):
     """The same start, judged after one iteration of margins, on different processors."""
-    found = {}  # {(what, seed): {processor: accuracy}}
-    places = {("start", "the demo's flags"): ("after 03", "margin, iteration 1")}
-    places[("margins", "findings, margin")] = ("margin, iteration 1",)
-    places[("expert", "YOLO")] = places[("training", "critique, lambda 1/3")] = ("after 03",)
+    found = {}  # {(condition, seed): {processor: accuracies}}
+    after_03, first = "after 03", "margin, iteration 1"
+    places = {("start", "the demo's flags"): (after_03, first)}
+    places |= {("margins", "findings, margin"): (first,), ("expert", "YOLO"): (after_03,)}
+    places["training", "critique, lambda 1/3"] = (after_03,)
     for line in lines:
         for condition in places.get((line["study"], line["setting"]), ()):
             if condition in line["accuracies"]:
                 of_line = found.setdefault((condition, line["seed"]), {})
-                accuracy = line["accuracies"][condition]
-                of_line.setdefault(line["processor"], []).append(number(accuracy))
+                accuracy = number(line["accuracies"][condition])
+                of_line.setdefault(line["processor"], []).append(accuracy)
     out = heading(["made anew on", "judge", "world", "accuracy"])
     for (condition, seed), of_processor in sorted(found.items()):
-        if len(of_processor) > 1:
-            for processor, accuracies in of_processor.items():
-                out.append(f"| {processor} | {condition} | {seed} | {' '.join(accuracies)} |")
+        for processor, accuracies in of_processor.items() if len(of_processor) > 1 else ():
+            out.append(f"| {processor} | {condition} | {seed} | {' '.join(accuracies)} |")
     return out
 
 
@@ -351,75 +341,52 @@ def tables(lines):
 
 
 # ---- The README's table of claims ----------------------------------------------------------------
-def told(of_worlds, sign):
-    """A mean and its interval."""
-    low, high = interval(of_worlds)
-    return f"{number(average(of_worlds), sign)} ({number(low, sign)}, {number(high, sign)})"
-
-
 def holds(kind, low, high):
     """Of an interval: is the claim of this kind true?"""
-    return {
-        "gains": low > 0,
-        "no effect": low <= 0 <= high,
-        "chance": low > 0.45 and high < 0.55,
-        "above chance": low > 0.5,
-    }[kind]
+    bounds = {"gains": (0, 1), "chance": (0.45, 0.55), "above chance": (0.5, 1)}
+    if kind == "no effect":
+        return low <= 0 <= high
+    return bounds[kind][0] < low and high < bounds[kind][1]
 
 
-def full(condition):
-    return (*FULL, condition)
-
-
-def after_03(study, setting):
-    return (study, setting, "after 03")
-
-
-def iterated(study, setting):
-    return (study, setting, "margin, iteration 1")
+def places(study, condition, *settings):
+    return [(study, setting, condition) for setting in settings]
 
 
 def claim_rows():
     """(claim, the paper's figure, place, the place it is compared with or None, what must be true
     of the interval) of each; a place is (study, setting, condition)."""
-    second, last = full("margin, iteration 2"), full("margin, iteration 4")
-    first = full("after 03")
-    random_2, continued = full("random, iteration 2"), full("continue, iteration 2")
-    critique = after_03("training", "critique, lambda 1/3")
-    described = after_03("training", "descriptive")
-    verdicts = after_03("training", "none")
-    with_bt = ("training", "Bradley-Terry 1, and 04")
-    bt, bt_second = (*with_bt, "after 03"), (*with_bt, "margin, iteration 2")
-    yolo, labels = after_03("expert", "YOLO"), after_03("expert", "YOLO, labels alone")
-    policy = after_03("expert", "the policy's yes or no")
-    whole = iterated("components", "without nothing")
-    unchecked = iterated("components", "without checks")
-    some, everything = (iterated("retention", f"retention {share}") for share in ("0.4", "1.0"))
-    tenth = iterated("retention", "retention 0.1")
+    last, after = "margin, iteration 4", "after 03"
+    names = ("base", "expert", after, "margin, iteration 2", last, f"{last}, blank image")
+    base, expert, first, second, last, blank = [(*FULL, name) for name in names]
+    random_2, continued = [(*FULL, f"{rule}, iteration 2") for rule in ("random", "continue")]
+    names = ("critique, lambda 1/3", "descriptive", "none", "Bradley-Terry 1, and 04")
+    critique, described, verdicts, bt = places("training", after, *names)
+    bt_second = (*bt[:2], "margin, iteration 2")
+    names = ("YOLO", "YOLO, labels alone", "the policy's yes or no")
+    yolo, labels, policy = places("expert", after, *names)
+    names = ("without nothing", "without checks")
+    whole, unchecked = places("components", "margin, iteration 1", *names)
+    names = ("retention 0.4", "retention 1.0", "retention 0.1")
+    some, everything, tenth = places("retention", "margin, iteration 1", *names)
     tenth_random = ("retention", "retention 0.1, random", "random, iteration 1")
     votes_3 = ("best", "N and votes", "votes 3")
     elsewhere = ("transfer", "other pictures", "margin, iteration 2, elsewhere")
-    blank = full("margin, iteration 4, blank image")
-    shuffled, untrained = after_03("leak", "shuffled labels"), ("leak", "shuffled labels", "base")
+    shuffled, untrained = [("leak", "shuffled labels", name) for name in (after, "base")]
     lifts = "Training on checked critiques lifts the base judge"
+    by_lot = "Labels drawn by lot, without findings, teach it nothing"
     strange = "It is above chance on other pictures, of unseen kinds"
     return [
-        (lifts, "+.12", first, full("base"), "gains"),
+        (lifts, "+.12", first, base, "gains"),
         ("04 lifts it further: two iterations of margins", "+.02-.03", second, first, "gains"),
         ("... more than stage 03 continued", "", second, continued, "gains"),
         ("... more than random pairs", "", second, random_2, "gains"),
         ("... where a tenth of the pool is kept", "", tenth, tenth_random, "gains"),
         ("A third and fourth iteration change nothing", "saturates", last, second, "no effect"),
         ("40 % of a pool's pairs beat all that pass", "", some, everything, "gains"),
-        ("The judge exceeds the detector that taught it", "", last, full("expert"), "gains"),
+        ("The judge exceeds the detector that taught it", "", last, expert, "gains"),
         ("Without the picture it falls to chance", "", blank, None, "chance"),
-        (
-            "Labels drawn by lot, without findings, teach it nothing",
-            "",
-            shuffled,
-            untrained,
-            "no effect",
-        ),
+        (by_lot, "", shuffled, untrained, "no effect"),
         (strange, "", elsewhere, None, "above chance"),
         ("Critiques beat descriptions", "over +.10", critique, described, "gains"),
         ("... and verdicts alone", "", critique, verdicts, "gains"),
@@ -443,7 +410,9 @@ def claims(lines):
         if found:
             verdict = "holds" if holds(kind, *interval(found)) else "does not"
             verdict += " so far" if len(found) < FEW else ""
-            ours = told(found, "+" if other else "")
+            numbers = [average(found), *interval(found)]
+            middle, low, high = [number(x, "+" if other else "") for x in numbers]
+            ours = f"{middle} ({low}, {high})"
         cells_of_row = (claim, paper, ours, str(len(found)), verdict, f"`{place[0]}`")
         out.append(f"| {' | '.join(cells_of_row)} |")
     return out
@@ -455,20 +424,19 @@ BESIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
 MARKERS = {"margin": "o", "random": "s", "best": "^", "continue": "D"}
 
 
-def grid(axis):
-    axis.grid(color="0.9")
-    axis.set_axisbelow(True)
-    return axis
-
-
-def figure_of(size, n=1, **ratios):
-    """On white: readable on a light and on a dark page."""
-    return Figure(size, layout="tight", facecolor="white").subplots(1, n, **ratios)
+def axes(size, n=1, **ratios):
+    """n axes on white: readable on a light and on a dark page."""
+    figure = Figure(size, layout="tight", facecolor="white")
+    found = figure.subplots(1, n, squeeze=False, **ratios)[0]
+    for axis in found:
+        axis.grid(color="0.9")
+        axis.set_axisbelow(True)
+    return found
 
 
 def draw_iterations(path, lines):
     """Accuracy by iteration with controls: means and intervals where 03 took, else each world."""
-    left, right = map(grid, figure_of((8.4, 3.8), 2, width_ratios=(3, 2)))
+    left, right = axes((8.4, 3.8), 2, width_ratios=(3, 2))
     names = ("margins", "random pairs", "best of random pairs", "stage 03 continued")
     took, others = where_03_took(lines), where_03_took(lines, has_taken=False)
     for k, (rule, name) in enumerate(zip(RULES, names)):
@@ -496,18 +464,14 @@ def draw_iterations(path, lines):
 
 def draw_expert(path, lines):
     """Judge accuracy against the share of labels that the expert gets wrong."""
-    axis = grid(figure_of((8.4, 3.8)))
+    [axis] = axes((8.4, 3.8))
     labels = "labels alone, YOLO's or the policy's"
     parts = (0.9, 0.7, 0.5)
+    confused = [f"{k}% of the kinds always confused" for k in (10, 25, 50)]
     for label, settings, marker, colour in (
         ("errors by lot: false findings", [f"precision {x}" for x in parts], "o", "#0072B2"),
         ("errors by lot: misses", [f"recall {x}" for x in parts], "s", "#D55E00"),
-        (
-            "always the same errors",
-            [f"{k}% of the kinds always confused" for k in (10, 25, 50)],
-            "^",
-            "#CC79A7",
-        ),
+        ("always the same errors", confused, "^", "#CC79A7"),
         ("the truth", ["truth"], "*", "black"),
         ("YOLO", ["YOLO"], "D", "#009E73"),
         ("the policy's yes or no", ["the policy's yes or no"], "X", "#E69F00"),
@@ -529,7 +493,7 @@ def draw_expert(path, lines):
 
 def draw_flipped(path, lines):
     """Of the flipped pairs: their share among what each rule keeps."""
-    axis = grid(figure_of((6.4, 3.2)))
+    [axis] = axes((6.4, 3.2))
     columns = (  # (what is counted, of which rule's lines, label, colour)
         ("flipped, pool", "margin", "the pool", "0.75"),
         ("flipped, passing", "margin", "a passing critique", "0.5"),
@@ -552,7 +516,7 @@ def draw_flipped(path, lines):
 
 def draw_best_of_n(path, lines):
     """Quality of the caption that each picker takes from N."""
-    axis, place = grid(figure_of((6.4, 3.2))), ("best", "N and votes")
+    [axis], place = axes((6.4, 3.2)), ("best", "N and votes")
     sizes = (1, 2, 4, 8, 16)
     for picker, label, colour, marker in (
         ("oracle", "the truth", "black", "*"),

@@ -50,8 +50,7 @@ def test_calibration_error():
         assert error == pytest.approx(sum(map(abs, gaps)) / len(probability))
     rows = judgements("1", "A", "B", 0.9, 0.2) + judgements("2", "B", None, 0.4, 0.5)
     measures = five.measures_of(rows, {key: {"image": key} for key in "12"}, {})
-    assert measures["ece"] == pytest.approx((0.1 + 0.2 + 0.6) / 3)
-    assert measures["unparseable"] == 1 / 4
+    assert (measures["ece"], measures["unparseable"]) == (pytest.approx(0.9 / 3), 1 / 4)
     nothing = five.measures_of(judgements("1", None, None), {"1": {"image": "1"}}, {})
     assert nothing["ece"] is None and nothing["accuracy"] == 0
 
@@ -105,13 +104,6 @@ def test_measures_by_hand():
     wanted = sum(-math.log(p) for p in (0.9, 0.8, 0.6, 0.4, 0.5, 0.5)) / 6
     assert measures["bradley_terry_loss"] == pytest.approx(wanted, abs=1e-6)
     assert five.measures_of(rows[:2], pairs, {})["hallucination"] is None
-    texts = [("ab", "abc"), ("abc", "ab"), ("ab", "cd")]  # the shorter one wins; A of equal ones
-    pairs = []
-    for i, (chosen, rejected) in enumerate(texts):
-        pair = {"id": str(i), "image": "0.png", "prompt": "?"}
-        pairs.append({**pair, "chosen": chosen, "rejected": rejected})
-    rows = five.heuristic_rows(pairs)
-    assert five.accuracy_per_pair(rows) == {"0": 1.0, "1": 0.0, "2": 0.5}
 
 
 def test_paired_differences_are_clustered_by_image():
@@ -122,21 +114,19 @@ def test_paired_differences_are_clustered_by_image():
         pairs[key] = {"id": key, "image": f"{i // 5}.png"}
         base += judgements(key, "A", "A")
         after += judgements(key, *("AB" if i // 5 % 2 else "BA"))
-    rows = {"base": base[::-1], "after 03": after, "same": base}
+    rows = {"base": base[::-1], "after 03": after}
     found = five.paired_differences(rows, "after 03", ["base"], pairs)["after 03 - base"]
     gain = [0.5 if i // 5 % 2 else -0.5 for i in range(200)]
     images = [pair["image"] for pair in pairs.values()]
     assert found == pytest.approx((0, *slow_bootstrap(gain, images)), abs=0.02)
-    same = five.paired_differences(rows, "same", ["base"], pairs)
-    assert same == {"same - base": (0, 0, 0)}
 
 
 WORDS = ("red circle", "red ring", "blue star")
 VOCABULARY = {name: name for name in WORDS}
 
 
-def finding(name, status, claimed_by="rejected"):
-    found = {"object": name, "status": status, "claimed_by": claimed_by}
+def finding(name, status):
+    found = {"object": name, "status": status, "claimed_by": "both"}
     return {**found, "confidence": 0.5, "box": None}
 
 
@@ -192,19 +182,6 @@ def test_official_measures_by_hand(k, accuracy, groups, undecided):
         assert measures["interval"] == five.cluster_bootstrap([1, 0, 0, 1], images)
 
 
-def test_official_calls_have_an_order_each():
-    texts = {"image": "0.png", "prompt": "?", "chosen": "good", "rejected": "bad"}
-    n_swapped = []
-    for i in range(200):
-        questions = five.official_questions({"id": f"p{i}", **texts}, 0)
-        assert len({q["id"] for q in questions}) == len(questions) == 9
-        assert {q[f"response_{q['label'].lower()}"] for q in questions} == {"good"}
-        n_swapped.append(sum(q["order"] == "ba" for q in questions))
-        assert n_swapped[-1] == sum(q["label"] == "B" for q in questions)
-    assert abs(sum(n_swapped) / 1800 - 0.5) < 3.5 * 0.5 / 1800**0.5
-    assert len(set(n_swapped)) > 5  # drawn for each call, not for each pair
-
-
 # ---- Pictures and judges -------------------------------------------------------------------------
 @pytest.mark.parametrize("n_images", [2, 3, 7, 60])
 def test_another_picture_is_never_its_own(n_images):
@@ -237,8 +214,7 @@ def put_adapter(folder, weights=None, **made_with):
 
 def test_judges_stand_in_the_order_of_training(tmp_path):
     (base,) = five.find_judges(tmp_path)
-    assert (base["name"], base["checkpoint"]) == ("base", None)
-    assert five.last_judge([base], "") is base
+    assert five.last_judge([base], "") is base and base["checkpoint"] is None
     for tag in ("", "bt"):
         put_adapter(tmp_path / f"03_ift_{tag}", tag=tag)
         rule = {"tag": tag, "select": "random", "iteration": 1}
@@ -312,18 +288,15 @@ def judge(monkeypatch):
     return made
 
 
-CATEGORY = ("macro", "a|b")  # as a column is called, and what would be one more
-
-
 def write_pairs(folder, n=6):
     """heldout.jsonl, as 01 writes pairs; no two have the same prompt or texts."""
     pairs = []
     for i in range(n):
-        evidence = [finding("red circle", "present", "chosen"), finding("red ring", "absent")]
+        evidence = [finding("red circle", "present"), finding("red ring", "absent")]
         pair = {"id": f"p{i}", "image": f"{i % 4}.png", "prompt": f"List the objects of {i}."}
         pair |= {"chosen": f"{i} red circle.", "rejected": f"{i} red ring.", "evidence": evidence}
         pair |= {"hallucinated": ["red ring"] * (i < 3), "source": "x", "split": "heldout"}
-        pairs.append({**pair, "category": CATEGORY[i % 2]})
+        pairs.append({**pair, "category": ("macro", "a|b")[i % 2]})
     write_jsonl(folder / "heldout.jsonl", pairs)
     return pairs
 
@@ -398,6 +371,7 @@ def test_a_run_with_all_its_judges(made_run, pictures, judge):
     assert table["base"]["both"] == 0 and table["base"]["n_hallucination"] == 3
     # the report
     assert "Base model hub/base, style none" in report and "warning" not in report
+    assert cells(report, "shorter response")[1] == "0.000"  # "red ring." is
     assert cells(report, "chance")[1:4] == ["0.500", "", "0.250"]
     assert cells(report, "after 03")[1:3] == ["1.000", "1.000-1.000"]
     for name in ("base", closer[2]):  # it denies whatever lacks a circle, and believes no praise
@@ -449,8 +423,8 @@ def test_a_variant_stands_beside_the_others(made_run, judge):
     judge.answer = lambda model, request, k: answer_of("AAB"[k], 0.8)  # the majority says A
     report, _ = evaluate(made_run, "--tag", "bt", "--withhold", "blank", "--votes", 3)
     assert {x[:2] for x in judge.settings} == {(3, 1.0)}
-    for name in (*NAMES, "after 03, bt", "after 03, bt, blank image"):
-        assert cells(report, name)[1] == "0.500"
+    names = (*NAMES, "after 03, bt", "after 03, bt, blank image")
+    assert {cells(report, name)[1] for name in names} == {"0.500"}
     assert "Judgements of after 03, bt" in report and "iteration 1, blank" not in report
     is_critique = [common.INSTRUCTIONS["critique"] in row["text"] for row in judge.requests]
     assert is_critique[:60] == [False] * 48 + [True] * 12
@@ -477,21 +451,18 @@ def test_missing_verdicts_are_said_and_counted(made_run, pictures, judge):
     warnings = re.findall("warning: .*", report)
     assert len(warnings) == 1 and "8% of after 03's judgements have no verdict" in warnings[0]
     assert "--max-new-tokens" in warnings[0]
-    counts = read_json(folder / "meta.json")["counts"]
-    assert (counts["judgements"], counts["without a verdict"]) == (160, 5)
+    assert read_json(folder / "meta.json")["counts"]["without a verdict"] == 5
     assert cells(report, "after 03")[1] == f"{37 / 40:.3f}"
 
 
-IDS = ("RLAIF-V-{}", "hallucination_pair-{}", "mathverse_{}", "wildvision-battle-{}")
-
-
 def test_vl_rewardbench(tmp_path, pictures, judge):
-    """The official protocol, where there is no run. Even rows: the first response is the better and
-    shorter one; odd rows: the second is the better and longer one."""
-    rows = []
+    rows = []  # there is no run
     for i in range(6):
         picture = {"bytes": (pictures / f"{i % 4}.png").read_bytes(), "path": None}
-        row = {"id": IDS[i % 4].format(i), "query": f"<image>\nList the objects in image {i}."}
+        row = {
+            "id": f"{('RLAIF-V-', 'mathverse_')[i % 2]}{i}",
+            "query": f"<image>\nList the objects in image {i}.",
+        }
         row |= {"response": ["red circle.", "blue star, red ring."], "image": picture}
         rows.append({**row, "human_ranking": [i % 2, 1 - i % 2]})
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
@@ -501,13 +472,13 @@ def test_vl_rewardbench(tmp_path, pictures, judge):
     report, folder = evaluate(tmp_path, *given)
     base = read_json(folder / "metrics.json")["table"]["base"]
     assert set(base["by_category"]) <= {"general", "hallucination", "reasoning"}
-    assert cells(report, "shorter response")[1] == "0.500"
     assert {request["image"].parent for request in judge.requests} == {folder / "images"}
     assert folder.name == "05_evaluation_vl-rewardbench_official"
     assert [x[:2] for x in judge.settings] == [(1, 0.2)] * 54
     calls = read_rows(folder / "judgements.jsonl")
     n_correct = Counter(row["id"] for row in calls if row["verdict"] == row["label"])
     assert base["accuracy"] == sum(n >= 5 for n in n_correct.values()) / 6  # of 9 calls
+    assert {row["order"] for row in calls} == {"ab", "ba"} and len(set(n_correct.values())) > 1
     assert "both orders" not in report and "agreement" not in report  # chance alone has these
 
 
@@ -547,25 +518,6 @@ def test_llava_bench_in_the_wild(tmp_path, pictures, judge):
 
 
 # ---- Arguments -----------------------------------------------------------------------------------
-OFFICIAL = "--pairs x --protocol official"
-
-
-@pytest.mark.parametrize(
-    "given, words",
-    [
-        (OFFICIAL, "vl-rewardbench"),
-        (f"{OFFICIAL} --benchmark vl-rewardbench --votes 3", "no --votes"),
-        ("--benchmark llava-wild", "needs --pairs"),
-        ("--pairs x --best-of 4", "llava-wild"),
-        ("--votes 2", "odd"),
-    ],
-)
-def test_refused_arguments(given, words, capsys):
-    with pytest.raises(SystemExit):
-        five.parse_args(given.split())
-    assert words in capsys.readouterr().err
-
-
 def test_a_run_fixes_its_model_and_style(made_run, pictures, judge):
     """Without a run they are given. What cannot be judged stops before any work."""
     args = five.parse_args(["--run", str(made_run)])

@@ -44,8 +44,7 @@ class Echo:
 def expert_of(tmp_path, monkeypatch, echo, name="echo.pt"):
     monkeypatch.setattr(one, "Detector", echo.load)
     flags = ["--images", "x", "--run", str(tmp_path / "run"), "--expert", name, "--device", "cpu"]
-    judge = SimpleNamespace(weights=["m", None])
-    return one.Expert(one.parse_args(flags), tmp_path / "detections.jsonl", tmp_path, judge)
+    return one.Expert(one.parse_args(flags), tmp_path / "detections.jsonl", tmp_path, None)
 
 
 @pytest.mark.parametrize("classes", [None, ["ox", "ape"]])
@@ -60,13 +59,15 @@ def test_each_picture_gets_its_own_detections(classes, tmp_path, monkeypatch):
     assert echo.calls == [32, 32, 6] and echo.loaded == [("echo.pt", "cpu")]
     for i in range(70):
         row, names = findings[f"{i}.png"], classes or questions[f"{i}.png"]
-        assert row["classes"] == names
-        assert row["detections"] == [found(name, i / 100) for name in names]
+        expected = names, [found(name, i / 100) for name in names]
+        assert (row["classes"], row["detections"]) == expected
     echo = Echo(["other"])
     again = expert_of(tmp_path, monkeypatch, echo)
     assert again.classes == classes and again.find(questions) == findings and not echo.loaded
+    more = again.find({"5.png": ["new"]})["5.png"]["detections"]  # other names are other questions
+    assert more == [found(name, 0.05) for name in classes or ["new"]]
     other = expert_of(tmp_path, monkeypatch, echo, "other.pt").find({"5.png": ["ox"]})
-    assert other["5.png"]["detections"] == [found("other", 0.05)] and echo.calls == [1]
+    assert other["5.png"]["detections"] == [found("other", 0.05)]
 
 
 def test_the_shipped_expert():
@@ -86,7 +87,6 @@ def test_the_shipped_expert():
     assert one.FLOOR <= min(confidences) < 0.1  # ultralytics' own floor is .25
 
 
-# ---- The policy itself, and findings made elsewhere ----------------------------------------------
 ODDS = {"dog": [0.6, 0.2, 0.1, 0.1], "cat": [0.1, 0.1, 0.2, 0.6]}  # of yes, Yes, no, No
 
 
@@ -116,7 +116,6 @@ def policy(monkeypatch):
 
 
 def test_own_answers(policy):
-    """Confidence is the part of yes, in either spelling, at the last position."""
     expert = one.OwnAnswers(common.Judge("run", "m"))
     dog, cat = found("dog", 0.8), found("cat", 0.2)
     assert expert.find(SHOTS, [["dog"], ["cat", "dog"]]) == [[dog], [cat, dog]]
@@ -126,7 +125,6 @@ def test_own_answers(policy):
 
 
 def run(folder, chosen, rejected, *flags):
-    """Stage 01's rows of three given pairs that say the same of three pictures."""
     pairs = [{"image": f"{k}.png", "chosen": chosen, "rejected": rejected} for k in range(3)]
     for pair in pairs:
         Image.new("RGB", (40, 40)).save(folder / pair["image"])
@@ -143,6 +141,8 @@ def test_main_without_an_expert(policy, tmp_path, monkeypatch):
     rows = run(tmp_path, "A dog.", "A dog and a cat.", *flags)
     assert [row["hallucinated"] for row in rows] == [["cat"]] * 3 and len(policy) == 6
     assert [seen["confidence"] for seen in rows[0]["evidence"]] == [0.8, 0.2]
+    run(tmp_path, "A dog.", "A dog and a cat.", *flags, "--model", "another")
+    assert len(policy) == 12  # another's answers
     with pytest.raises(SystemExit, match="names no object of the vocabulary': 3.*--vocabulary"):
         run(tmp_path, "A red circle.", "A blue star.", *flags)
 

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 from conftest import ROOT, WORLD, run_here
-from scenes import PROMPT, write_pictures
+from scenes import write_pictures
 
 pytestmark = pytest.mark.slow
 
@@ -29,15 +29,12 @@ def evening(tmp_path_factory):
     """(start(line of the README, more flags), run directory)."""
     folder = tmp_path_factory.mktemp("evening")
     write_pictures(folder, 3, n_images=60, n_heldout=1)
-    (folder / "prompts.txt").write_text(PROMPT + "\n")
+
+    here = {"runs/mine": f"{folder}/run", "PICTURES": f"{folder}/images"}
 
     def start(line, *more):
-        line = [folder / "run" if word == "runs/mine" else word for word in line]
-        line = [folder / "images" if word == "PICTURES" else word for word in line]
-        added = ADDED[line[0][:2]].split()
-        if line[0].startswith("01"):
-            added += ["--prompts", folder / "prompts.txt"]
-        run_here([str(word) for word in (*line, *added, *more)])
+        words = [*line, *ADDED[line[0][:2]].split(), *more]
+        run_here([here.get(word, word) for word in words])
 
     for line in LINES:
         start(line)
@@ -63,5 +60,5 @@ def test_another_training_needs_a_tag(evening):
     start, run = evening
     earlier = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit, match=r"steps was 2, is 3.*another --tag, or delete it"):
-        start(LINES[2], "--steps", 3)
+        start(LINES[2], "--steps", "3")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == earlier

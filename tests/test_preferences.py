@@ -212,7 +212,7 @@ def test_read_images(tmp_path):
     (photos / "broken.png").write_bytes(b"no picture")
     (photos / "notes.txt").write_text("no picture either")
     os.mkfifo(photos / "fifo.png")
-    (photos / "link.png").symlink_to("nowhere.png")
+    (photos / "in/b.png").symlink_to("nowhere.png")  # photos/b.png is another picture
     prompts = ["What?", "Where?"]
     rows, counts = one.read_images(photos, photos, prompts, None, 0, tmp_path)
     assert [row["id"] for row in rows[:4]] == ["a-0", "a-1", "b-0", "in/c-0"]
@@ -341,6 +341,7 @@ def test_what_has_been_asked_is_not_asked_again(tmp_path, photos, monkeypatch):
     assert run(tmp_path, *photos, "--present", 0.8)[0].keys() == {"a-0"}
     rows, _ = run(tmp_path, *photos, "--absent", 0.3, "--vocabulary", tmp_path / "v.json")
     assert (rows["c-0"]["chosen"], rows["c-0"]["hallucinated"]) == ("A dog.", ["cat"])
+    assert common.read_json(folder / "vocabulary.json")["a tree"] == "hot dog"
     rows, _ = run(tmp_path, *photos, "--validation", 1, "--heldout", 1, "--train", 0)
     assert {row["split"] for row in rows.values()} == {"validation", "heldout"}
     assert len(fakes.asked) == len(fakes.looked) == 5 and not fakes.loaded

@@ -5,14 +5,12 @@ import copy
 import importlib
 import re
 import shlex
-from pathlib import Path
 from statistics import mean
 
 import pytest
 import study
 import study_report
 from conftest import ROOT, STAGES, stage
-from PIL import Image
 from study_report import number
 
 from common import load_image, read_json, write_jsonl
@@ -22,21 +20,19 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)  # [(language, code)
 PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
 EXPERTS = ("YOLO", "the policy's yes or no")
 FILES = ("common", *STAGES)
-SCRIPTS = ("bench", "bench_gpu", "build_world", "demo", "faults", "pictures", "study")
+RESULTS = study_report.read(ROOT / "assets" / "results.jsonl")
+DEMO = read_json(ROOT / "assets" / "demo.json")
+LAST = "margin, iteration 2"
 
 
 def commands():
     """Every command of the README, in blocks and in the text, without comments."""
-    lines = re.findall(r"`((?:python|pytest|torchrun|pip) [^`]+)`", PROSE)
+    lines = re.findall(r"`([^`]+)`", PROSE)
     for language, code in BLOCKS:
         if not language:
             lines += code.replace("\\\n", " ").splitlines()  # a command may go on in a second line
-    found = []
-    for line in lines:
-        for part in line.split(" && "):
-            if part.split(" ")[0] in ("python", "pytest", "torchrun", "pip"):
-                found.append(shlex.split(part, comments=True))
-    return found
+    parts = [part for line in lines for part in line.split(" && ")]
+    return [shlex.split(x, comments=True) for x in parts if re.match("(python|torchrun) ", x)]
 
 
 def flags_of(file):
@@ -44,11 +40,9 @@ def flags_of(file):
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_parse(command, monkeypatch):
+def test_commands_parse(command):
     if command[0] == "torchrun":  # torchrun FLAGS -- script flags
-        command = ["python", *command[command.index("--") + 1 :]]
-    if command[0] != "python":
-        return
+        command = command[command.index("--") :]
     script, *argv = command[1:]
     assert (ROOT / script).exists() and len(commands()) > 15
     name = script.removesuffix(".py").removeprefix("tests/")
@@ -58,27 +52,22 @@ def test_commands_parse(command, monkeypatch):
     module = importlib.import_module(name)
     if hasattr(module, "parse_args"):
         module.parse_args(argv)
-    known = flags_of(f"{script}")
-    assert {word for word in argv if word.startswith("--")} <= known
+    assert {word for word in argv if word.startswith("--")} <= flags_of(script)
 
 
 def test_flags_exist():
     known = {"--nproc-per-node", "--help"}.union(*(flags_of(f"{name}.py") for name in FILES))
-    known |= {flag for script in SCRIPTS for flag in flags_of(f"tests/{script}.py")}
+    known = known.union(*(flags_of(path) for path in (ROOT / "tests").glob("*.py")))
     for flag in re.findall(r"`[^`]*?(--[a-z][\w-]*)[^`]*`", PROSE):
         assert flag.replace("--no-", "--") in known, flag
 
 
-def test_excerpts_stand_in_the_files():
+def test_code_and_links_are_of_the_files():
     files = [(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in FILES]
     excerpts = [code for language, code in BLOCKS if language == "python" and code[0] == " "]
     assert len(excerpts) == 5
     for code in excerpts:
-        assert len(code.splitlines()) <= 10
-        assert any(code in text for text in files), code
-
-
-def test_links_lead_to_what_they_name():
+        assert len(code.splitlines()) <= 10 and any(code in text for text in files), code
     links = re.findall(r"\[`([\w.]+)`\]\(([\w./]+)#L(\d+)\)", TEXT)
     assert len(links) > 10
     for name, file, line in links:
@@ -96,47 +85,22 @@ def test_links_lead_to_what_they_name():
     assert first == heads[0] and heads[1] - 3 <= last < heads[1]
 
 
-def test_pictures_are_small_and_all_shown():
+def test_it_is_read_in_twenty_minutes():
+    """Few words; the pictures are small, and all are shown."""
+    words = [word for word in PROSE.split() if re.search(r"\w", word)]  # no bars of tables
+    assert len(words) <= 2500
     shown = set(re.findall(r"!\[[^]]*\]\((assets/[^)]+)\)", TEXT))
     assert shown == {f"assets/{path.name}" for path in (ROOT / "assets").glob("*.png")}
     for path in shown:
         assert (ROOT / path).stat().st_size < 150_000, path
-        with Image.open(ROOT / path) as picture:
-            assert picture.width >= 600
 
 
-def test_it_is_read_in_twenty_minutes():
-    words = [word for word in PROSE.split() if re.search(r"\w", word)]  # no bars of tables
-    assert len(words) <= 2500
-
-
-def test_claims_are_the_results():
-    lines = study_report.read(ROOT / "assets" / "results.jsonl")
+def test_claims_and_ratios_are_the_results():
     rows = [row for row in TEXT.splitlines() if row.startswith("|")]
-    studies = set(study.STUDIES)
-    claims = study_report.claims(lines)
+    claims = study_report.claims(RESULTS)
     assert set(claims) <= set(rows)
     for row in claims[2:]:
-        assert re.search(r"`([\w-]+)`", row.split("|")[-2])[1] in studies
-
-
-def test_the_demos_table_is_the_demos():
-    demo = read_json(ROOT / "assets" / "demo.json")
-    names = ("base", "after 03", "margin, iteration 2", "random, iteration 2")
-    names = (*names, "margin, iteration 2, blank image")
-    rows = [row for row in TEXT.splitlines() if re.match(r"\| (base|after|control)", row)]
-    assert len(rows) == len(names)
-    for name, row in zip(names, rows):
-        measured = demo["table"][name]
-        accuracy, low, high = (number(x) for x in (measured["accuracy"], *measured["interval"]))
-        assert row.endswith(f"| {accuracy} | {low}-{high} |"), row
-    for name in ("after 03", "random, iteration 2"):
-        gap = demo["differences"][f"margin, iteration 2 - {name}"]
-        middle, low, high = (number(x, "+") for x in gap)
-        assert f"{middle} ({low} to {high})" in TEXT
-
-
-def test_ratios_are_the_benchs():
+        assert row.split("|")[-2].strip(" `") in study.STUDIES
     bench = (ROOT / "assets" / "bench.txt").read_text()
     printed = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", bench, re.MULTILINE)
     table = TEXT[TEXT.index("| what | against | toy") :].split("\n\n")[0]
@@ -144,7 +108,19 @@ def test_ratios_are_the_benchs():
     assert sorted(told) == sorted(" ".join(row) for row in printed)
 
 
-# ---- The text's numbers: sentences, and what stands in their braces -------------------------------
+def test_the_demos_table_is_the_demos():
+    names = ("base", "after 03", LAST, "random, iteration 2", f"{LAST}, blank image")
+    rows = [row for row in TEXT.splitlines() if re.match(r"\| (base|after|control)", row)]
+    for name, row in zip(names, rows, strict=True):
+        of_judge = DEMO["table"][name]
+        accuracy, low, high = map(number, (of_judge["accuracy"], *of_judge["interval"]))
+        assert row.endswith(f"| {accuracy} | {low}-{high} |"), row
+    for name in ("after 03", "random, iteration 2"):
+        middle, low, high = (number(x, "+") for x in DEMO["differences"][f"{LAST} - {name}"])
+        assert f"{middle} ({low} to {high})" in TEXT
+
+
+# ---- The text's numbers: sentences, and what stands in their braces ------------------------------
 SENTENCES = """
 demo {passing} of {written} pass; {wrong_order} fall to the second rule
 is {largest}, the pool's largest
@@ -153,11 +129,9 @@ in {deaf[0]} and {deaf[1]} of the critiques, elsewhere in {follows} or more
 though {checks:.0f} % of the checks were right
 all worlds come to {bt[0]}, and 04 takes them to {bt[1]}
 the judge stays at {labels}
-{picks[0]} at random, {picks[1]} the best of 4
-{picks[2]} of 16
+{picks[0]} at random, {picks[1]} the best of 4 by the judge after 03, {picks[2]} of 16
 in {wins[0]:.0f} % of a knockout's first games, in {wins[1]:.0f} % of its last
-it denies {absent:.0f} % of what is absent
-but also {missed:.0f} % of what is there
+it denies {absent:.0f} % of what is absent, but also {missed:.0f} % of what is there
 it judges {few} right, of those with more {many}
 after 03 {styles[0]}, or {styles[1]}, instead of {styles[2]}
 | {steps} in three worlds
@@ -182,59 +156,53 @@ def span(values):
 @pytest.fixture(scope="module")
 def measured():
     """{name in SENTENCES: number or text} from assets/demo.json and assets/results.jsonl."""
-    lines = study_report.read(ROOT / "assets" / "results.jsonl")
-    demo = read_json(ROOT / "assets" / "demo.json")
 
     def worlds(study_name, setting, condition="after 03"):
-        found = study_report.cells(lines, study_name, setting, condition)
+        found = study_report.cells(RESULTS, study_name, setting, condition)
         return {seed: value for seed, (value, _) in found.items()}
 
     def middle(*where):
         return two(mean(worlds(*where).values()))
 
     def count(*where):
-        return study_report.mean_count(lines, *where)
+        return study_report.mean_count(RESULTS, *where)
 
-    full, last = study_report.FULL, "margin, iteration 2"
-    counts, table = demo["counts of 02"], demo["table"]
+    full, judges = study_report.FULL, ("after 03", LAST)
+    counts, table = DEMO["counts of 02"], DEMO["table"]
     x = {"passing": counts["kept"] + counts["repeated"]}
     x["written"] = f"{counts['critiques written']:,}"
     x["wrong_order"] = counts["dropped: verdict does not follow from its checks"]
-    x["largest"] = number(demo["largest margin"])
-    usual, attacked = table[last], table[f"{last}, attack"]
+    x["largest"] = number(DEMO["largest margin"])
+    usual, attacked = table[LAST], table[f"{LAST}, attack"]
     x["usual"], x["attacked"] = number(usual["accuracy"]), number(attacked["accuracy"])
+    balanced = [judge["checks"]["balanced"] for judge in (usual, attacked)]
+    assert balanced[0] == pytest.approx(balanced[1], abs=0.005)  # "as right as before"
     x["lost"] = 100 * (1 - attacked["checks"]["n_checks"] / usual["checks"]["n_checks"])
-    took = study_report.where_03_took(lines)
-    x["took"] = [span([worlds(*full, j)[seed] for seed in took]) for j in ("after 03", last)]
-    starts = study_report.of_setting(lines, "start", "the demo's flags")
+    took = study_report.where_03_took(RESULTS)
+    x["took"] = [span([worlds(*full, j)[seed] for seed in took]) for j in judges]
+    starts = study_report.of_setting(RESULTS, "start", "the demo's flags")
     follows = {seed: run["counts"]["after 03: verdict follows"] for seed, run in starts.items()}
     x["deaf"] = [two(part) for seed, part in follows.items() if seed not in took]
     x["follows"] = two(min(follows[seed] for seed in took))
     x["checks"] = 100 * min(run["counts"]["after 03: checks right"] for run in starts.values())
-    weighted = "training", "Bradley-Terry 1, and 04"
-    x["bt"] = [span(worlds(*weighted, judge).values()) for judge in ("after 03", last)]
+    x["bt"] = [span(worlds("training", "Bradley-Terry 1, and 04", y).values()) for y in judges]
     x["labels"] = middle("expert", "YOLO, labels alone")
-    best = "best", "N and votes"
-    names = [
-        f"best of {n}: names nothing absent" for n in ("4, random", "4, after 03", "16, after 03")
-    ]
-    x["picks"] = [two(count(*best, name)) for name in names]
-    name = "best of 16, after 03: a true caption wins, round"
-    x["wins"] = [100 * count(*best, f"{name} {k}") for k in (1, 4)]
+    best, picks = ("best", "N and votes"), ("4, random", "4, after 03", "16, after 03")
+    x["picks"] = [two(count(*best, f"best of {n}: names nothing absent")) for n in picks]
+    wins = [f"best of 16, after 03: a true caption wins, round {k}" for k in (1, 4)]
+    x["wins"] = [100 * count(*best, name) for name in wins]
     names = ("absent_said_no", "present_said_yes", "right, up to 8 claims", "right, more claims")
-    places = [f"{last}, elsewhere: {name}" for name in names]
+    places = [f"{LAST}, elsewhere: {name}" for name in names]
     absent, present, few, many = (count("transfer", "other pictures", y) for y in places)
     x |= {"absent": 100 * absent, "missed": 100 * (1 - present), "few": two(few), "many": two(many)}
     third = "critique, lambda 1/3"
     x["styles"] = [middle("training", style) for style in ("descriptive", "none", third)]
     x["steps"] = ", ".join(map(two, worlds("training", "critique, 30 steps").values()))
     settings = ("lambda 0", "lambda 1", third, "nothing trained")
-    x["lams"] = [middle("training", setting) for setting in settings[:2]]
-    said = "captions hallucinate, greedy"
-    x["said"] = [two(count("training", setting, said)) for setting in settings]
-    first, *later = (
-        study_report.cells(lines, *full, y) for y in ("after 03", "continue, iteration 2", last)
-    )
+    x["lams"] = [middle("training", y) for y in settings[:2]]
+    x["said"] = [two(count("training", y, "captions hallucinate, greedy")) for y in settings]
+    judges = ("after 03", "continue, iteration 2", LAST)
+    first, *later = (study_report.cells(RESULTS, *full, judge) for judge in judges)
     gains = [study_report.average(study_report.minus(second, first)) for second in later]
     x["gains"] = [number(gain, "+") for gain in gains]
     x["wrong"] = [100 * count("expert", y, "expert: labels_wrong") for y in EXPERTS]
@@ -248,10 +216,10 @@ def test_numbers_are_what_was_measured(measured, sentence):
 
 
 # ---- Pairs for TRL -------------------------------------------------------------------------------
-@pytest.fixture
-def trl_pairs(pictures, tmp_path, monkeypatch):
-    """(rows of a run, the data set that README's block makes of them)."""
-    rows = []
+def test_pairs_become_a_preference_set(pictures, tiny, tmp_path, monkeypatch):
+    """README's block on three rows of a run: its columns; where TRL is installed, what DPOTrainer's
+    own data preparation makes of them."""
+    roles, rows = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}, []
     for i, object_ in enumerate(("red circle", "blue star", "green heart")):
         row = {"id": f"p{i}", "image": f"{i}.png", "prompt": "List the objects in the image."}
         row |= {"chosen": f"{object_}.", "rejected": f"{object_}, red ring.", "source": "x"}
@@ -261,42 +229,34 @@ def trl_pairs(pictures, tmp_path, monkeypatch):
     (tmp_path / "PICTURES").symlink_to(pictures)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (block,) = [code for _, code in BLOCKS if "def trl_row" in code]
     scope = {}
-    exec(block, scope)
-    return rows, scope["pairs"]
-
-
-def test_pairs_have_trls_columns(trl_pairs, pictures):
-    rows, pairs = trl_pairs
-    assert set(pairs.column_names) == {"images", "prompt", "chosen", "rejected"}
+    exec(*(code for _, code in BLOCKS if "def trl_row" in code), scope)
+    pairs = scope["pairs"]
+    assert set(pairs.column_names) == {"images", *roles}
+    model, processor = tiny
+    expected = []  # each response with its picture, of another size in each row
     for row, pair in zip(rows, pairs, strict=True):
-        for name, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+        for name, role in roles.items():
             assert pair[name] == [{"role": role, "content": row[name]}]
-        (picture,) = pair["images"]
-        assert picture.tobytes() == load_image(pictures / row["image"]).tobytes()
+        picture = load_image(pictures / row["image"])
+        assert [x.tobytes() for x in pair["images"]] == [picture.tobytes()]
+        grid = processor.image_processor([picture]).image_grid_thw[0].tolist()
+        expected += [(row["chosen"], grid), (row["rejected"], grid)]
 
+    if not importlib.util.find_spec("trl"):
+        return
+    import trl
 
-def test_dpo_trainer_takes_them(trl_pairs, tiny, tmp_path):
-    """Its own data preparation, where TRL is installed."""
-    trl = pytest.importorskip("trl")
-    rows, pairs = trl_pairs
-    model, processor = copy.deepcopy(tiny[0]), tiny[1]
-    args = trl.DPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
-    args.per_device_train_batch_size = len(rows)
-    trainer = trl.DPOTrainer(model, args=args, train_dataset=pairs, processing_class=processor)
+    how = {"use_cpu": True, "bf16": False, "per_device_train_batch_size": len(rows)}
+    args = trl.DPOConfig(str(tmp_path), report_to="none", **how)
+    trainer = trl.DPOTrainer(
+        copy.deepcopy(model), None, args, None, pairs, processing_class=processor
+    )
     (batch,) = trainer.get_train_dataloader()
-    expected = []  # each response beside its own picture; the three have three sizes
-    for row in rows:
-        grid = processor.image_processor(
-            [load_image(Path("PICTURES") / row["image"])]
-        ).image_grid_thw[0]
-        expected += [(row[name], grid.tolist()) for name in ("chosen", "rejected")]
-    found = []
-    for ids, mask, grid in zip(
-        *(batch[x] for x in ("input_ids", "completion_mask", "image_grid_thw"))
-    ):
-        text = processor.tokenizer.decode(ids[mask == 1], skip_special_tokens=True)
-        assert rows[0]["prompt"] in processor.tokenizer.decode(ids[mask == 0])
-        found.append((text.strip(), grid.tolist()))
+    found, decode = [], processor.tokenizer.decode
+    for i, ids in enumerate(batch["input_ids"]):
+        is_response = batch["completion_mask"][i] == 1
+        assert rows[0]["prompt"] in decode(ids[~is_response])
+        text = decode(ids[is_response], skip_special_tokens=True).strip()
+        found.append((text, batch["image_grid_thw"][i].tolist()))
     assert sorted(found) == sorted(expected)

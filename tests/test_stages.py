@@ -200,13 +200,14 @@ def meta(run, name):
 # ---- 02: critiques with the findings in view -----------------------------------------------------
 def test_02_asks_about_training_pairs_in_both_orders_with_findings_and_label(stages, run):
     judge, few = Judge(), Judge()
-    stages(2, judge, "--critiques 3 --temperature 0.7 --max-new-tokens 9 --seed 5 --batch-size 4")
+    flags = "--critiques 3 --temperature 0.7 --max-new-tokens 9 --seed 5 --batch-size 4"
+    stages(2, judge, flags)
     check_requests(judge.requests(), is_guided=True)
     ids = [request["id"] for request in judge.requests()]
     assert sorted(ids) == sorted(f"t{i}-{order}" for i in range(5) for order in ("ab", "ba"))
     settings = {"n": 3, "temperature": 0.7, "max_new_tokens": 9, "seed": 5, "batch_size": 4}
     assert settings.items() < judge.calls[0].items()
-    stages(2, few, "--limit 2 --style none --critiques 1")
+    stages(2, few, f"{flags} --limit 2 --style none")  # another text is another question
     check_requests(few.requests(), "none", is_guided=True)
     assert len(few.requests()) == 4
 
@@ -311,8 +312,7 @@ def test_03_judges_the_base_model_before_and_the_trained_one_after(critiqued, ru
     judge = Judge(lambda row, k: right_if(row["weights"] == "", row))
     critiqued(3, judge, "--tag x")
     said = capsys.readouterr().out
-    assert f"04_rejection_sampling.py --tag x --run={run}" in said
-    assert "warning: the judge has become worse" in said
+    assert f"04_rejection_sampling.py --tag x --run={run}" in said and "become worse" in said
 
 
 def test_judge_pairs_votes_and_shows_another_picture_where_there_is_one(monkeypatch, tmp_path):
