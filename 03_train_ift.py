@@ -27,7 +27,6 @@ Writes 03_ift[_TAG]/: adapter/ (plain PEFT; model/ with --lora-rank 0) with made
 import argparse
 import copy
 import math
-import pickle
 import random
 import shutil
 import time
@@ -319,7 +318,7 @@ def read_training(path, settings):
     """What save_training has saved, by the same settings."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except RuntimeError as error:
         stop(f"{path}: {common.one_line(error)}; delete it, and this training begins anew")
     check_settings(path, state["settings"], settings)
     return state

@@ -318,3 +318,26 @@ def test_cut_pools():
     assert pools == [pairs[:6], pairs[6:12], pairs[12:18]]
     with pytest.raises(SystemExit, match="used up after iteration 4"):
         four.cut_pools(pairs, 5, 5)
+# ---- Measures on hand-made rows ------------------------------------------------------------------
+def test_gains_are_paired_by_question_and_averaged_by_image():
+    """Gains of .5, 0, 0, -.5, 1 of five images; rows in another order are matched by question."""
+    earlier, later = [], []
+    outcomes = {"p": "AB AA", "q": "AA AA", "r": "BB BB", "s": "BA BB", "t": "BB AA"}
+    for name, verdicts in outcomes.items():
+        for order, (was, now) in zip(("ab", "ba"), zip(*verdicts.split())):
+            row = {"question": f"{name}-{order}", "image": name, "label": "A"}
+            earlier.append({**row, "verdict": was})
+            later.append({**row, "verdict": now if now == "A" else None})
+    gain, half = three.paired_gain(earlier[::-1], later)
+    assert gain == pytest.approx(0.2)
+    deviations = [0.3, 0.2, 0.2, 0.7, 0.8]  # from the mean
+    assert half == pytest.approx(1.96 * math.sqrt(sum(d * d for d in deviations) / 4 / 5))
+    # the verdict follows the checks that decide
+    decided, even = "A: a cat: yes\nB: a dog: no", "A: a cat: yes\nB: a dog: yes"
+    rows = []  # without a verdict it does not follow; even checks, and none, decide nothing
+    for text, verdict in ((decided, "A"), (decided, "B"), (decided, None), (even, "B"), ("", "A")):
+        rows.append({"critique": text, "verdict": verdict})
+    assert three.verdict_follows(rows) == (pytest.approx(1 / 3), 3)
+    assert three.verdict_follows(rows[3:]) == (None, 0)
+
+
