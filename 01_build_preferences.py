@@ -799,9 +799,9 @@ def parse_args(argv=None):
     return args
 
 
-def warn_of_small_splits(counts):
+def warn_of_small_splits(counts, args):
     for split, least in {"validation": 1, "heldout": 1, "train": 1, "pool": 2}.items():
-        if counts[f"  in split {split}"] < least:
+        if counts[f"  in split {split}"] < least and getattr(args, split, None) != 0:
             flag = "lower --train" if split == "pool" else f"raise --{split}"
             print(f"warning: too few pairs in split {split} for a later stage: {flag}")
 
@@ -867,7 +867,7 @@ def main(args):
     counts.update(f"  {row['source']} pairs" for row in rows)
     counts.update(f"  in split {row['split']}" for row in rows)
     counts.update(statuses)
-    warn_of_small_splits(counts)
+    warn_of_small_splits(counts, args)
     args.image_root = image_root  # which meta.json keeps for the later stages
     common.finish_stage(folder, args, counts, "python 02_generate_critiques.py")
 

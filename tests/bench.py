@@ -331,10 +331,10 @@ PARTS = {"train": bench_train, "sample": bench_sample}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="part", help="train or sample; none: both")
-    world = ROOT / "tests" / "world"
-    parser.add_argument("--world", type=Path, default=world, help="a folder with the toy model/")
+    parser.add_argument("--world", type=Path, default=ROOT / "tests/world", help="has model/")
     parser.add_argument("--runs", type=int, default=5, help="measured runs, after a warm-up")
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), seed=0, n_images=0, n_heldout=200)

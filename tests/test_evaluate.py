@@ -369,7 +369,7 @@ def test_a_run_with_all_its_judges(made_run, pictures, judge):
     table = read_json(folder / "metrics.json")["table"]
     assert [table[name]["accuracy"] for name in NAMES] == [0.5, 1, 1, 1]
     assert table["base"]["both"] == 0 and table["base"]["n_hallucination"] == 3
-    # the report
+    assert [row["category"] for row in rows[:4]] == ["macro", "macro", "a|b", "a|b"]
     assert "Base model hub/base, style none" in report and "warning" not in report
     assert cells(report, "shorter response")[1] == "0.000"  # "red ring." is
     assert cells(report, "chance")[1:4] == ["0.500", "", "0.250"]
@@ -486,7 +486,7 @@ def captions(model, request, k):
     """As policy: four responses; as judge: likes A, and more so the larger its number is."""
     if "Response A: " not in request["text"]:
         texts = ("red ring 0.", "red circle 1.", "red circle, red ring 3.", "red circle 2.")
-        return {**answer_of(None, text=texts[k]), "complete": k != 2}
+        return {**answer_of(None, text=texts[(k + int(request["id"])) % 4]), "complete": k != 2}
     a, b = re.findall(r"Response .: .*(\d)", request["text"])
     return answer_of("A", 0.6 + (int(a) - int(b)) / 10)
 
@@ -510,9 +510,9 @@ def test_llava_bench_in_the_wild(tmp_path, pictures, judge):
         q = questions[k if k < 4 else (k - 4) // 12]
         assert q["text"] in request["text"]
         assert request["image"] == tmp_path / "images" / q["image"]
-    for name, number in (("first", "0"), ("judge", "3")):
+    for name, numbers in (("first", "0132"), ("judge", "3333")):
         answers = read_rows(folder / f"answers_{name}.jsonl")
-        for q, answer in zip(questions, answers, strict=True):  # the review goes by line
+        for q, answer, number in zip(questions, answers, numbers, strict=True):
             assert (answer["question_id"], answer["prompt"]) == (q["question_id"], q["text"])
             assert answer["text"][-2] == number and answer["answer_id"] and answer["model_id"]
 

@@ -1,276 +1,243 @@
 """Which row's picture, text, id, seed and settings reach a request, and to which row its answers
-come back: the mains of all stages, with a judge and a detector that note what they get."""
+come back: the mains of all stages, with a judge whose answers tell what it was asked."""
 
 import io
 import re
 import shutil
 from contextlib import redirect_stdout
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import STAGES, read_rows, run_here, stage
 from PIL import Image
-from test_stages import KNOWN, Judge, Model, answer, fakes, pair
-from transformers import BatchFeature
+from test_stages import KNOWN, Judge, Model, answer, fakes
 
 import common
 from common import row_seed, write_json, write_jsonl
 
-one, _, three, _, five = map(stage, STAGES)
-ORDERS = ("ab", "ba")
-
-
-def save_picture(path, k):  # of its own colour and size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (40 + k, 90), (6 * k, 240 - 6 * k, 100)).save(path)
+one, _, _, _, five = map(stage, STAGES)
+CLASSES = ["gnu", "emu", *(f"yak{k:02d}" for k in range(34))]  # each picture has the first two
+LABEL = {"ab": "A", "ba": "B"}
+WILD = [{"image": f"0{9 - k}.png", "text": f"Wild {k}?", "question_id": k + 70} for k in range(5)]
+IMAGES = "--images {0} --prompts {0}/prompts --candidates 2 --temperature 0.7 --expert {1}"
+TRAIN = "--train-batch 6 --no-checkpoint-activations"
+FOUR = f"04_rejection_sampling.py --iterations 2 --pool 5 --samples 3 --temperature 0.7 {TRAIN}"
+COMMANDS = {"02": "02_generate_critiques.py --critiques 3 --temperature 0.7"}
+COMMANDS |= {"03": f"03_train_ift.py {TRAIN}", "margin": FOUR, "random": f"{FOUR} --select random"}
+COMMANDS |= {"resumed": FOUR, "05": "05_evaluate.py --votes 3 --attack"}
+COMMANDS["wild"] = "05_evaluate.py --benchmark llava-wild --best-of 3 --pairs RUN"
 
 
 def seen(image):
-    """The number of the row whose picture it is; ("blank", number) of a grey one of its size."""
+    """The number of a picture, by its colour and size; -1 - number of a grey one of its size."""
     picture = common.load_image(image)
     k = picture.width - 40
-    return {(6 * k, 240 - 6 * k, 100): k, (128,) * 3: ("blank", k)}[picture.getpixel((20, 20))]
+    return {(6 * k, 240 - 6 * k, 100): k, (128, 128, 128): -1 - k}[picture.getpixel((20, 20))]
 
 
-def start(patch, write, *command):
-    """Requests, as (id, picture, text, weights, n, temperature, seed); and what was printed."""
-    judge, requests = Judge(write), []
-    patch.setattr(common, "sample", judge.sample)
-    patch.setattr(common, "CHUNK", 7)  # sequences between two saves: several in a stage
-    flags = "--max-new-tokens", "9", "--seed", "5", "--batch-size", "4"
-    with redirect_stdout(io.StringIO()) as said:
-        run_here([*map(str, command), *flags])
-    for call in judge.calls:
-        assert (call["max_new_tokens"], call["batch_size"]) == (9, 4)
-        how = [call[name] for name in ("weights", "n", "temperature", "seed")]
-        requests += [(x["id"], seen(x["image"]), x["text"], *how) for x in call["requests"]]
-    return requests, said.getvalue()
-
-
-# ---- 01 ------------------------------------------------------------------------------------------
 class Expert:
-    """Stands in for Detector, and for the policy that is asked instead; looks: what each picture,
-    by its number, is searched for. It is surer of a gnu or an emu the higher the number."""
-
-    device, weights = "cpu", "policy"
+    """Stands in for Detector, and for OwnAnswers' look at a picture; looks: {number of a picture:
+    what it is searched for}. It is surer of a gnu the higher the number."""
 
     def __init__(self, classes=None):
-        self.classes, self.looks, self.sizes = classes, [], []
-
-    def confidences(self, k, names):
-        self.looks.append((k, names))
-        return [0.5 + k / 100 if name in ("gnu", "emu") else 0.01 for name in names]
+        self.classes, self.looks, self.sizes = classes, {}, []
 
     def find(self, images, questions):
         self.sizes.append(len(images))
-        found = []
-        for image, names in zip(images, questions, strict=True):
-            rows = zip(names, self.confidences(seen(image), names))
-            found.append([{"object": name, "confidence": p} for name, p in rows])
-        return found
+        return [self.look(image, names) for image, names in zip(images, questions, strict=True)]
 
-    def __call__(self, texts, images, logits_to_keep):
-        """Logits of yes, Yes, no and No."""
-        (k,) = {seen(image) for image in images}
-        p = self.confidences(k, [text.split()[3] for text in texts])
-        return SimpleNamespace(logits=torch.tensor([[[x, 0, 1 - x, 0]] for x in p]).log())
+    def look(self, image, names):
+        self.looks[seen(image)] = names
+        p = {"gnu": 0.5 + seen(image) / 100, "emu": 1.0}
+        return [{"object": name, "confidence": p.get(name, 0.0)} for name in names]
 
 
-def start_01(patch, run, write, expert, words, *flags):
-    """Requests to the judge, and preferences.jsonl."""
-    ids = SimpleNamespace(input_ids=[[0], [1], [2], [3]])
-    policy = expert, SimpleNamespace(tokenizer=lambda *_, **__: ids)
-    patch.setattr(common, "load_judge", lambda **_: policy)
-    patch.setattr(common, "encode_prompts", lambda _, *x: BatchFeature(dict(zip(KEYS, x))))
+def write(request, k):
+    """A candidate, where every third picture's second one makes up a yak; or a critique, where the
+    second one is right, the first in order ab and after two trainings, of games every other time.
+    Each has a line that tells it from all others."""
+    name, weights, text = request["id"], request["weights"], request["text"]
+    label, lines = LABEL.get(name[-2:]), []
+    for side, response in re.findall("^Response (.): (.*)", text, re.M):
+        for found in re.findall(r"gnu|emu|yak\d\d", response):
+            lines.append(f"{side}: {found}: {'no' if found[0] == 'y' else 'yes'}\n")
+    text = text.replace(f"{KNOWN}{''.join(lines)}Verdict: {label}\n", "Known\n").replace("\n", "/")
+    line = f"{name}|{k}|{seen(request['image'])}|{weights}|{text}"
+    if not lines:
+        yak = f" and a yak{name[:2]}" if int(name[:2]) % 3 == k == 1 else ""
+        return answer(f"A gnu{yak}, an emu, {line}")
+    is_right = k == 1 or k == 0 and (label == "A" or weights.count("+") > 1)
+    if "/" in name:
+        is_right = name[0] in "024"
+    verdict = "AB"[is_right == (label == "B")]
+    return answer(f"Of {line}\n{''.join(lines)}Verdict: {verdict}", 0.6 + k / 10)
+
+
+def prompt(row, order, is_told=False, more=""):
+    """The text that asks about a pair, in one line."""
+    a, b = (row["chosen"], row["rejected"] + more)[:: 1 if order == "ab" else -1]
+    text = f"Question: {row['prompt']}/Response A: {a}/Response B: {b}/{'Known/' * is_told}"
+    return text + common.INSTRUCTIONS["critique"]
+
+
+def lines_of(rows, weights, n=1, shown=int, **how):
+    """First lines of n critiques of these pairs in both orders; shown: number -> the picture's."""
+    return [
+        f"Of {row['id']}-{order}|{k}|{shown(row['id'][:2])}|{weights}|{prompt(row, order, **how)}"
+        for row, order, k in product(rows, LABEL, range(n))
+    ]
+
+
+def lines_in(path):
+    """The same of a file's rows, each of which has its own id, label and verdict."""
+    lines = []
+    for row in read_rows(path):
+        lines.append(row["critique"].split("\n")[0])
+        name, k, *_ = lines[-1][3:].split("|")
+        assert row.get("question", row["id"]) in (name, f"{name}-{k}")
+        assert (row["label"], row["verdict"]) == (LABEL[name[-2:]], row["critique"][-1])
+    return lines
+
+
+def start(patch, command):
+    """How a judge is asked, [(weights, n, temperature, seed)]; and what is printed."""
+    judge, names = Judge(write), ("weights", "n", "temperature", "seed")
+    patch.setattr(common, "sample", judge.sample)
+    patch.setattr(common, "CHUNK", 7)  # sequences between two saves: several in a stage
+    with redirect_stdout(io.StringIO()) as said:
+        run_here(f"{command} --max-new-tokens 9 --seed 5 --batch-size 4".split())
+    calls = {tuple(call[name] for name in names): True for call in judge.calls}
+    assert {(call["max_new_tokens"], call["batch_size"]) for call in judge.calls} <= {(9, 4)}
+    return list(calls), said.getvalue()
+
+
+def start_01(patch, run, expert, words, flags):
+    """Rows of preferences.jsonl by their ids, and how the judge is asked, about 34 pictures."""
+    run.mkdir(exist_ok=True)
+    for k in range(34):
+        picture = Image.new("RGB", (40 + k, 90), (6 * k, 240 - 6 * k, 100))
+        picture.save(run / f"{k:02d}.png")
+    (run / "prompts").write_text("\n".join(f"Prompt {i}?" for i in range(99)))
+    write_json(run / "words.json", dict(zip(words, words)))
+    fakes(patch)
     patch.setattr(one, "draw_contact_sheet", lambda *_: None)
     patch.setattr(one, "Detector", lambda *_: expert)
-    write_json(run / "v.json", dict(zip(words, words)))
-    if words:
-        flags = [*flags, "--vocabulary", run / "v.json"]
-    requests, _ = start(patch, write, "01_build_preferences.py", "--run", run, *flags)
-    return requests, read_rows(run / "01_preferences" / "preferences.jsonl")
+    patch.setattr(one.OwnAnswers, "look", lambda _, *asked: expert.look(*asked))
+    flags += f" --vocabulary {run}/words.json" * bool(words)
+    calls, _ = start(patch, f"01_build_preferences.py --run {run} {flags}")
+    rows = read_rows(run / "01_preferences/preferences.jsonl")
+    return sorted(rows, key=lambda row: row["id"]), calls
 
 
-KEYS = ("texts", "images")
-YAKS = [f"yak{k:02d}" for k in range(34)]
-
-
-def candidate(request, k):
-    """Every third picture's second response makes up a yak of its own."""
-    name = request["id"]
-    yak = f" and a yak{name[:2]}" if int(name[:2]) % 3 == 1 and k == 1 else ""
-    return answer(f"A gnu{yak}, an emu, {name} {k}.")
-
-
-@pytest.mark.parametrize("expert, n_words", [("open", 36), ("own", 0), ("own", 3), ("none", 36)])
-def test_01_images(tmp_path, monkeypatch, expert, n_words):
-    names = ["gnu", "emu", *YAKS]
-    asked = Expert(names if expert == "own" else None)
-    for k in range(34):
-        save_picture(tmp_path / "pictures" / f"{k:02d}.png", k)
-    (tmp_path / "prompts.txt").write_text("\n".join(f"Prompt {i}?" for i in range(99)))
-    flags = ["--images", tmp_path / "pictures", "--prompts", tmp_path / "prompts.txt", "--expert"]
-    flags += [expert, "--candidates", 2, "--temperature", 0.7]
-    requests, rows = start_01(monkeypatch, tmp_path, candidate, asked, names[:n_words], *flags)
-    prompts = [f"Prompt {row_seed(5, 'prompt', f'{k:02d}.png') % 99}?" for k in range(34)]
-    assert requests == [(f"{k:02d}-0", k, prompts[k], "policy", 2, 0.7, 5) for k in range(34)]
-    looks, replaced = dict(asked.looks), set()
-    assert asked.sizes == ([] if expert == "none" else [32, 2]) and len(looks) == 34
-    assert asked.classes or len({tuple(names[2:]) for names in looks.values()}) == 34  # own swaps
-    for k, row in enumerate(sorted(rows, key=lambda row: row["id"])):
-        named = ["gnu", "emu", *YAKS[k : k + (k % 3 == 1)]]
-        assert looks[k] == names if asked.classes else looks[k][: len(named)] == named
-        texts = [candidate(row, i)["text"] for i in (0, 1)]
-        assert (row["image"], row["prompt"], row["chosen"]) == (f"{k:02d}.png", prompts[k], texts[0])
-        assert row["evidence"][0]["confidence"] == pytest.approx(0.5 + k / 100)  # of the gnu
+@pytest.mark.parametrize("name, n_words", [("open", 36), ("own", 0), ("own", 3), ("none", 36)])
+def test_01_images(tmp_path, monkeypatch, name, n_words):
+    expert, flags = Expert(CLASSES if name == "own" else None), IMAGES.format(tmp_path, name)
+    rows, calls = start_01(monkeypatch, tmp_path, expert, CLASSES[:n_words], flags)
+    assert calls == [("", 2, 0.7, 5)] and expert.sizes == ([] if name == "none" else [32, 2])
+    swaps = {tuple(names[2:]) for names in expert.looks.values()}
+    assert len(swaps) == (1 if expert.classes else 34)  # each row draws its own
+    replaced = set()
+    for k, row in zip(range(34), rows, strict=True):
+        named = CLASSES[:2] + CLASSES[k + 2 : k + 2 + (k % 3 == 1)]
+        assert expert.looks[k] == CLASSES or expert.looks[k][: len(named)] == named
+        text = f"Prompt {row_seed(5, 'prompt', f'{k:02d}.png') % 99}?"
+        first, second = [f", an emu, {k:02d}-0|{i}|{k}||{text}" for i in (0, 1)]
+        assert (
+            row["chosen"] == f"A gnu{first}" and row["evidence"][0]["confidence"] == 0.5 + k / 100
+        )
+        assert (row["image"], row["prompt"]) == (f"{k:02d}.png", text)
         if k % 3 == 1 and n_words != 3:
-            assert (row["rejected"], row["hallucinated"]) == (texts[1], [YAKS[k]])
+            assert row["rejected"] == f"A gnu and a {named[2]}{second}"
         else:  # made by a swap
             replaced.add("gnu" in row["rejected"])
-            assert row["rejected"].endswith(f", {row['id']} 0.") and row["source"] == "swapped"
-    assert len(rows) == 34 and len(replaced) == 2
-
-
-@pytest.mark.parametrize("expert", ["open", "none"])
-def test_01_pairs(tmp_path, monkeypatch, expert):
-    """Of five pairs two are of one picture."""
-    pairs, asked = [], Expert()
-    for k, yak in enumerate(YAKS[:5]):
-        save_picture(tmp_path / f"{k % 4}.png", k % 4)
-        row = {"id": f"p{k}", "image": f"{k % 4}.png", "prompt": f"Prompt {k}?"}
-        pairs.append({**row, "chosen": f"{k}, a gnu.", "rejected": f"{k}, a gnu and a {yak}."})
-    write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    flags = ["--pairs", tmp_path / "pairs.jsonl", "--expert", expert]
-    requests, rows = start_01(monkeypatch, tmp_path, None, asked, ["gnu", *YAKS], *flags)
-    looks = [(0, ["gnu", YAKS[0], YAKS[4]]), *((k, ["gnu", YAKS[k]]) for k in (1, 2, 3))]
-    assert asked.looks == looks and requests == [] and len(rows) == 5
-    for row in rows:
-        k = int(row["id"][1])
-        assert pairs[k].items() <= row.items() and row["hallucinated"] == [YAKS[k]]
-        assert [found["confidence"] for found in row["evidence"]] == [0.5 + k % 4 / 100, 0.01]
-
-
-# ---- 02 to 05, on one run ------------------------------------------------------------------------
-SPLITS = dict(zip("vhtp", ("validation", "heldout", "train", "pool")))
-NAMES = [f"{split}{i}" for i in range(10) for split in SPLITS if i < 5 or split == "p"]
-V, H, T, P = ([name for name in NAMES if name[0] == split] for split in SPLITS)
-
-
-def responses(name, order, more=""):
-    """A and B to the question about a picture, of many lengths."""
-    chosen = f"A dog{' indeed' * (NAMES.index(name) % 4)}, {name}."
-    return (chosen, f"A dog and a yak{name}.{more}")[:: 1 if order == "ab" else -1]
-
-
-def reference(name, order):
-    """True checks of them, and the right verdict."""
-    if order == "ab":
-        return f"A: dog: yes\nB: dog: yes\nB: yak{name}: no\nVerdict: A"
-    return f"A: dog: yes\nA: yak{name}: no\nB: dog: yes\nVerdict: B"
-
-
-def critique(request, k):
-    """The third one's verdict is wrong; and of those of validation and held-out pairs the more are
-    right the more often the judge has been trained."""
-    name, order = request["id"].split("-")[:2]
-    text, n_right = reference(name, order), (1, 2, 3, 5)[request["weights"].count("+")]
-    if (k == 2) == (name[0] in "tp" or int(name[1]) < n_right):
-        text = text[:-1] + ("B" if text[-1] == "A" else "A")
-    text = f"Of {request['id']}, {k}, by {request['weights']}.\n{text}"
-    return answer(text, 0.6 + k / 10 + NAMES.index(name) / 500)
-
-
-def about(names, weights, n=1, temperature=0.0, seed=5, is_guided=False, more="", shown=None):
-    """What requests about these pairs must be, in order; shown: {name: another picture}."""
-    requests = []
-    for name, order in product(names, ORDERS):
-        a, b = responses(name, order, more)
-        text = f"Question: What is in picture {name}?\nResponse A: {a}\nResponse B: {b}\n"
-        text += f"{KNOWN}{reference(name, order)}\n" * is_guided + common.INSTRUCTIONS["critique"]
-        picture = shown[name] if shown else NAMES.index(name)
-        requests.append((f"{name}-{order}", picture, text, weights, n, temperature, seed))
-    return requests
-
-
-def written(names, weights):
-    """What samples.jsonl must hold: three answers to each question."""
-    rows = []
-    for name, order, k in product(names, ORDERS, range(3)):
-        sample = critique({"id": f"{name}-{order}", "weights": weights}, k)
-        rows.append((f"{name}-{order}-{k}", f"images/{name}.png", *responses(name, order), sample["text"], sample["log_odds"]))
-    return rows
-
-
-def judged(names, condition, weights, votes=1):
-    """What judgement rows must be."""
-    rows = []
-    for name, order in product(names, ORDERS):
-        answers = [critique({"id": f"{name}-{order}", "weights": weights}, k) for k in range(votes)]
-        row = (f"{name}-{order}", condition, f"images/{name}.png", reference(name, order)[-1])
-        rows.append((*row, answers[0]["text"], *three.decide(answers)))
-    return rows
-
-
-SAMPLE = "id image response_a response_b critique log_odds"
-JUDGED = "question condition image label critique verdict probability_a"
-
-
-def fields(path, names):
-    return [tuple(row[name] for name in names.split()) for row in read_rows(path)]
-
-
-TRAIN = "--train-batch 6 --micro-batch 4 --no-checkpoint-activations"
-FOUR = "04_rejection_sampling.py --iterations 2 --pool 5 --samples 3 --temperature 0.7"
-COMMANDS = {
-    "02": "02_generate_critiques.py --critiques 3 --temperature 0.7",
-    "03": f"03_train_ift.py {TRAIN}",
-    "margin": f"{FOUR} --retention 0.6 {TRAIN}",
-    "random": f"{FOUR} --retention 0.6 {TRAIN} --select random",
-    "resumed": f"{FOUR} --retention 0.6 {TRAIN}",
-    "05": "05_evaluate.py --votes 3 --attack",
-}
+            assert row["rejected"].endswith(first[9:]) and row["source"] == "swapped"
+    assert len(replaced) == 2
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(run directory, {command: (requests, what was printed, trainings)})."""
-    run, rows, records = tmp_path_factory.mktemp("requests"), [], {}
-    for k, name in enumerate(NAMES):
-        save_picture(run / "images" / f"{name}.png", k)
-        rows.append(pair(name, name, SPLITS[name[0]]))
-        rows[-1]["chosen"], rows[-1]["rejected"] = responses(name, "ab")
-        rows[-1]["evidence"][1]["object"] = f"yak{name}"
-    first = {"model": "a/model", "image_root": str(run), "max_image_tokens": 77}
-    folder = run / "01_preferences"
-    folder.mkdir()
-    write_json(folder / "meta.json", {"args": first})
-    write_json(folder / "vocabulary.json", {"dog": "dog", **{f"yak{x}": f"yak{x}" for x in NAMES}})
-    write_jsonl(folder / "preferences.jsonl", rows)
+    """(run directory, {split: pairs}, {command: what start returns}, weights of its judges)."""
+    run, records, pairs = tmp_path_factory.mktemp("run"), {}, {}
+    (run / "images").symlink_to(run)
+    write_jsonl(run / "questions.jsonl", WILD)
     with pytest.MonkeyPatch.context() as patch:
-        _, trainings = fakes(patch)
-        patch.setattr(three, "encode_supervised", lambda _, *columns: columns)
+        flags = IMAGES.format(run, "open") + " --validation 5 --heldout 5 --train 5 --limit 34"
+        start_01(patch, run, Expert(), CLASSES, flags)
         patch.setattr(five, "draw_accuracy", lambda *_: None)
         for name, command in COMMANDS.items():
             if name == "resumed":
-                shutil.rmtree(run / "04_rejection" / "iter2" / "adapter")
-            n = len(trainings)
-            records[name] = *start(patch, critique, *command.split(), "--run", run), trainings[n:]
-    return run, records
+                shutil.rmtree(run / "04_rejection/iter2/adapter")
+            records[name] = start(patch, f"{command} --run {run}".replace("RUN", str(run)))
+    for row in read_rows(run / "01_preferences/preferences.jsonl"):
+        pairs.setdefault(row["split"], []).append(row)
+    adapters = sorted(run.glob("0*/**/adapter"))  # of 03, 04 and 04's control
+    return run, pairs, records, ["", *(Model(path).weights for path in adapters)]
 
 
-def test_02(done):
-    run, records = done
-    assert records["02"][0] == about(T, "", 3, 0.7, is_guided=True)
-    assert fields(run / "02_critiques" / "samples.jsonl", SAMPLE) == written(T, "")
+@pytest.mark.parametrize("name", ["open", "none"])
+def test_01_pairs(done, monkeypatch, name):
+    """Given are those of the run."""
+    run, pairs, expert = done[0], sum(done[1].values(), []), Expert()
+    flags = f"--pairs {run}/01_preferences/preferences.jsonl --expert {name} --image-root {run}"
+    rows, calls = start_01(monkeypatch, run / name, expert, CLASSES, flags)
+    for row, pair in zip(rows, sorted(pairs, key=lambda row: row["id"]), strict=True):
+        assert all(row[x] == pair[x] for x in ("id", "image", "prompt", "chosen", "rejected"))
+        k, texts = int(row["id"][:2]), row["chosen"] + row["rejected"]
+        assert expert.looks[k] == list(dict.fromkeys(re.findall(r"gnu|emu|yak\d\d", texts)))
+        assert row["evidence"][0]["confidence"] == 0.5 + k / 100
+    assert calls == []
 
 
-def weights_of(run, *folders):
-    return [Model(run / folder / "adapter").weights for folder in folders]
+@pytest.mark.parametrize("select", ["margin", "random"])
+def test_02_to_04(done, select):
+    """Of the critiques that pass random takes any, margin the surest."""
+    run, pairs, records, [base, after, *weights] = done
+    first, second = weights[:2] if select == "margin" else weights[2:]
+    samples = lines_in(run / "02_critiques/samples.jsonl")
+    assert samples == lines_of(pairs["train"], base, 3, is_told=True)
+    validation = [lines_of(pairs["validation"], name) for name in (base, after, first, second)]
+    assert lines_in(run / "03_ift/validation.jsonl") == validation[0] + validation[1]
+    for t, asked in ((1, after), (2, first)):
+        folder = run / f"04_rejection{'_random' * (select == 'random')}/iter{t}"
+        samples, kept = lines_in(folder / "samples.jsonl"), lines_in(folder / "kept.jsonl")
+        assert samples == lines_of(pairs["pool"][5 * t - 5 : 5 * t], asked, 3)
+        assert set(kept) < set(samples)
+        assert {line.split("|")[1] for line in kept} == (
+            {"1"} if select == "margin" else {"0", "1"}
+        )
+        assert lines_in(folder / "validation.jsonl") == validation[t + 1]
+    assert records["02"][0] == [(base, 3, 0.7, 5)]
+    assert records["03"][0] == [(base, 1, 0, 5), (after, 1, 0, 5)]
+    greedy = [(name, 1, 0, 5) for name in (after, first, second)]
+    sampled = [(after, 3, 0.7, row_seed(5, 1)), (first, 3, 0.7, row_seed(5, 2))]
+    assert records[select][0] == [greedy[0], sampled[0], greedy[1], sampled[1], greedy[2]]
+    for name in (select, "resumed"):  # the gain is against the iteration before
+        assert re.findall(r"pairs: ([+-]\S+)", records[name][1]) == ["+0.500", "+0.000"]
 
 
-def check_batches(training):
-    """Each row of two steps has its own picture, prompt and response."""
-    texts = {request[0]: request[2] for request in about(NAMES, "")}
-    ...
+def test_05(done):
+    run, pairs, records, weights = done
+    lines = lines_in(run / "05_evaluation/judgements.jsonl")
+    others = {line[3:5]: int(line.split("|")[2]) for line in lines[50:60]}
+    expected = [lines_of(pairs["heldout"], name) for name in weights]
+    changes = {"shown": lambda k: -1 - int(k)}, {"shown": others.get}, {"more": f" {five.ATTACK}"}
+    expected[4:4] = [lines_of(pairs["heldout"], weights[3], **change) for change in changes]
+    assert lines == sum(expected, [])
+    assert len(set(others.values())) > 2 and all(int(k) != other for k, other in others.items())
+    assert records["05"][0] == [(name, 3, 1, 5) for name in weights]
+
+
+def test_05_wild(done):
+    run, _, records, [base, _, _, last, *_] = done
+    lines, picks = [], []
+    for k, row in enumerate(WILD):
+        request = {"id": str(k), "image": run / row["image"], "text": row["text"], "weights": base}
+        texts = [write(request, i)["text"] for i in range(3)]
+        picks.append((row["question_id"], texts[2 * (k % 2)]))
+        for (a, b), order in product(((0, 1), (0, 2), (1, 2)), LABEL):
+            pair = {"prompt": row["text"], "chosen": texts[a], "rejected": texts[b]}
+            lines.append(f"Of {k}/{a}-{b}-{order}|0|{9 - k}|{last}|{prompt(pair, order)}")
+    assert lines_in(run / "05_evaluation_llava-wild/judgements.jsonl") == lines
+    answers = read_rows(run / "05_evaluation_llava-wild/answers_judge.jsonl")
+    assert [(row["question_id"], row["text"]) for row in answers] == picks
+    assert records["wild"][0] == [(base, 3, 1, 5), (last, 1, 0, 5)]
