@@ -19,7 +19,7 @@ one, _, _, _, five = map(stage, STAGES)
 CLASSES = ["gnu", "emu", *(f"yak{k:02d}" for k in range(34))]  # each picture has the first two
 LABEL = {"ab": "A", "ba": "B"}
 WILD = [{"image": f"0{9 - k}.png", "text": f"Wild {k}?", "question_id": k + 70} for k in range(5)]
-IMAGES = "--images {0} --prompts {0}/prompts --candidates 2 --temperature 0.7 --expert {1}"
+IMAGES = "--images {0}/images --prompts {0}/prompts --candidates 2 --temperature 0.7 --expert {1}"
 TRAIN = "--train-batch 6 --no-checkpoint-activations"
 FOUR = f"04_rejection_sampling.py --iterations 2 --pool 5 --samples 3 --temperature 0.7 {TRAIN}"
 COMMANDS = {"02": "02_generate_critiques.py --critiques 3 --temperature 0.7"}
@@ -54,7 +54,7 @@ class Expert:
 
 def write(request, k):
     """A candidate, where every third picture's second one makes up a yak; or a critique, where the
-    second one is right, the first in order ab and after two trainings, of games every other time.
+    second one is right, the first in order ab and after two trainings, but for row 1 of the games.
     Each has a line that tells it from all others."""
     name, weights, text = request["id"], request["weights"], request["text"]
     label, lines = LABEL.get(name[-2:]), []
@@ -66,9 +66,7 @@ def write(request, k):
     if not lines:
         yak = f" and a yak{name[:2]}" if int(name[:2]) % 3 == k == 1 else ""
         return answer(f"A gnu{yak}, an emu, {line}")
-    is_right = k == 1 or k == 0 and (label == "A" or weights.count("+") > 1)
-    if "/" in name:
-        is_right = name[0] in "024"
+    is_right = k == 1 or k == 0 and (label == "A" or weights.count("+") > 1) and name[:2] != "1/"
     verdict = "AB"[is_right == (label == "B")]
     return answer(f"Of {line}\n{''.join(lines)}Verdict: {verdict}", 0.6 + k / 10)
 
@@ -113,10 +111,9 @@ def start(patch, command):
 
 def start_01(patch, run, expert, words, flags):
     """Rows of preferences.jsonl by their ids, and how the judge is asked, about 34 pictures."""
-    run.mkdir(exist_ok=True)
+    (run / "images").mkdir(parents=True)
     for k in range(34):
-        picture = Image.new("RGB", (40 + k, 90), (6 * k, 240 - 6 * k, 100))
-        picture.save(run / f"{k:02d}.png")
+        Image.new("RGB", (40 + k, 90), (6 * k, 240 - 6 * k, 100)).save(run / f"images/{k:02d}.png")
     (run / "prompts").write_text("\n".join(f"Prompt {i}?" for i in range(99)))
     write_json(run / "words.json", dict(zip(words, words)))
     fakes(patch)
@@ -158,10 +155,9 @@ def test_01_images(tmp_path, monkeypatch, name, n_words):
 def done(tmp_path_factory):
     """(run directory, {split: pairs}, {command: what start returns}, weights of its judges)."""
     run, records, pairs = tmp_path_factory.mktemp("run"), {}, {}
-    (run / "images").symlink_to(run)
     write_jsonl(run / "questions.jsonl", WILD)
     with pytest.MonkeyPatch.context() as patch:
-        flags = IMAGES.format(run, "open") + " --validation 5 --heldout 5 --train 5 --limit 34"
+        flags = IMAGES.format(run, "open") + " --validation 5 --heldout 5 --train 5"
         start_01(patch, run, Expert(), CLASSES, flags)
         patch.setattr(five, "draw_accuracy", lambda *_: None)
         for name, command in COMMANDS.items():
@@ -178,7 +174,9 @@ def done(tmp_path_factory):
 def test_01_pairs(done, monkeypatch, name):
     """Given are those of the run."""
     run, pairs, expert = done[0], sum(done[1].values(), []), Expert()
-    flags = f"--pairs {run}/01_preferences/preferences.jsonl --expert {name} --image-root {run}"
+    flags = (
+        f"--pairs {run}/01_preferences/preferences.jsonl --expert {name} --image-root {run}/images"
+    )
     rows, calls = start_01(monkeypatch, run / name, expert, CLASSES, flags)
     for row, pair in zip(rows, sorted(pairs, key=lambda row: row["id"]), strict=True):
         assert all(row[x] == pair[x] for x in ("id", "image", "prompt", "chosen", "rejected"))
@@ -231,7 +229,12 @@ def test_05_wild(done):
     run, _, records, [base, _, _, last, *_] = done
     lines, picks = [], []
     for k, row in enumerate(WILD):
-        request = {"id": str(k), "image": run / row["image"], "text": row["text"], "weights": base}
+        request = {
+            "id": str(k),
+            "image": run / "images" / row["image"],
+            "text": row["text"],
+            "weights": base,
+        }
         texts = [write(request, i)["text"] for i in range(3)]
         picks.append((row["question_id"], texts[2 * (k % 2)]))
         for (a, b), order in product(((0, 1), (0, 2), (1, 2)), LABEL):
