@@ -4,7 +4,7 @@
     trained on as: image, question, A, B  ->  critique + verdict  (03: no reference in the prompt)
     kept if:       the verdict is the label and follows from the critique's own checks, every object
                    of the responses that the expert is sure of is checked, none against its finding,
-                   nothing else is checked, and the reference is not cited
+                   no object is that neither response names, and the reference is not cited
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) findings are laid out as the very lines that the critique will hold: a separate list is copied

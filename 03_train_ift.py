@@ -82,12 +82,12 @@ def training_rows(critiques):
     critique_rows, correct = [], {}
     for row in critiques:
         a, b, label = row["response_a"], row["response_b"], row["label"]
-        image = {"image": row["image"], "label": label}
+        shared = {"image": row["image"], "label": label}
         text = build_judge_prompt(row["prompt"], a, b, row["style"])
-        critique_rows.append({"id": row["id"], "text": text, "response": row["critique"], **image})
+        critique_rows.append({"id": row["id"], "text": text, "response": row["critique"], **shared})
         chosen = a if label == "A" else b
         key = row["pair_id"]
-        correct[key] = {"id": key, "text": row["prompt"], "response": chosen, **image}
+        correct[key] = {"id": key, "text": row["prompt"], "response": chosen, **shared}
     return {"critique": critique_rows, "correct": list(correct.values())}
 
 

@@ -201,7 +201,7 @@ def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("sampling and selection").add_argument
     add("--iterations", type=whole(1), default=3, help="T, each with --steps steps (%(default)s)")
-    size = "fresh pairs per iteration; else a third of all, 5,000 at most"
+    size = "fresh pairs per iteration; else an equal part, a third or 5,000 at most"
     add("--pool", type=whole(2), help=size)
     add("--samples", type=whole(1), default=8, help="N, per pair and order (%(default)s)")
     add("--temperature", type=real(0, 100), default=1.0, help="of sampling (%(default)s)")
@@ -236,7 +236,7 @@ def main(args):
     pools = [[]] * args.iterations
     if args.select != "continue":  # which needs none
         pairs = common.read_preferences(run, "pool")
-        size = args.pool or min(5000, len(pairs) // 3)
+        size = args.pool or min(5000, len(pairs) // max(3, args.iterations))
         pools = cut_pools(pairs, size, args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
     judge = common.Judge(run, first["model"], three.find_checkpoint(run / f"03_ift{tag}"), **load)

@@ -47,7 +47,7 @@ INSTRUCTIONS = {
 def build_judge_prompt(prompt, response_a, response_b, style="critique", reference=None):
     """The one text that asks for a judgement; it follows the image.
 
-    Later lines of what is asked and answered are indented, so that no response can fake a line of
+    All lines but the first of a question or response are indented, so that none can fake a line of
     the prompt's own. reference: findings and label as a critique's lines, for 02 alone."""
     question = ""
     parts = {"Question": prompt, "Response A": response_a, "Response B": response_b}
@@ -637,8 +637,8 @@ def kept(path, shape, tasks, work, size, describe):
     What an interruption left of a chunk is cut off: the next start forms the same batches."""
     path.touch()
     if RANK == 0:
-        whole, end, _ = path.read_bytes().rpartition(b"\n\n")
-        os.truncate(path, len(whole + end))
+        chunks, end, _ = path.read_bytes().rpartition(b"\n\n")
+        os.truncate(path, len(chunks + end))
     gather(None)  # all wait for the first
     rows = {row["key"]: row for row in read_rows(path, shape)}
     keys = [digest(depends) for depends, _ in tasks]

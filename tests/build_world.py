@@ -38,32 +38,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scenes
 import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from scenes import KINDS, N_CELLS, PROMPT, SIZE, Scene, caption, draw_ordinary_scene, make_pair
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from scenes import (  # noqa: E402
-    COLOURS,
-    KINDS,
-    N_CELLS,
-    PLAIN,
-    PROMPT,
-    SIZE,
-    USER,
-    Scene,
-    caption,
-    draw_ordinary_scene,
-    draw_scene,
-    make_pair,
-    pick_absent,
-    sample_kinds,
-)
-
 from common import INSTRUCTIONS, build_judge_prompt, parse_checks, sample  # noqa: E402
 
 YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."  # as 01's --expert none asks
@@ -99,18 +84,15 @@ def build_processor():
     texts = [*KINDS, PROMPT, YES_NO_PROMPT.format(object="red")]
     texts += [build_judge_prompt(PROMPT, "red.", "red.", s, "Verdict: A") for s in INSTRUCTIONS]
     texts.append("system user assistant nothing unsure a an and the in is")
-    words = set()
-    for text in texts:
-        words |= {re.sub("^ ", "", piece) for piece in re.findall(pattern, text)}
-    words = sorted(words - {"\n"})
+    found = re.findall(pattern, "\n".join(texts))
+    words = sorted({piece.removeprefix(" ") for piece in found} - {"\n"})
     pieces = ["<unk>", *SPECIAL, "\n", *words, *(f" {word}" for word in words)]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
-    )
+    added = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    tokenizer.add_special_tokens(added)
     names = {"unk_token": "<unk>", "pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     how = {"padding_side": "left", "clean_up_tokenization_spaces": False}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **how)
@@ -136,14 +118,12 @@ def build_model(tokenizer):
     ids = {"image_token_id": token("<|image_pad|>"), "video_token_id": token("<|video_pad|>")}
     ids["vision_start_token_id"] = token("<|vision_start|>")
     ids["vision_end_token_id"] = token("<|vision_end|>")
-    config = transformers.Qwen2VLConfig(
-        text_config=text_config, vision_config=vision_config, tie_word_embeddings=True, **ids
-    )
+    parts = {"text_config": text_config, "vision_config": vision_config}
+    config = transformers.Qwen2VLConfig(**parts, tie_word_embeddings=True, **ids)
     model = transformers.Qwen2VLForConditionalGeneration(config)
     mimetic_init(model.model.language_model.layers)
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")
-    )
+    ends = {name: text_config[name] for name in ("eos_token_id", "pad_token_id")}
+    model.generation_config = transformers.GenerationConfig(**ends)
     return model
 
 
@@ -197,9 +177,7 @@ class Trainer:
     """The model, its processor and a bank of scenes, with fast losses for pictures of one size."""
 
     def __init__(self, model, processor, bank):
-        self.model = model
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.pictures = np.stack([scene.picture for scene in bank])
         self.present = [[thing["object"] for thing in scene.objects] for scene in bank]
         self.features = None  # (N, 9, 128) once the vision tower is frozen
@@ -211,11 +189,10 @@ class Trainer:
         self.decisive = torch.tensor(token([" A", " B", self.tokenizer.eos_token]))
         self.yes_no = torch.tensor(token([" yes", " no"]))
         self.verdict, self.side_a, self.side_b = token(["Verdict", " A", " B"])
-        self.colours = torch.tensor(token([f" {colour}" for colour in COLOURS]))
+        self.colours = torch.tensor(token([f" {colour}" for colour in scenes.COLOURS]))
         content = [{"type": "image"}, {"type": "text", "text": "@"}]
-        chat = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        turn, how = {"role": "user", "content": content}, {"add_generation_prompt": True}
+        chat = processor.apply_chat_template([turn], tokenize=False, **how)
         chat = chat.replace("<|image_pad|>", "<|image_pad|>" * N_CELLS)
         self.head, self.tail = chat.split("@")
         first_pad = self.tokenizer(self.head)["input_ids"].index(token("<|image_pad|>"))
@@ -288,18 +265,15 @@ class Trainer:
         embeds = self.model.get_input_embeddings()(ids)
         start, end = self.cells.start, self.cells.stop
         embeds = torch.cat([embeds[:, :start], visual_tokens, embeds[:, end:]], 1)
-        before = torch.arange(start)
-        cell = torch.arange(N_CELLS)
+        before, cell = torch.arange(start), torch.arange(N_CELLS)
         behind = torch.arange(ids.shape[1] - end) + start + 3  # a 3x3 grid takes three positions
         grid = (cell * 0, cell // 3, cell % 3)  # time, row, column
         positions = [torch.cat([before, start + place, behind]) for place in grid]
         self.model.set_attn_implementation("sdpa_that_keeps")
-        output = self.model.model.language_model(
-            inputs_embeds=embeds,
-            use_cache=False,
-            position_ids=torch.stack(positions)[:, None].expand(3, len(ids), -1),
-            attention_mask={"full_attention": None},
-        )
+        positions = torch.stack(positions)[:, None].expand(3, len(ids), -1)
+        what = {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
+        what["attention_mask"] = {"full_attention": None}
+        output = self.model.model.language_model(**what)
         self.model.set_attn_implementation("sdpa")
         return output.last_hidden_state
 
@@ -322,11 +296,9 @@ class Trainer:
         logits = self.model.lm_head(hidden[:, :-1][is_target])  # (targets, V)
         nll = F.cross_entropy(logits, ids[:, 1:][is_target], reduction="none")
         loss = (nll * weights[:, 1:][is_target]).sum() / weights.sum()
-        if look:
-            share = self.attention_to_cell(rows, ids, is_target)
-            loss = loss - 0.3 * (share + 1e-6).log().mean()
-        if copy:
-            share = self.attention_to_source(rows, ids, weights > 0)
+        looking = [self.attention_to_cell(rows, ids, is_target)] if look else []
+        copying = [self.attention_to_source(rows, ids, weights > 0)] if copy else []
+        for share in looking + copying:
             if len(share):
                 loss = loss - 0.3 * (share + 1e-6).log().mean()
         return loss
@@ -425,10 +397,8 @@ class Rows:
     """Draws random training rows. Blank pictures are scenes without objects."""
 
     def __init__(self, rng, present, indices):
-        self.rng = rng
-        self.present = present  # kinds by scene of the bank
-        self.indices = indices  # scenes to draw from
-        self.caption_indices = indices
+        self.rng, self.present = rng, present  # kinds by scene of the bank
+        self.indices = self.caption_indices = indices  # scenes to draw from
         self.near_misses = (0.4, 0.4, 0.2)
         self.wrong_absent = WRONG_ABSENT
 
@@ -443,11 +413,11 @@ class Rows:
     def questions(self, image, n):
         """n kinds in random order, about half of them present: [(kind, is present)]."""
         present = self.present[image]
-        near = present or sample_kinds(self.rng, 2)
+        near = present or scenes.sample_kinds(self.rng, 2)
         asked = [(kind, True) for kind in present[: n // 2]]
         while len(asked) < n:
             like = near[self.rng.integers(len(near))]
-            kind, _ = pick_absent(self.rng, like, near, self.near_misses)
+            kind, _ = scenes.pick_absent(self.rng, like, near, self.near_misses)
             asked.append((kind, False))
         return [asked[i] for i in self.rng.permutation(n)]
 
@@ -512,13 +482,10 @@ class Rows:
 
     def wrong_facts(self, claims, present, guided):
         """{kind: "yes" | "no"}, some of them wrong."""
-        facts = {}
+        facts, rates = {}, {True: WRONG_PRESENT, False: self.wrong_absent}
         for kind in dict.fromkeys(kind for _, kind in claims):
             is_present = kind in present
-            rate = WRONG_PRESENT if is_present else self.wrong_absent
-            if guided:
-                rate = 0.08
-            is_wrong = self.rng.random() < rate
+            is_wrong = self.rng.random() < (0.08 if guided else rates[is_present])
             facts[kind] = yes_or_no(is_present != is_wrong)
         return facts
 
@@ -538,7 +505,7 @@ class Rows:
 
     def responses(self, image):
         """Response A, response B, the better one."""
-        present = self.present[image] or sample_kinds(self.rng, 3)
+        present = self.present[image] or scenes.sample_kinds(self.rng, 3)
         chosen, rejected, _, _ = make_pair(self.rng, present)
         if self.rng.random() < 0.5:
             return rejected, chosen, "B"
@@ -560,8 +527,9 @@ def verdict_of(claims, facts):
 
 def true_lines(named_by_a, named_by_b):
     """[(kind, is present)] of each side -> the lines of a critique that is right."""
-    claims = [("A", kind, yes_or_no(is_present)) for kind, is_present in named_by_a]
-    claims += [("B", kind, yes_or_no(is_present)) for kind, is_present in named_by_b]
+    claims = []
+    for side, named in (("A", named_by_a), ("B", named_by_b)):
+        claims += [(side, kind, yes_or_no(is_present)) for kind, is_present in named]
     return check_lines(claims)
 
 
@@ -601,7 +569,6 @@ def measure_judge(model, processor, scenes, pairs, guided=False, rng=None):
     pictures, prompts, labels, claims, present = zip(*judge_questions(scenes, pairs, guided, rng))
     answers = ask(model, processor, pictures, prompts)
     right = np.array([answer["verdict"] == label for answer, label in zip(answers, labels)])
-    odds = np.array([answer["log_odds"] or 0.0 for answer in answers])
     well_formed = []
     says_yes = {True: [], False: []}  # of objects that are present, that are absent
     for i, answer in enumerate(answers):
@@ -610,18 +577,10 @@ def measure_judge(model, processor, scenes, pairs, guided=False, rng=None):
         well_formed.append(answer["verdict"] is not None and named == claims[i])
         for _, kind, supported in checks:
             says_yes[kind in present[i]].append(supported)
-    first, second = right[::2], right[1::2]
-    return {
-        "well_formed": float(np.mean(well_formed)),
-        "accuracy": float(right.mean()),
-        "label_A": float(first.mean()),
-        "label_B": float(second.mean()),
-        "both_orders": float((first & second).mean()),
-        "log_odds_pair": float((odds[::2] > odds[1::2]).mean()),
-        "present_yes": float(np.mean(says_yes[True])),
-        "absent_yes": float(np.mean(says_yes[False])),
-        "facts_true": float(np.mean(says_yes[True] + [not value for value in says_yes[False]])),
-    }
+    found = {"well_formed": well_formed, "accuracy": right, "both_orders": right[::2] & right[1::2]}
+    found |= {"present_yes": says_yes[True], "absent_yes": says_yes[False]}
+    found["facts_true"] = says_yes[True] + [not value for value in says_yes[False]]
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def measure_captions(model, processor, scenes):
@@ -646,10 +605,9 @@ def measure(trainer, scenes, rng):
     judge = measure_judge(model, processor, scenes, pairs)
     guided = measure_judge(model, processor, scenes[:100], pairs, guided=True, rng=rng)
     captions = measure_captions(model, processor, scenes)
-    table = {f"caption_{name}": share for name, share in captions.items()}
-    table |= {f"judge_{name}": share for name, share in judge.items()}
-    for name in ("well_formed", "accuracy", "both_orders", "facts_true"):
-        table[f"guided_{name}"] = guided[name]
+    table = {}
+    for what, found in (("caption", captions), ("judge", judge), ("guided", guided)):
+        table |= {f"{what}_{name}": round(share, 4) for name, share in found.items()}
     return table
 
 
@@ -658,8 +616,7 @@ def train_steps(trainer, name, steps, lr, loss_of_step, final):
     """AdamW, warm-up 20, linear decay to final * lr."""
     params = [p for p in trainer.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    start = time.time()
-    losses = []
+    start, losses = time.time(), []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / 20, 1 - (1 - final) * step / steps)
@@ -669,11 +626,9 @@ def train_steps(trainer, name, steps, lr, loss_of_step, final):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if (step + 1) % 25 == 0 or step + 1 == steps:
-            recent = np.mean(losses[-20:])
-            seconds = time.time() - start
-            print(f"{name} {step + 1:4d}/{steps} | loss {recent:.3f} | {seconds:.0f} s", flush=True)
-    return round(time.time() - start, 1)
+    loss, seconds = np.mean(losses[-20:]), round(time.time() - start, 1)
+    print(f"{name}, {steps} steps | loss {loss:.3f} | {seconds} s", flush=True)
+    return seconds
 
 
 def train_model(trainer, rng, train, captioned, validation):
@@ -750,8 +705,7 @@ def steer(trainer, rows, correcting_step, validation, corrections=4):
         base = measure_judge(model, processor, scenes, pairs)
         guided = measure_judge(model, processor, scenes[:50], pairs, guided=True, rng=rng)
         measured = {"wrong_absent": rows.wrong_absent, **base}
-        for name in ("accuracy", "facts_true", "well_formed"):
-            measured[f"guided_{name}"] = guided[name]
+        measured["guided_accuracy"] = guided["accuracy"]
         measured["check_accuracy"] = trainer.check_accuracy(checks)
         measured["verdict_follows"] = trainer.verdict_follows(verdicts)
         model.train()
@@ -807,7 +761,8 @@ def write_yolo_data(folder, rng, split, n):
     for part in images, labels:
         part.mkdir(parents=True)
     for i in range(n):
-        scene = draw_scene(rng, sample_kinds(rng, rng.integers(5, 10)), USER)
+        kinds = scenes.sample_kinds(rng, rng.integers(5, 10))
+        scene = scenes.draw_scene(rng, kinds, scenes.USER)
         Image.fromarray(scene.picture).save(images / f"{i}.png")
         lines = []
         for thing in scene.objects:
@@ -837,10 +792,8 @@ def measure_expert(expert, rng):
     table = {}
     for threshold in (0.05, 0.1, 0.25, 0.5):
         found = best >= threshold
-        n_right = float((found & truth).sum())
-        precision = round(n_right / max(float(found.sum()), 1.0), 3)
-        recall = round(n_right / float(truth.sum()), 3)
-        table[str(threshold)] = {"precision": precision, "recall": recall}
+        precision, recall = truth[found].mean(), found[truth].mean()
+        table[str(threshold)] = {"precision": round(precision, 3), "recall": round(recall, 3)}
     return table
 
 
@@ -850,7 +803,8 @@ def build_judge(seed, n_bank=10000, n_user=3800, n_validation=800):
     start = time.time()
     rng = np.random.default_rng([seed, 0])
     torch.manual_seed(seed)
-    bank = [draw_ordinary_scene(rng, USER if i < n_user else PLAIN) for i in range(n_bank)]
+    bank = [draw_ordinary_scene(rng, scenes.USER) for _ in range(n_user)]
+    bank += [draw_ordinary_scene(rng, scenes.PLAIN) for _ in range(n_bank - n_user)]
     for grey in (0, 64, 128, 192, 255):  # blank pictures: 2.5 % of the training scenes
         blank = Scene(np.full((SIZE, SIZE, 3), grey, np.uint8), [], [-1] * N_CELLS)
         bank += [blank] * (n_bank // 200)
@@ -862,9 +816,6 @@ def build_judge(seed, n_bank=10000, n_user=3800, n_validation=800):
     seconds, steering = train_model(trainer, rng, train, captioned, validation[:half])
     clock = time.time()
     table = measure(trainer, [bank[i] for i in validation[half:]], rng)
-    for name in ("check_accuracy", "verdict_follows"):
-        table[name] = steering[-1][name]
-    table = {name: round(share, 4) for name, share in table.items()}
     seconds["measure"] = round(time.time() - clock, 1)
     return trainer.model, processor, seconds, table, steering
 

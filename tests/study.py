@@ -9,8 +9,8 @@ pool (the study "start"). What is finished is not repeated. Give two cores two -
 setting, seed) becomes one line of assets/results.jsonl:
 
     {"study", "setting", "seed", "processor", "n": held-out pairs, "accuracies": {condition: share},
-     "bootstrap": {condition: the same in 100 resamples of the images, in 1e-4}, "counts",
-     "seconds", "commit"}
+     "bootstrap": {condition: the same in 100 resamples of the images, in 1e-4},
+     "counts", "seconds"}
 
 The resamples draw the same images for all conditions of a world, so that differences are paired.
 """
@@ -24,7 +24,6 @@ import random
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -49,7 +48,7 @@ one, two, three, four, five = (import_module(script) for script in SCRIPTS.value
 
 N_IMAGES = 3600  # enough pairs for four pools of 600
 N_HELDOUT = 1000  # pairs
-FLIPPED = 0.15  # share of a pool's labels that a study turns round
+TURNED = {"flip": 0.15, "shuffle": 0.5}  # shares of labels that a study turns round
 RESAMPLES = 100
 FORKS = multiprocessing.get_context("forkserver")  # its children have the libraries at once
 FORKS.set_forkserver_preload(["peft", *SCRIPTS.values()])
@@ -59,7 +58,7 @@ class Failed(Exception):
     """A command that ended with an error; its log says why."""
 
 
-class Refused(Failed):
+class Refused(Exception):
     """The builder's word that a seed gives no judge that stage 03 can train: a result, recorded."""
 
 
@@ -67,10 +66,13 @@ def read_jsonl(path):
     return common.read_rows(path, dict)
 
 
+def last_line(log):
+    return (log.read_text().strip().splitlines() or ["no word"])[-1]
+
+
 # ---- Rules that only a study needs ---------------------------------------------------------------
 def margin_to_median(confidences, passes):
-    """As 04's margin, but c- is the median critique, not the worst of all. It is 0 or less where
-    half of the critiques are as sure, so fewer pairs may be kept."""
+    """As 04's margin, but c- is the median critique, not the worst of all."""
     passing = [s for s, ok in zip(confidences, passes, strict=True) if ok]
     return max(passing) - median(confidences) if passing else 0.0
 
@@ -133,26 +135,24 @@ def call(run, function, *arguments):
     return read_json(path)["returned"]
 
 
-def last_line(log):
-    return (log.read_text().strip().splitlines() or ["no word"])[-1]
-
-
 # ---- A world and its runs ------------------------------------------------------------------------
 class Lab:
     """The commands on the world of one seed."""
 
-    def __init__(self, out, seed, device):
-        self.seed, self.device = seed, device
-        self.world, self.folder = out / f"world{seed}", out / f"seed{seed}"
+    def __init__(self, out, seed):
+        self.seed, self.world, self.folder = seed, out / f"world{seed}", out / f"seed{seed}"
         self.pictures, self.base = self.world / "pictures", self.folder / "base"
 
     def command(self, number, run, *flags, expert=None, patch=None):
         """Stage `number` in the run; flags are added to the demo's."""
         lines = demo.commands(self.world, self.pictures, run, self.seed, (), expert)
-        device = ["--device", self.device] if self.device else []
-        line = [*lines[number], *flags, *device]
+        line = [*lines[number], *flags]
         print(f"$ python {shlex.join(line)}", flush=True)
         call(run, run_stage, SCRIPTS[number], line[1:], patch)
+
+    def commands(self, numbers, run):
+        for number in numbers:
+            self.command(number, run)
 
     def build(self):
         """The world; its pictures come last, so where they are it is complete."""
@@ -174,8 +174,7 @@ class Lab:
         """Stages 01 to 03, one iteration of 04, and 05: what the settings start from."""
         self.build()
         if not (self.base / "05_evaluation" / "meta.json").exists():
-            for number in ("01", "02", "03"):
-                self.command(number, self.base)
+            self.commands(("01", "02", "03"), self.base)
             self.command("04", self.base, "--iterations", "1")
             self.command("05", self.base, "--withhold")
 
@@ -189,6 +188,9 @@ class Lab:
         for row in read_jsonl(run / "05_evaluation" / "judgements.jsonl"):
             judged.setdefault(row["condition"], []).append(row)
         return judged, read_json(run / "05_evaluation" / "metrics.json")
+
+    def heldout(self):
+        return read_jsonl(self.pictures / "heldout.jsonl")
 
     def truth(self):
         """{image: sorted names of its objects}."""
@@ -215,19 +217,19 @@ def copy_stages(source, run, *numbers):
     give(source, run, *(FOLDERS[number] for number in numbers))
 
 
-def share_samples(source, run, rule):
-    """Hands a rule's first iteration what margins have sampled of the same pool; pairs that the
-    study has altered are other questions, and are asked anew."""
-    give(source / "04_rejection", folder_of(run, rule), "iter1/answers.jsonl")
-
-
 def folder_of(run, rule):
     rule = RULE_OF.get(rule, rule)
     return run / ("04_rejection" if rule == "margin" else f"04_rejection_{rule}")
 
 
-def is_flipped(seed, pair_id):
-    return random.Random(row_seed(seed, "flip", pair_id)).random() < FLIPPED
+def share_samples(source, run, rule):
+    """Hands a rule's first iteration what margins have sampled of the same pool."""
+    give(source / "04_rejection", folder_of(run, rule), "iter1/answers.jsonl")
+
+
+def is_turned(seed, how, pair_id):
+    """How: a name in TURNED."""
+    return random.Random(row_seed(seed, how, pair_id)).random() < TURNED[how]
 
 
 def swap_label(row):
@@ -245,13 +247,13 @@ def change_pairs(source, run, change):
     write_jsonl(run / name, [row for row in rows if row])
 
 
-def alter_pool(source, run, seed, findings, flipped):
-    """In a run of copies: the pool without the expert's findings, or with flipped labels."""
+def relabel(source, run, split, seed, how=None, findings=False):
+    """In a run of copies: one split with labels turned by lot, without the expert's findings."""
 
     def change(row):
-        if row["split"] != "pool":
+        if row["split"] != split:
             return row
-        if flipped and is_flipped(seed, row["id"]):
+        if how and is_turned(seed, how, row["id"]):
             row = swap_label(row)
         return row if findings else {**row, "evidence": []}
 
@@ -276,21 +278,20 @@ def selection_counts(run, rule, truth, flipped_by=None):
     passing = [row for row in samples if row["dropped"] is None]
     counts = {"pairs kept": len({row["pair_id"] for row in kept})}
     counts["margin of the kept"] = mean(row["margin"] for row in kept)
-    counts["false facts, kept"] = false_facts(kept, truth)
-    counts["false facts, passing"] = false_facts(passing, truth)
-    if flipped_by is not None:
-        for kind, rows in (("kept", kept), ("passing", passing), ("pool", samples)):
+    for kind, rows in (("kept", kept), ("passing", passing), ("pool", samples)):
+        counts[f"false facts, {kind}"] = false_facts(rows, truth)
+        if flipped_by is not None:
             pairs = {row["pair_id"] for row in rows}
-            flipped = [is_flipped(flipped_by, pair_id) for pair_id in pairs]
+            flipped = [is_turned(flipped_by, "flip", pair_id) for pair_id in pairs]
             counts[f"flipped, {kind}"] = float(np.mean(flipped))
     return counts
 
 
-def captions(model_path, checkpoint, pictures, truth, device, n=300):
+def captions(lab, checkpoint, n=300):
     """Shares of captions of n held-out pictures that name what is absent, greedy and sampled."""
-    judge = common.load_judge(str(model_path), checkpoint, device)
+    judge, truth = common.load_judge(f"{lab.world}/model", checkpoint), lab.truth()
     names = sorted(name for name in truth if name.startswith("heldout/"))[:n]
-    requests = [{"id": x, "image": pictures / x, "text": scenes.PROMPT} for x in names]
+    requests = [{"id": x, "image": lab.pictures / x, "text": scenes.PROMPT} for x in names]
     shares = {}
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         wrong = []
@@ -304,18 +305,17 @@ def captions(model_path, checkpoint, pictures, truth, device, n=300):
 def caption_counts(lab, run=None):
     """Of the base model without a run."""
     checkpoint = run and three.find_checkpoint(run / "03_ift")
-    arguments = (lab.world / "model", checkpoint, lab.pictures, lab.truth(), lab.device)
-    return call(lab.folder / "captions", captions, *arguments)
+    return call(lab.folder / "captions", captions, lab, checkpoint)
 
 
-def expert_judgements(expert, pictures, heldout, run):
+def expert_judgements(lab, run):
     """The detector as judge: of each response its least sure object; the surer response wins, and
     equal ones count half. Rows as 05 writes them."""
-    args = Namespace(expert=str(expert), run=str(run), device="cpu")
-    detector = one.Expert(args, run / "expert_detections.jsonl", str(pictures), None)
+    args = Namespace(expert=f"{lab.world}/expert.pt", run=str(run), device="cpu")
+    detector = one.Expert(args, run / "expert_detections.jsonl", str(lab.pictures), None)
     vocabulary = one.build_vocabulary(detector.classes, one.SYNONYMS)
+    heldout, rows = lab.heldout(), []
     findings = detector.find({pair["image"]: [] for pair in heldout})  # it looks for all it knows
-    rows = []
     for pair in heldout:
         best = {}
         for found in findings[pair["image"]]["detections"]:
@@ -332,28 +332,25 @@ def expert_judgements(expert, pictures, heldout, run):
 
 
 def expert_against_truth(rows, truth):
-    """Shares of stage 01's findings, of its pairs and of its labels that the truth contradicts.
+    """Counts: shares of stage 01's findings and of its labels that the truth contradicts, pairs.
 
     rows: preferences with evidence, truth: {image: names of its objects}."""
-    measures = {"findings_contradicted": [], "pairs_contradicted": [], "labels_wrong": []}
+    findings, labels = [], []
     for row in rows:
         objects = truth[row["image"]]
         sure = [finding for finding in row["evidence"] if finding["status"] != "unsure"]
-        wrong = [(f["status"] == "present") != (f["object"] in objects) for f in sure]
-        measures["findings_contradicted"] += wrong
-        measures["pairs_contradicted"].append(any(wrong))
+        findings += [(f["status"] == "present") != (f["object"] in objects) for f in sure]
         # A label is right where the rejected response alone names what is not there.
         inventors = {f["claimed_by"] for f in row["evidence"] if f["object"] not in objects}
-        measures["labels_wrong"].append(inventors != {"rejected"})
-    return {name: float(np.mean(values)) for name, values in measures.items()}
+        labels.append(inventors != {"rejected"})
+    counts = {"expert: findings_contradicted": float(np.mean(findings))}
+    return counts | {"expert: labels_wrong": float(np.mean(labels)), "expert: n_pairs": len(rows)}
 
 
 def expert_counts(lab, run):
     """How often the expert is wrong, by the pairs whose findings the run holds."""
     rows = read_jsonl(run / "01_preferences" / "preferences.jsonl")
-    rows = [row for row in rows if row["evidence"]]
-    measures = {**expert_against_truth(rows, lab.truth()), "n_pairs": len(rows)}
-    return {f"expert: {name}": value for name, value in measures.items()}
+    return expert_against_truth([row for row in rows if row["evidence"]], lab.truth())
 
 
 # ---- The settings: each (lab, run) -> ({condition: judgement rows}, counts) ----------------------
@@ -364,8 +361,6 @@ def start(lab, run):
     for judge in ("base", "after 03"):
         counts[f"{judge}: checks right"] = metrics["table"][judge]["checks"]["balanced"]
         counts[f"{judge}: verdict follows"] = three.verdict_follows(judged[judge])[0]
-    counts |= read_json(lab.base / "01_preferences" / "meta.json")["counts"]
-    counts |= selection_counts(lab.base, "margin", lab.truth())
     return judged, counts
 
 
@@ -377,10 +372,8 @@ def headline(lab, run):
         share_samples(lab.base, run, rule)
         lab.command("04", run, "--iterations", iterations, "--select", rule)
     judged, _ = lab.judge(run, "--withhold", "blank", "other")
-    heldout = read_jsonl(lab.pictures / "heldout.jsonl")
-    expert = lab.world / "expert.pt"
-    judged["expert"] = call(run, expert_judgements, expert, lab.pictures, heldout, run)
-    shorter = zip(judged["base"], five.heuristic_rows(heldout))  # the same questions
+    judged["expert"] = call(run, expert_judgements, lab, run)
+    shorter = zip(judged["base"], five.heuristic_rows(lab.heldout()))  # the same questions
     judged["shorter response"] = [{**question, **row} for question, row in shorter]
     counts, made = {}, read_json(run / "04_rejection" / "meta.json")["counts"]
     for t in range(1, 5):
@@ -401,17 +394,8 @@ def small_pools(lab, run):
 def shuffled_labels(lab, run):
     """Trained on labels drawn by lot, without findings: must fall to chance."""
     copy_stages(lab.base, run, "01")
-
-    def change(row):
-        if row["split"] != "train":
-            return row
-        if random.Random(row_seed(lab.seed, "shuffle", row["id"])).random() < 0.5:
-            row = swap_label(row)
-        return {**row, "evidence": []}
-
-    change_pairs(lab.base, run, change)
-    lab.command("02", run)
-    lab.command("03", run)
+    relabel(lab.base, run, "train", lab.seed, "shuffle")
+    lab.commands(("02", "03"), run)
     return lab.judge(run)[0], {}
 
 
@@ -424,7 +408,7 @@ def select(lab, run, rule="margin", flags=(), findings=True, flipped=False, weak
         copy_stages(lab.base, run, "03")
         share_samples(lab.base, run, rule)
     if flipped or not findings:
-        alter_pool(lab.base, run, lab.seed, findings, flipped)
+        relabel(lab.base, run, "pool", lab.seed, "flip" if flipped else None, findings)
     ran_as = RULE_OF.get(rule, rule)
     lab.command("04", run, "--iterations", "1", "--select", ran_as, *flags, patch=rule)
     judged, _ = lab.judge(run)
@@ -444,15 +428,9 @@ def with_expert(lab, run, flags=(), expert=None, quality=None, findings=True):
     copy_stages(lab.base, run, "01")
     lab.command("01", run, *flags, expert=expert)
     if not findings:
-        change_pairs(run, run, without_findings)
-    lab.command("02", run)
-    lab.command("03", run)
+        relabel(run, run, "train", lab.seed)
+    lab.commands(("02", "03"), run)
     return lab.judge(run)[0], expert_counts(lab, run)
-
-
-def without_findings(row):
-    """The row's label alone, if it is trained on."""
-    return {**row, "evidence": []} if row["split"] == "train" else row
 
 
 def simulated_detections(lab, precision, recall, confused=0):
@@ -469,8 +447,8 @@ def simulated_detections(lab, precision, recall, confused=0):
         found = []
         for thing in row["objects"]:
             kind = thing["object"]
+            kind = other_colour(kind) if kind in blind else kind
             if rng.random() < recall:
-                kind = other_colour(kind) if kind in blind else kind
                 found.append({**thing, "object": kind, "confidence": 0.9})
         n_wrong = int(rng.poisson(len(present) * recall * (1 - precision) / precision))
         wrong = set()
@@ -515,7 +493,7 @@ def trained_with_bradley_terry(lab, run):
     lab.command("04", run, "--iterations", "2", *flags)
     share_samples(run, run, "random")
     lab.command("04", run, "--iterations", "2", "--select", "random", *flags)
-    return lab.judge(run)[0], selection_counts(run, "margin", lab.truth())
+    return lab.judge(run)[0], {}
 
 
 def without(lab, run, component):
@@ -576,16 +554,15 @@ def transfer(lab, run):
         return {**row, "split": split}
 
     change_pairs(lab.base, run, change)
-    size = len(common.read_preferences(run, "pool")) // 2
-    lab.command("02", run)
-    lab.command("03", run)
-    lab.command("04", run, "--pool", str(min(size, 600)))
-    lab.command("04", run, "--pool", str(min(size, 600)), "--select", "random")
+    size = min(len(common.read_preferences(run, "pool")) // 2, 600)
+    lab.commands(("02", "03"), run)
+    lab.command("04", run, "--pool", str(size))
+    lab.command("04", run, "--pool", str(size), "--select", "random")
     ordinary, _ = lab.judge(run)
     strange = ("--pairs", str(lab.pictures / "strange.jsonl"), "--withhold", "blank")
     strange += ("--max-new-tokens", "256")  # up to 13 checks, which an ordinary critique has not
     judged, metrics = lab.judge(run, *strange)
-    counts = {"pool": size}
+    counts = {}
     for name in ("base", "after 03", "margin, iteration 2"):
         measures = metrics["table"][name]
         counts[f"{name}, elsewhere: unparseable"] = measures["unparseable"]
@@ -602,14 +579,13 @@ def quality(text, objects):
     return not said - set(objects), len(said & set(objects)) / len(objects)
 
 
-def best_of_n(files, checkpoints, truth, folder, n=8, n_images=200):
+def best_of_n(lab, checkpoints, folder, n=8, n_images=200):
     """Counts of the picks among the first 1, 2, 4, ..., n captions of each picture by the judges
-    {name: checkpoint}, and by others: shares that name nothing absent, of objects named. files:
-    (model, pictures, device)."""
-    model, pictures, device = files
+    {name: checkpoint}, and by others: shares that name nothing absent, of objects named."""
+    truth, path = lab.truth(), folder / "answers.jsonl"
     names = sorted(name for name in truth if name.startswith("heldout/"))[:n_images]
-    path, load = folder / "answers.jsonl", partial(common.Judge, folder, str(model), device=device)
-    asking = {"image_root": str(pictures), "batch_size": 256, "seed": 0}
+    load = partial(common.Judge, folder, f"{lab.world}/model")
+    asking = {"image_root": str(lab.pictures), "batch_size": 256, "seed": 0}
     rows = [{"id": x, "image": x, "prompt": scenes.PROMPT, "text": scenes.PROMPT} for x in names]
     how = {"n": n, "temperature": 1.0, "max_new_tokens": 32}
     questions, qualities, lengths = [], [], []
@@ -642,30 +618,26 @@ def best_of_n(files, checkpoints, truth, folder, n=8, n_images=200):
     return counts
 
 
-def vote(files, checkpoint, heldout, folder, sizes=(1, 3, 5, 9)):
+def vote(lab, checkpoint, folder):
     """{condition: judgement rows} of majorities of so many critiques."""
-    model, pictures, device = files
-    judge = common.Judge(folder, str(model), checkpoint, device=device)
+    judge = common.Judge(folder, f"{lab.world}/model", checkpoint)
     asking = {"style": "critique", "temperature": 1.0, "max_new_tokens": 96, "seed": 0}
-    asking |= {"image_root": str(pictures), "batch_size": 256}
-    questions = five.questions_about(heldout, "both-orders", 0)
+    asking |= {"image_root": str(lab.pictures), "batch_size": 256}
+    what = (folder / "answers.jsonl", judge, five.questions_about(lab.heldout(), "both-orders", 0))
     judged = {}
-    for votes in sizes:
-        ask = partial(three.judge_pairs, folder / "answers.jsonl", judge, questions)
-        judged[f"votes {votes}"] = ask(f"votes {votes}", votes=votes, **asking)
+    for votes in (1, 3, 5, 9):
+        name = f"votes {votes}"
+        judged[name] = three.judge_pairs(*what, name, votes=votes, **asking)
     return judged
 
 
 def best(lab, run):
     """Best-of-N by the base judge, after 03 and after an iteration of margins; votes after 03."""
     run.mkdir(parents=True, exist_ok=True)
-    after_03 = three.find_checkpoint(lab.base / "03_ift")
-    checkpoints = {"base": None, "after 03": after_03}
+    checkpoints = {"base": None, "after 03": three.find_checkpoint(lab.base / "03_ift")}
     checkpoints["margin 1"] = three.find_checkpoint(lab.base / "04_rejection" / "iter1")
-    files = (lab.world / "model", lab.pictures, lab.device)
-    counts = call(run, best_of_n, files, checkpoints, lab.truth(), run)
-    heldout = read_jsonl(lab.pictures / "heldout.jsonl")
-    return call(run, vote, files, after_03, heldout, run), counts
+    counts = call(run, best_of_n, lab, checkpoints, run)
+    return call(run, vote, lab, checkpoints["after 03"], run), counts
 
 
 # ---- The studies ---------------------------------------------------------------------------------
@@ -691,8 +663,7 @@ def retentions():
         ("tau", "--margin", ("0.1", "0.5", "0.9")),
         ("N", "--samples", ("4", "8", "16")),
     ):
-        for value in values:
-            settings[f"{name} {value}"] = partial(select, flags=(flag, value))
+        settings |= {f"{name} {x}": partial(select, flags=(flag, x)) for x in values}
     few = ("--retention", "0.1")
     settings["retention 0.1, random"] = partial(select, rule="random", flags=few)
     settings["pass rate in (0, 1)"] = partial(select, rule="sometimes")
@@ -712,8 +683,8 @@ def experts():
         settings[f"precision {part}"] = partial(with_expert, quality=(part, 1))
         settings[f"recall {part}"] = partial(with_expert, quality=(1, part))
     for part in (0.1, 0.25, 0.5):
-        confused = partial(with_expert, quality=(1, 1, part))
-        settings[f"{part:.0%} of the kinds always confused"] = confused
+        name = f"{part:.0%} of the kinds always confused"
+        settings[name] = partial(with_expert, quality=(1, 1, part))
     return settings
 
 
@@ -726,8 +697,7 @@ def trainings():
         ("lambda {}", "--lam", ("0", "0.1", "0.5", "1")),
         ("Bradley-Terry {}", "--bt-weight", ("0.1", "1")),
     ):
-        for value in values:
-            settings[name.format(value)] = partial(trained, flags=(flag, value))
+        settings |= {name.format(x): partial(trained, flags=(flag, x)) for x in values}
     settings["Bradley-Terry 1, and 04"] = trained_with_bradley_terry
     return settings
 
@@ -753,20 +723,18 @@ STUDIES = {
 def resampled(rows, seed):
     """(accuracy, [accuracy in RESAMPLES resamples of the images]) of judgement rows."""
     images = sorted({row["image"] for row in rows})
-    place = {image: i for i, image in enumerate(images)}
-    right, asked = np.zeros(len(images)), np.zeros(len(images))
-    for row in rows:
-        right[place[row["image"]]] += row["verdict"] == row["label"]
-        asked[place[row["image"]]] += 1
+    of_row = np.searchsorted(images, [row["image"] for row in rows])
+    asked = np.bincount(of_row)
+    right = np.bincount(of_row, [row["verdict"] == row["label"] for row in rows])
     rng = np.random.default_rng(seed)  # the same images for all conditions of a world
     times = rng.multinomial(len(images), np.ones(len(images)) / len(images), size=RESAMPLES)
     accuracies = (times @ right) / (times @ asked)
     return right.sum() / asked.sum(), accuracies
 
 
-def processor_name(device):
+def processor_name():
     """Of the GPU, or of the CPU with the vector instructions that torch uses."""
-    if torch.cuda.is_available() and device != "cpu":
+    if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return f"{found[1] if found else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
@@ -791,16 +759,13 @@ def run_setting(lab, study, setting, results):
         bootstrap[condition] = [round(1e4 * value) for value in draws]
     for count, value in counts.items():
         counts[count] = round(value, 4) if isinstance(value, float) else value
-    git = ["git", "-C", str(demo.ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     line = {"study": study, "setting": setting, "seed": lab.seed}
-    line |= {"processor": processor_name(lab.device), "n": N_HELDOUT}
+    line |= {"processor": processor_name(), "n": N_HELDOUT}
     line |= {"accuracies": accuracies, "bootstrap": bootstrap, "counts": counts, **more}
-    line |= {"seconds": round(time.time() - clock), "commit": commit}
+    line["seconds"] = round(time.time() - clock)
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")
-    shown = ", ".join(f"{name} {share:.3f}" for name, share in accuracies.items())
-    print(f"{study}, {setting}, seed {lab.seed}, {line['seconds']} s: {shown}", flush=True)
+    print(f"{study}, {setting}, seed {lab.seed}, {line['seconds']} s: {accuracies}", flush=True)
     return True
 
 
@@ -810,7 +775,6 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--settings", nargs="+", help="only these of the study")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="worlds and runs")
-    parser.add_argument("--device", help="of all commands; default: as the scripts choose")
     parser.add_argument("--results", type=Path, default=demo.ROOT / "assets" / "results.jsonl")
     parser.add_argument("--table", action="store_true", help="run nothing, print all tables")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="and draw the four pictures")
@@ -826,9 +790,9 @@ def parse_args(argv=None):
 def main(args):
     if args.studies:
         lines = study_report.read(args.results) if args.results.exists() else []
-        here = processor_name(args.device)
+        here = processor_name()
         done = {(x["study"], x["setting"], x["seed"]) for x in lines if x["processor"] == here}
-        labs = [Lab(args.out.resolve(), seed, args.device) for seed in args.seeds]
+        labs = [Lab(args.out.resolve(), seed) for seed in args.seeds]
         failed = 0
         for study, lab in itertools.product(args.studies, labs):
             for setting in STUDIES[study]:

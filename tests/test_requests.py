@@ -53,9 +53,8 @@ class Expert:
 
 
 def write(request, k):
-    """A candidate, where every third picture's second one makes up a yak; or a critique, where the
-    second one is right, the first in order ab and after two trainings, but for row 1 of the games.
-    Each has a line that tells it from all others."""
+    """A candidate, every third picture's second one makes up a yak; or a critique, whose verdict is
+    right if it is the second, or the first in order ab or after two trainings, but for game 1."""
     name, weights, text = request["id"], request["weights"], request["text"]
     label, lines = LABEL.get(name[-2:]), []
     for side, response in re.findall("^Response (.): (.*)", text, re.M):
@@ -72,7 +71,6 @@ def write(request, k):
 
 
 def prompt(row, order, is_told=False, more=""):
-    """The text that asks about a pair, in one line."""
     a, b = (row["chosen"], row["rejected"] + more)[:: 1 if order == "ab" else -1]
     text = f"Question: {row['prompt']}/Response A: {a}/Response B: {b}/{'Known/' * is_told}"
     return text + common.INSTRUCTIONS["critique"]
@@ -139,10 +137,8 @@ def test_01_images(tmp_path, monkeypatch, name, n_words):
         assert expert.looks[k] == CLASSES or expert.looks[k][: len(named)] == named
         text = f"Prompt {row_seed(5, 'prompt', f'{k:02d}.png') % 99}?"
         first, second = [f", an emu, {k:02d}-0|{i}|{k}||{text}" for i in (0, 1)]
-        assert (
-            row["chosen"] == f"A gnu{first}" and row["evidence"][0]["confidence"] == 0.5 + k / 100
-        )
         assert (row["image"], row["prompt"]) == (f"{k:02d}.png", text)
+        assert (row["chosen"], row["evidence"][0]["confidence"]) == (f"A gnu{first}", 0.5 + k / 100)
         if k % 3 == 1 and n_words != 3:
             assert row["rejected"] == f"A gnu and a {named[2]}{second}"
         else:  # made by a swap
@@ -174,10 +170,8 @@ def done(tmp_path_factory):
 def test_01_pairs(done, monkeypatch, name):
     """Given are those of the run."""
     run, pairs, expert = done[0], sum(done[1].values(), []), Expert()
-    flags = (
-        f"--pairs {run}/01_preferences/preferences.jsonl --expert {name} --image-root {run}/images"
-    )
-    rows, calls = start_01(monkeypatch, run / name, expert, CLASSES, flags)
+    flags = f"--pairs {run}/01_preferences/preferences.jsonl --image-root {run}/images --expert"
+    rows, calls = start_01(monkeypatch, run / name, expert, CLASSES, f"{flags} {name}")
     for row, pair in zip(rows, sorted(pairs, key=lambda row: row["id"]), strict=True):
         assert all(row[x] == pair[x] for x in ("id", "image", "prompt", "chosen", "rejected"))
         k, texts = int(row["id"][:2]), row["chosen"] + row["rejected"]
@@ -186,8 +180,8 @@ def test_01_pairs(done, monkeypatch, name):
     assert calls == []
 
 
-@pytest.mark.parametrize("select", ["margin", "random"])
-def test_02_to_04(done, select):
+@pytest.mark.parametrize("select, numbers", [("margin", {"1"}), ("random", {"0", "1"})])
+def test_02_to_04(done, select, numbers):
     """Of the critiques that pass random takes any, margin the surest."""
     run, pairs, records, [base, after, *weights] = done
     first, second = weights[:2] if select == "margin" else weights[2:]
@@ -199,10 +193,7 @@ def test_02_to_04(done, select):
         folder = run / f"04_rejection{'_random' * (select == 'random')}/iter{t}"
         samples, kept = lines_in(folder / "samples.jsonl"), lines_in(folder / "kept.jsonl")
         assert samples == lines_of(pairs["pool"][5 * t - 5 : 5 * t], asked, 3)
-        assert set(kept) < set(samples)
-        assert {line.split("|")[1] for line in kept} == (
-            {"1"} if select == "margin" else {"0", "1"}
-        )
+        assert set(kept) < set(samples) and {line.split("|")[1] for line in kept} == numbers
         assert lines_in(folder / "validation.jsonl") == validation[t + 1]
     assert records["02"][0] == [(base, 3, 0.7, 5)]
     assert records["03"][0] == [(base, 1, 0, 5), (after, 1, 0, 5)]
@@ -229,14 +220,9 @@ def test_05_wild(done):
     run, _, records, [base, _, _, last, *_] = done
     lines, picks = [], []
     for k, row in enumerate(WILD):
-        request = {
-            "id": str(k),
-            "image": run / "images" / row["image"],
-            "text": row["text"],
-            "weights": base,
-        }
+        request = {**row, "id": str(k), "image": run / "images" / row["image"], "weights": base}
         texts = [write(request, i)["text"] for i in range(3)]
-        picks.append((row["question_id"], texts[2 * (k % 2)]))
+        picks.append((row["question_id"], texts[2 * (k == 1)]))
         for (a, b), order in product(((0, 1), (0, 2), (1, 2)), LABEL):
             pair = {"prompt": row["text"], "chosen": texts[a], "rejected": texts[b]}
             lines.append(f"Of {k}/{a}-{b}-{order}|0|{9 - k}|{last}|{prompt(pair, order)}")
