@@ -4,11 +4,9 @@
     python tests/bench.py train        # one of: train, sample
 
 train:  stage 03's train against TRL's SFTTrainer (pip install trl): the same rows in each step,
-        model, adapter, optimizer and learning rates, so the same losses. Both as they come: 03
-        encodes ahead in a thread and sorts a step's rows by length, TRL by default does neither.
+        model, adapter, optimizer and learning rates, so the same losses.
 sample: common.sample against transformers' generate(num_return_sequences=8) with a forward that
-        scores the verdicts, and against the loop that one writes first: prompts encoded once, their
-        cache repeated for the samples, ordinary attention, and no sample leaves before the last.
+        scores the verdicts, and against the loop that one writes first (plain_loop).
 
 Each part on the toy judge and on a larger shape with random weights.
 """
@@ -71,15 +69,15 @@ def table_rows(what, seconds):
     lines = []
     for against, theirs in others:
         ratios = [b / a for a, b in zip(ours, theirs)]
-        spent = f"{statistics.median(ours):.2f} | {statistics.median(theirs):.2f}"
-        spread = f"{min(ratios):.2f} | {statistics.median(ratios):.2f} | {max(ratios):.2f}"
-        lines.append(f"| {what} | {against} | {spent} | {spread} |")
+        found = [*map(statistics.median, (ours, theirs)), min(ratios)]
+        found += [statistics.median(ratios), max(ratios)]
+        lines.append(f"| {what} | {against} | {' | '.join(f'{x:.2f}' for x in found)} |")
     return lines
 
 
 # ---- Judges --------------------------------------------------------------------------------------
-def toy_judge(world, device=None):
-    return common.load_judge(str(world / "model"), device=device)
+def toy_judge(world):
+    return common.load_judge(str(world / "model"))
 
 
 def larger_judge(world):
@@ -103,19 +101,15 @@ def larger_judge(world):
 # ---- Sampling: functions that give what common.sample gives --------------------------------------
 def answers_of(tokenizer, tokens, log_odds, n):
     """Lists of n answers from the samples' token ids and log-odds (S, R)."""
-    stop_ids = torch.tensor([tokenizer.eos_token_id])
-    answers = []
-    for of_sample in zip(tokens.cpu(), log_odds.cpu()):
-        answers.append(common.finish_sample(tokenizer, *of_sample, stop_ids))
+    finish = partial(common.finish_sample, stop_ids=torch.tensor([tokenizer.eos_token_id]))
+    answers = [finish(tokenizer, *of_sample) for of_sample in zip(tokens.cpu(), log_odds.cpu())]
     return [answers[i : i + n] for i in range(0, len(answers), n)]
 
 
 def inputs_of(model, processor, requests, n=1):
     """Encoded prompts, each n times."""
-    texts, images = [], []
-    for row in requests:
-        texts += [row["text"]] * n
-        images += [row["image"]] * n
+    rows = [row for row in requests for _ in range(n)]
+    texts, images = [[row[name] for row in rows] for name in ("text", "image")]
     return common.encode_prompts(processor, texts, images).to(model.device)
 
 
@@ -196,9 +190,8 @@ def bench_sample(world, pictures, runs):
         ("sample, toy, 32 x 8", toy_judge(world), toy_questions(pictures, 16), 96),
         ("sample, larger, 2 x 8", larger_judge(world), long_questions(), 64),
     ):
-        sides = {}
-        for name, function in functions.items():
-            sides[name] = partial(timed, function, *judge, requests, 8, 1.0, max_new_tokens)
+        how = (*judge, requests, 8, 1.0, max_new_tokens)
+        sides = {name: partial(timed, function, *how) for name, function in functions.items()}
         seconds, _ = in_turn(sides, runs)
         lines += table_rows(what, seconds)
     return lines
@@ -210,12 +203,12 @@ def true_critiques(pairs, preamble=""):
     rows = []
     for pair in pairs:
         for q in common.both_orders(pair):
-            lines = []
+            critique = ""
             for found in pair["evidence"]:
                 letter = "A" if found["object"] in q["response_a"] else "B"
                 answer = "yes" if found["status"] == "present" else "no"
-                lines.append(f"{letter}: {found['object']}: {answer}")
-            q |= {"critique": "\n".join([*lines, f"Verdict: {q['label']}"]), "style": "critique"}
+                critique += f"{letter}: {found['object']}: {answer}\n"
+            q |= {"critique": f"{critique}Verdict: {q['label']}", "style": "critique"}
             rows.append({**q, "prompt": preamble + q["prompt"]})
     return rows
 
@@ -301,11 +294,8 @@ SETTINGS = {"lr": 1e-3, "lam": 0.0, "bt_weight": 0.0, "max_response_tokens": Non
 
 def bench_train(world, pictures, runs):
     """Lines of the table; it prints how the losses fall."""
-    try:
-        import trl
-    except ImportError:
-        print("train is left out, as TRL is not installed: pip install trl")
-        return []
+    import trl
+
     lines, pairs = [], common.read_rows(pictures / "heldout.jsonl", dict)
     for what, (model, processor), preamble, (steps, train_batch, micro_batch) in (
         ("train, toy, 10 steps of 32", toy_judge(world), "", (10, 32, 8)),

@@ -49,8 +49,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import INSTRUCTIONS, build_judge_prompt, parse_checks, sample  # noqa: E402
+from common import INSTRUCTIONS, build_judge_prompt, parse_checks, sample, verdict_of_checks  # noqa: E402
 
+YES_NO = {True: "yes", False: "no"}
 YES_NO_PROMPT = "Is there a {object} in the image? Answer yes or no."  # as 01's --expert none asks
 WRONG_ABSENT = 0.6  # share of absent objects that transcripts of judgements call present
 WRONG_PRESENT = 0.15  # share of present objects that they call absent
@@ -384,13 +385,9 @@ class Trainer:
 
 
 # ---- Training rows: captions, checks, judgements ------------------------------------------------
-def check_lines(claims):
-    """[(side, kind, "yes" | "no" | "unsure")] -> the lines of a critique, without its verdict."""
-    return "".join(f"{side}: {kind}: {answer}\n" for side, kind, answer in claims)
-
-
-def yes_or_no(value):
-    return "yes" if value else "no"
+def check_lines(claims, facts):
+    """Lines of a critique without its verdict; facts: {kind: "yes" | "no" | "unsure"}."""
+    return "".join(f"{side}: {kind}: {facts[kind]}\n" for side, kind in claims)
 
 
 class Rows:
@@ -424,7 +421,7 @@ class Rows:
     def question(self):
         image = self.image()
         kind, is_present = self.questions(image, 2)[0]
-        return Row(image, YES_NO_PROMPT.format(object=kind), yes_or_no(is_present))
+        return Row(image, YES_NO_PROMPT.format(object=kind), YES_NO[is_present])
 
     def packed_checks(self):
         """A critique's lines with true answers behind no prompt: it learns to answer only."""
@@ -463,20 +460,16 @@ class Rows:
         if guided:
             unsure = [kind for kind in facts if rng.random() < 0.1]
             noted = facts | dict.fromkeys(unsure, "unsure")
-            facts |= {kind: yes_or_no(kind in present) for kind in unsure}
+            facts |= {kind: YES_NO[kind in present] for kind in unsure}
             verdict = label if rng.random() < 0.93 else "AB"[label == "A"]
-            findings = check_lines((side, kind, noted[kind]) for side, kind in claims)
-            reference = f"{findings}Verdict: {verdict}"
+            reference = f"{check_lines(claims, noted)}Verdict: {verdict}"
         else:
             verdict = verdict_of(claims, facts) or "AB"[rng.integers(2)]
         style = str(rng.choice(["critique", "descriptive", "none"], p=[0.84, 0.08, 0.08]))
         if style != "critique" and not guided:
             verdict = "AB"[rng.integers(2)]
-        body = {
-            "critique": check_lines((side, kind, facts[kind]) for side, kind in claims),
-            "descriptive": caption(rng.permutation(present)) + "\n",
-            "none": "",
-        }
+        described = caption(rng.permutation(present)) + "\n"
+        body = {"critique": check_lines(claims, facts), "descriptive": described, "none": ""}
         prompt = build_judge_prompt(PROMPT, caption(a), caption(b), style, reference)
         return Row(image, prompt, f"{body[style]}Verdict: {verdict}")
 
@@ -486,7 +479,7 @@ class Rows:
         for kind in dict.fromkeys(kind for _, kind in claims):
             is_present = kind in present
             is_wrong = self.rng.random() < (0.08 if guided else rates[is_present])
-            facts[kind] = yes_or_no(is_present != is_wrong)
+            facts[kind] = YES_NO[is_present != is_wrong]
         return facts
 
     def only_verdict(self):
@@ -500,8 +493,8 @@ class Rows:
             facts = {kind: yes_or_no(self.rng.random() < 0.7) for _, kind in claims}
             verdict = verdict_of(claims, facts)
         prompt = build_judge_prompt(PROMPT, caption(a), caption(b))
-        body = check_lines((side, kind, facts[kind]) for side, kind in claims)
-        return Row(image, prompt, f"{body}Verdict: {verdict}", copy_weight=0.0, answer_weight=0.0)
+        critique = f"{check_lines(claims, facts)}Verdict: {verdict}"
+        return Row(image, prompt, critique, copy_weight=0.0, answer_weight=0.0)
 
     def responses(self, image):
         """Response A, response B, the better one."""
@@ -517,20 +510,14 @@ def claims_of(a, b):
 
 
 def verdict_of(claims, facts):
-    """The side with fewer objects said to be absent, None where they are even."""
-    absent = [side for side, kind in claims if facts[kind] == "no"]
-    n_a, n_b = absent.count("A"), absent.count("B")
-    if n_a == n_b:
-        return None
-    return "B" if n_a > n_b else "A"
+    return verdict_of_checks([(side, kind, facts[kind] == "yes") for side, kind in claims])
 
 
 def true_lines(named_by_a, named_by_b):
     """[(kind, is present)] of each side -> the lines of a critique that is right."""
-    claims = []
-    for side, named in (("A", named_by_a), ("B", named_by_b)):
-        claims += [(side, kind, yes_or_no(is_present)) for kind, is_present in named]
-    return check_lines(claims)
+    facts = {kind: YES_NO[is_present] for kind, is_present in named_by_a + named_by_b}
+    a, b = [[kind for kind, _ in named] for named in (named_by_a, named_by_b)]
+    return check_lines(claims_of(a, b), facts)
 
 
 # ---- Measuring, by the ordinary route: common.sample and the parsers ----------------------------
@@ -543,11 +530,11 @@ def ask(model, processor, pictures, prompts, temperature=0.0, max_new_tokens=80)
     return [first for [first] in answers]
 
 
-def judge_questions(scenes, pairs, guided, rng):
-    """Both orders of each pair: [(picture, prompt, label, claims, present)]; scenes[i] is of
+def judge_questions(shown, pairs, guided, rng):
+    """Both orders of each pair: [(picture, prompt, label, claims, present)]; shown[i] is of
     pairs[i]. Guided: with the truth as reference, a tenth of it unsure."""
     questions = []
-    for scene, pair in zip(scenes, pairs):
+    for scene, pair in zip(shown, pairs):
         present = {thing["object"] for thing in scene.objects}
         for label in "AB":
             a, b = (pair.chosen, pair.rejected) if label == "A" else (pair.rejected, pair.chosen)
@@ -555,60 +542,50 @@ def judge_questions(scenes, pairs, guided, rng):
             reference = None
             if guided:
                 unsure = {kind for _, kind in claims if rng.random() < 0.1}
-                facts = {kind: yes_or_no(kind in present) for _, kind in claims}
+                facts = {kind: YES_NO[kind in present] for _, kind in claims}
                 facts |= dict.fromkeys(unsure, "unsure")
-                findings = check_lines((side, kind, facts[kind]) for side, kind in claims)
-                reference = f"{findings}Verdict: {label}"
+                reference = f"{check_lines(claims, facts)}Verdict: {label}"
             prompt = build_judge_prompt(PROMPT, caption(a), caption(b), "critique", reference)
             questions.append((scene.picture, prompt, label, claims, present))
     return questions
 
 
-def measure_judge(model, processor, scenes, pairs, guided=False, rng=None):
+def measure_judge(model, processor, shown, pairs, guided=False, rng=None):
     """Greedy critiques of both orders of each pair -> {name: share}."""
-    pictures, prompts, labels, claims, present = zip(*judge_questions(scenes, pairs, guided, rng))
+    pictures, prompts, labels, claims, present = zip(*judge_questions(shown, pairs, guided, rng))
     answers = ask(model, processor, pictures, prompts)
-    right = np.array([answer["verdict"] == label for answer, label in zip(answers, labels)])
-    well_formed = []
-    says_yes = {True: [], False: []}  # of objects that are present, that are absent
+    right = [answer["verdict"] == label for answer, label in zip(answers, labels)]
+    well_formed, facts_true = [], []
     for i, answer in enumerate(answers):
         checks = parse_checks(answer["text"])
         named = [(side, kind) for side, kind, _ in checks]
         well_formed.append(answer["verdict"] is not None and named == claims[i])
         for _, kind, supported in checks:
-            says_yes[kind in present[i]].append(supported)
-    found = {"well_formed": well_formed, "accuracy": right, "both_orders": right[::2] & right[1::2]}
-    found |= {"present_yes": says_yes[True], "absent_yes": says_yes[False]}
-    found["facts_true"] = says_yes[True] + [not value for value in says_yes[False]]
+            facts_true.append(supported == (kind in present[i]))
+    found = {"well_formed": well_formed, "accuracy": right, "facts_true": facts_true}
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def measure_captions(model, processor, scenes):
-    """Greedy and at T = 1: the share of captions that are exact, and that hallucinate."""
-    pictures = [scene.picture for scene in scenes]
-    truth = [{thing["object"] for thing in scene.objects} for scene in scenes]
+def measure_captions(model, processor, shown):
+    """Greedy and at T = 1: the share of captions that hallucinate."""
+    pictures = [scene.picture for scene in shown]
+    truth = [{thing["object"] for thing in scene.objects} for scene in shown]
     shares = {}
     for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        answers = ask(model, processor, pictures, [PROMPT] * len(scenes), temperature, 24)
+        answers = ask(model, processor, pictures, [PROMPT] * len(shown), temperature, 24)
         said = [set(answer["text"].rstrip(".").split(", ")) for answer in answers]
-        exact = [kinds == there for kinds, there in zip(said, truth)]
         absent = [kinds & set(KINDS) - there for kinds, there in zip(said, truth)]
-        shares[f"{name}_exact"] = float(np.mean(exact))
-        shares[f"{name}_hallucinated"] = float(np.mean([bool(kinds) for kinds in absent]))
+        shares[f"caption_{name}_hallucinated"] = float(np.mean([bool(kinds) for kinds in absent]))
     return shares
 
 
-def measure(trainer, scenes, rng):
+def measure(trainer, shown, rng):
     """The table of the base model, on scenes that are neither trained on nor held out."""
     model, processor = trainer.model.eval(), trainer.processor
-    pairs = [make_pair(rng, [thing["object"] for thing in scene.objects]) for scene in scenes]
-    judge = measure_judge(model, processor, scenes, pairs)
-    guided = measure_judge(model, processor, scenes[:100], pairs, guided=True, rng=rng)
-    captions = measure_captions(model, processor, scenes)
-    table = {}
-    for what, found in (("caption", captions), ("judge", judge), ("guided", guided)):
-        table |= {f"{what}_{name}": round(share, 4) for name, share in found.items()}
-    return table
+    pairs = [make_pair(rng, [thing["object"] for thing in scene.objects]) for scene in shown]
+    table = measure_captions(model, processor, shown)
+    table |= measure_judge(model, processor, shown, pairs)
+    return {name: round(share, 4) for name, share in table.items()}
 
 
 # ---- Training the model in four phases ----------------------------------------------------------
@@ -626,14 +603,13 @@ def train_steps(trainer, name, steps, lr, loss_of_step, final):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    loss, seconds = np.mean(losses[-20:]), round(time.time() - start, 1)
-    print(f"{name}, {steps} steps | loss {loss:.3f} | {seconds} s", flush=True)
-    return seconds
+    loss, seconds = np.mean(losses[-20:]), time.time() - start
+    print(f"{name}, {steps} steps | loss {loss:.3f} | {seconds:.0f} s", flush=True)
 
 
 def train_model(trainer, rng, train, captioned, validation):
     """Align, check, caption, mix, in place. train, captioned and validation index the bank.
-    -> (seconds by phase, what `steer` measured)"""
+    -> what `steer` measured"""
     rows = Rows(rng, trainer.present, train)
 
     def align(n):
@@ -665,15 +641,15 @@ def train_model(trainer, rng, train, captioned, validation):
         verdicts = trainer.loss([rows.only_verdict() for _ in range(16)])
         return mix_step() + 2 * verdicts  # half of their weight is the stop token's
 
-    seconds = {"align": train_steps(trainer, "align", 90, 2e-3, partial(align, 128), final=0.5)}
+    train_steps(trainer, "align", 90, 2e-3, partial(align, 128), final=0.5)
     rows.near_misses = (0.3, 0.3, 0.4)  # easier ones among them, or it starts at chance
-    seconds["check"] = train_steps(trainer, "check", 160, 1.5e-3, check_step, final=0.5)
+    train_steps(trainer, "check", 160, 1.5e-3, check_step, final=0.5)
     rows.near_misses = (0.4, 0.4, 0.2)
-    seconds["caption"] = train_steps(trainer, "caption", 170, 2e-3, caption_step, final=0.3)
+    train_steps(trainer, "caption", 170, 2e-3, caption_step, final=0.3)
     trainer.freeze_vision()
     rows.caption_indices = captioned
-    seconds["mix"] = train_steps(trainer, "mix", 190, 2e-3, mix_step, final=0.15)
-    return seconds, steer(trainer, rows, correcting_step, validation)
+    train_steps(trainer, "mix", 190, 2e-3, mix_step, final=0.15)
+    return steer(trainer, rows, correcting_step, validation)
 
 
 def lacking(measured):
@@ -690,10 +666,10 @@ def steer(trainer, rows, correcting_step, validation, corrections=4):
     scenes, raise or lower the rate of wrong facts and go on for a few steps. Exits if it still
     does in the end. -> [what was measured]"""
     rng = np.random.default_rng(2)
-    scenes = []
+    shown = []
     for i in validation[-150:]:
         objects = [{"object": kind} for kind in trainer.present[i]]
-        scenes.append(Scene(trainer.pictures[i], objects, None))
+        shown.append(Scene(trainer.pictures[i], objects, None))
     pairs = [make_pair(rng, trainer.present[i]) for i in validation[-150:]]
     held = Rows(np.random.default_rng(1), trainer.present, validation)
     checks = [held.packed_checks() for _ in range(200)]
@@ -702,8 +678,8 @@ def steer(trainer, rows, correcting_step, validation, corrections=4):
     history = []
     while True:
         model.eval()
-        base = measure_judge(model, processor, scenes, pairs)
-        guided = measure_judge(model, processor, scenes[:50], pairs, guided=True, rng=rng)
+        base = measure_judge(model, processor, shown, pairs)
+        guided = measure_judge(model, processor, shown[:50], pairs, guided=True, rng=rng)
         measured = {"wrong_absent": rows.wrong_absent, **base}
         measured["guided_accuracy"] = guided["accuracy"]
         measured["check_accuracy"] = trainer.check_accuracy(checks)
@@ -758,8 +734,8 @@ def train_expert(folder, seed, n_scenes=1500, epochs=7):
 def write_yolo_data(folder, rng, split, n):
     """n scenes of 5-9 objects: dense ones teach more a second."""
     images, labels = folder / "images" / split, folder / "labels" / split
-    for part in images, labels:
-        part.mkdir(parents=True)
+    images.mkdir(parents=True)
+    labels.mkdir(parents=True)
     for i in range(n):
         kinds = scenes.sample_kinds(rng, rng.integers(5, 10))
         scene = scenes.draw_scene(rng, kinds, scenes.USER)
@@ -781,10 +757,10 @@ def strip_expert(checkpoint, out):
 
 def measure_expert(expert, rng):
     """{confidence at least: {precision, recall}} of presence on 300 ordinary scenes."""
-    scenes = [draw_ordinary_scene(rng) for _ in range(300)]
-    best = np.zeros((len(scenes), len(KINDS)))  # highest confidence of each kind
-    truth = np.zeros((len(scenes), len(KINDS)), dtype=bool)
-    for i, scene in enumerate(scenes):
+    shown = [draw_ordinary_scene(rng) for _ in range(300)]
+    best = np.zeros((len(shown), len(KINDS)))  # highest confidence of each kind
+    truth = np.zeros((len(shown), len(KINDS)), dtype=bool)
+    for i, scene in enumerate(shown):
         picture = Image.fromarray(scene.picture)
         [result] = expert.predict(picture, imgsz=96, conf=0.01, verbose=False, device="cpu")
         np.maximum.at(best[i], result.boxes.cls.int().numpy(), result.boxes.conf.numpy())
@@ -799,8 +775,7 @@ def measure_expert(expert, rng):
 
 # ---- A world ------------------------------------------------------------------------------------
 def build_judge(seed, n_bank=10000, n_user=3800, n_validation=800):
-    """-> (model, processor, seconds, table of the base model, steering)"""
-    start = time.time()
+    """-> (model, processor, table of the base model, steering)"""
     rng = np.random.default_rng([seed, 0])
     torch.manual_seed(seed)
     bank = [draw_ordinary_scene(rng, scenes.USER) for _ in range(n_user)]
@@ -811,13 +786,10 @@ def build_judge(seed, n_bank=10000, n_user=3800, n_validation=800):
     validation, captioned, train = np.split(np.arange(len(bank)), [n_validation, n_user])
     processor = build_processor()
     trainer = Trainer(build_model(processor.tokenizer), processor, bank)
-    print(f"scenes: {time.time() - start:.0f} s", flush=True)
     half = n_validation // 2
-    seconds, steering = train_model(trainer, rng, train, captioned, validation[:half])
-    clock = time.time()
+    steering = train_model(trainer, rng, train, captioned, validation[:half])
     table = measure(trainer, [bank[i] for i in validation[half:]], rng)
-    seconds["measure"] = round(time.time() - clock, 1)
-    return trainer.model, processor, seconds, table, steering
+    return trainer.model, processor, table, steering
 
 
 def parse_args(argv=None):
@@ -835,14 +807,13 @@ def main(args):
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(1, mp_context=spawn) as pool:
         expert = pool.submit(train_expert, Path(work), args.seed)
-        model, processor, seconds, table, steering = build_judge(args.seed)
+        model, processor, table, steering = build_judge(args.seed)
         precision_recall = expert.result()
         model.save_pretrained(args.out / "model")
         processor.save_pretrained(args.out / "model")
         shutil.copy(Path(work) / "expert.pt", args.out)
-    seconds["all"] = round(time.time() - start, 1)
     world = {"seed": args.seed, "base_model": table, "expert": precision_recall}
-    world |= {"steering": steering, "seconds": seconds}
+    world |= {"steering": steering, "seconds": round(time.time() - start)}
     print(json.dumps(world, indent=1))
     (args.out / "world.json").write_text(json.dumps(world, indent=1) + "\n")
 

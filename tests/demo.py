@@ -7,6 +7,7 @@ model, the detector and the images, train a 7B judge.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -67,12 +68,9 @@ def start(command, log=None):
     arrow = f" > {log}" if log else ""
     print(f"\n$ python {shlex.join(command)}{arrow}", flush=True)
     env = {"OMP_NUM_THREADS": "1", **os.environ}
-    if log is None:
-        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env)
-    with log.open("w") as file:
-        return subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT
-        )
+    with log.open("w") if log else contextlib.nullcontext() as file:
+        words = {"stdout": file, "stderr": file and subprocess.STDOUT}
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **words)
 
 
 def run_all(steps):
@@ -86,8 +84,8 @@ def run_all(steps):
     return seconds
 
 
-def last_screen(run, pictures):
-    """The table, one question with a critique before and after, and where to look."""
+def last_screen(run):
+    """The table, and where to look."""
     folder = run / "05_evaluation"
     table = json.loads((folder / "metrics.json").read_text())["table"]
     print(f"\n{'judge':34s} accuracy  95 % interval  both orders")
@@ -95,43 +93,10 @@ def last_screen(run, pictures):
         low, high = measures["interval"]
         interval = f"{low:.3f}-{high:.3f}"
         print(f"{name:34s} {measures['accuracy']:8.3f}  {interval:>13s}  {measures['both']:11.3f}")
-    print_critiques(folder, pictures, before="base", after=last_margin(table))
     print(f"\npictures to look at: {run}/01_preferences/contact_sheet.png")
     print(f"                     {run}/04_rejection/iter1/margins.png")
     print(f"                     {folder}/accuracy.png")
     print(f"the whole report:    {folder}/report.md")
-
-
-def last_margin(conditions):
-    """The judge of the last iteration of stage 04."""
-    names = [name for name in conditions if name.startswith("margin") and "image" not in name]
-    return names[-1]
-
-
-def print_critiques(folder, pictures, before, after):
-    """The first question that the judge `before` got wrong and the judge `after` right."""
-    pairs = {pair["id"]: pair for pair in read_jsonl(pictures / "heldout.jsonl")}
-    judgements = read_jsonl(folder / "judgements.jsonl")
-    wrong = {}
-    for row in judgements:
-        if row["condition"] == before and row["verdict"] != row["label"]:
-            wrong[row["id"], row["order"]] = row
-    for row in judgements:
-        question = (row["id"], row["order"])
-        if row["condition"] != after or row["verdict"] != row["label"] or question not in wrong:
-            continue
-        pair = pairs[row["id"]]
-        response_a, response_b = pair["chosen"], pair["rejected"]
-        if row["order"] == "ba":
-            response_a, response_b = response_b, response_a
-        print(f"\n{pictures / row['image']}: {pair['prompt']}")
-        print(f"Response A: {response_a}\nResponse B: {response_b}\nbetter: {row['label']}")
-        print(f"\n{before}:\n{wrong[question]['critique']}\n\n{after}:\n{row['critique']}")
-        return
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main():
@@ -140,8 +105,7 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     clock = time.time()
-    run = args.run
-    pictures = run / "world"
+    run, pictures = args.run, args.run / "world"
     seed = json.loads((WORLD / "world.json").read_text())["seed"]
     if not (pictures / "truth.jsonl").exists():
         print(f"drawing {N_IMAGES} pictures and {N_HELDOUT} held-out pairs into {pictures}")
@@ -156,7 +120,7 @@ def main():
     if control.wait() != 0:
         sys.exit(f"error: the control failed, see {run}/04_random.log; mend and run again")
     seconds |= run_all([("05", steps["05"])])
-    last_screen(run, pictures)
+    last_screen(run)
     by_step = ", ".join(f"{name} {s:.0f}" for name, s in seconds.items())
     print(f"seconds: {by_step}; all {time.time() - clock:.0f}")
 

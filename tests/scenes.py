@@ -15,13 +15,8 @@ from PIL import Image, ImageDraw
 SIZE = 84  # pixels a side
 CELL = 28  # pixels a side: one visual token of the judge per cell of a 3x3 grid
 N_CELLS = 9
-COLOURS = {
-    "red": (215, 45, 45),
-    "green": (50, 185, 65),
-    "blue": (60, 95, 235),
-    "yellow": (230, 210, 55),
-    "purple": (165, 60, 205),
-}
+COLOURS = {"red": (215, 45, 45), "green": (50, 185, 65), "blue": (60, 95, 235)}
+COLOURS |= {"yellow": (230, 210, 55), "purple": (165, 60, 205)}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 KINDS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 PROMPT = "List the objects in the image."
@@ -135,13 +130,9 @@ def pick_absent(rng, near, present, mix=(0.4, 0.4, 0.2)):
     category = str(rng.choice(["colour", "shape", "other"], p=mix))
     candidates = []
     for i, kind in enumerate(KINDS):
-        same_colour = kind.split()[0] == colour
-        same_shape = kind.split()[1] == shape
-        fits = {
-            "colour": same_shape,
-            "shape": same_colour,
-            "other": not same_colour and not same_shape,
-        }
+        same_colour, same_shape = kind.split()[0] == colour, kind.split()[1] == shape
+        fits = {"colour": same_shape, "shape": same_colour}
+        fits["other"] = not same_colour and not same_shape
         if kind not in present and fits[category]:
             candidates.append(i)
     weights = COMPANIONS[[KINDS.index(kind) for kind in present]].mean(0)[candidates]
@@ -156,8 +147,7 @@ class Pair(NamedTuple):
 
 
 def make_pair(rng, present):
-    chosen = true_objects(rng, present)
-    rejected = true_objects(rng, present)
+    chosen, rejected = true_objects(rng, present), true_objects(rng, present)
     place = rng.integers(len(rejected))
     absent, category = pick_absent(rng, rejected[place], present)
     if rng.random() < 0.2:
@@ -194,19 +184,17 @@ def write_pictures(out, seed, n_images, n_heldout):
     rng = np.random.default_rng([seed, 2])
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "heldout").mkdir(exist_ok=True)
-    truth = []
-    for i in range(n_images):
-        truth.append(write_scene(out, rng, f"images/{i:05d}.png"))
-    pairs = []
-    i = 0
+    truth = [write_scene(out, rng, f"images/{i:05d}.png") for i in range(n_images)]
+    pairs, i = [], 0
     while len(pairs) < n_heldout:
         truth.append(write_scene(out, rng, f"heldout/{i:05d}.png"))
         for k in range(1 + i % 2):
             pairs.append(heldout_row(rng, f"toy-{i:05d}-{k}", **truth[-1]))
         i += 1
     (out / "prompts.txt").write_text(PROMPT + "\n")
-    (out / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs[:n_heldout]))
-    (out / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth))
+    for name, rows in (("heldout", pairs[:n_heldout]), ("truth", truth)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / f"{name}.jsonl").write_text(lines)
 
 
 def write_scene(out, rng, name):
@@ -224,23 +212,9 @@ def heldout_row(rng, row_id, image, objects):
         claimed_by = "chosen" if kind in pair.chosen else "rejected"
         if kind in pair.chosen and kind in pair.rejected:
             claimed_by = "both"
-        evidence.append(
-            {
-                "object": kind,
-                "claimed_by": claimed_by,
-                "status": "present" if kind in boxes else "absent",
-                "confidence": 1.0,
-                "box": boxes.get(kind),
-            }
-        )
-    return {
-        "id": row_id,
-        "image": image,
-        "prompt": PROMPT,
-        "chosen": caption(pair.chosen),
-        "rejected": caption(pair.rejected),
-        "source": "toy",
-        "category": pair.category,
-        "hallucinated": [pair.absent],
-        "evidence": evidence,
-    }
+        status = "present" if kind in boxes else "absent"
+        found = {"object": kind, "claimed_by": claimed_by, "status": status}
+        evidence.append({**found, "confidence": 1.0, "box": boxes.get(kind)})
+    row = {"id": row_id, "image": image, "prompt": PROMPT, "chosen": caption(pair.chosen)}
+    row |= {"rejected": caption(pair.rejected), "source": "toy", "category": pair.category}
+    return {**row, "hallucinated": [pair.absent], "evidence": evidence}

@@ -7,6 +7,7 @@ without any difference it leaves out zero in some 18-33 % of the cases over two 
 eight; and it knows nothing of training once more, which moves a judge by about .01.
 """
 
+import itertools
 import json
 from statistics import mean
 
@@ -73,7 +74,7 @@ def number(value, sign=""):
 
 def table(title, rows, sign=""):
     """rows: {name: cells}; sign: "+" of differences."""
-    seeds = sorted({seed for of_worlds in rows.values() for seed in of_worlds})
+    seeds = sorted(set().union(*rows.values()))
     what = "difference" if sign else "accuracy"
     out = heading([title, what, "95 % interval", f"worlds {' '.join(map(str, seeds))}"])
     for name, of_worlds in rows.items():
@@ -122,19 +123,16 @@ def only(of_worlds, seeds):
 
 def by_iteration(lines, rule, seeds):
     """[cells after 03, iteration 1, 2, ...] of a rule in these worlds."""
-    found = [only(cells(lines, *FULL, "after 03"), seeds)]
-    while new := only(cells(lines, *FULL, f"{rule}, iteration {len(found)}"), seeds):
-        found.append(new)
-    return found
+    names = ("after 03", *iterations(rule))
+    found = [only(cells(lines, *FULL, name), seeds) for name in names]
+    return [of_worlds for of_worlds in found if of_worlds]
 
 
 def worlds_table(lines):
     judges = ("base", "after 03", "margin, iteration 1")
     counts = ("after 03: checks right", "after 03: verdict follows")
-    out = heading(
-        ["world", *judges[:2], "one iteration of margins", "labels wrong", *counts, "note"]
-    )
-    starts = {line["seed"]: line for line in lines if line["study"] == "start"}
+    columns = ("world", *judges[:2], "one iteration of margins", "labels wrong", *counts, "note")
+    out, starts = heading(columns), {x["seed"]: x for x in lines if x["study"] == "start"}
     for seed, line in sorted(starts.items()):
         values = [line["accuracies"].get(name) for name in judges]
         values += [line["counts"].get(name) for name in ("expert: labels_wrong", *counts)]
@@ -143,8 +141,8 @@ def worlds_table(lines):
     return out
 
 
-def iterations(rule, last=4):
-    return [f"{rule}, iteration {t}" for t in range(1, last + 1)]
+def iterations(rule):
+    return [f"{rule}, iteration {t}" for t in range(1, 5)]
 
 
 def differences_of(rows, pairs):
@@ -155,11 +153,9 @@ def differences_of(rows, pairs):
 def headline_tables(lines):
     margins, last = iterations("margin"), "margin, iteration 4"
     judges = ["shorter response", "base", "expert", "after 03"]
-    for rule in RULES:
-        judges += iterations(rule)
+    judges += itertools.chain(*map(iterations, RULES))
     judges += [f"{last}, blank image", f"{last}, other image"]
-    rows = {name: cells(lines, *FULL, name) for name in judges}
-    rows = {name: found for name, found in rows.items() if found}
+    rows = {name: found for name in judges if (found := cells(lines, *FULL, name))}
     pairs = [("after 03", "base"), ("after 03", "expert"), (last, "expert")]
     pairs += [(name, "after 03") for name in margins[:2]] + list(zip(margins[1:], margins))
     for rule in RULES[1:]:
@@ -172,12 +168,10 @@ def headline_tables(lines):
     differences[f"{last}: pools of 600 - of 300"] = minus(rows[last], small[last])
     kept = {f"kept of the pool, iteration {t}": f"kept {t}" for t in range(1, 5)}
     kept |= {f"margin 0, iteration {t}": f"margin 0, {t}" for t in range(1, 5)}
-    return [
-        *table("1. headline", rows),
-        *table("1. differences", differences, "+"),
-        *table("1. differences where 03 took", here, "+"),
-        *counts_table(lines, "1. shares of the pool, by iteration", {"margins": FULL}, kept),
-    ]
+    out = table("1. headline", rows) + table("1. differences", differences, "+")
+    out += table("1. differences where 03 took", here, "+")
+    title = "1. shares of the pool, by iteration"
+    return out + counts_table(lines, title, {"margins": FULL}, kept)
 
 
 POOLS = ("findings", "findings, flipped", "no findings", "no findings, flipped")
@@ -185,23 +179,20 @@ POOLS = ("findings", "findings, flipped", "no findings", "no findings, flipped")
 
 def margins_tables(lines):
     rows, differences, places = {}, {}, {}
-    for pool in (*POOLS, *(f"{pool}, weak start" for pool in POOLS)):
-        for rule in ("margin", "random", "best", "median"):
-            name, place = f"{pool}: {rule}", ("margins", f"{pool}, {rule}")
-            if found := cells(lines, *place, f"{rule}, iteration 1"):
-                rows[name], places[name] = found, place
-                if rule != "margin":
-                    gain = minus(rows[f"{pool}: margin"], found)
-                    differences[f"{pool}: margin - {rule}"] = gain
+    pools = (*POOLS, *(f"{pool}, weak start" for pool in POOLS))
+    for pool, rule in itertools.product(pools, ("margin", "random", "best", "median")):
+        name, place = f"{pool}: {rule}", ("margins", f"{pool}, {rule}")
+        if found := cells(lines, *place, f"{rule}, iteration 1"):
+            rows[name], places[name] = found, place
+            if rule != "margin":
+                differences[f"{pool}: margin - {rule}"] = minus(rows[f"{pool}: margin"], found)
     kept = ("false facts, kept", "false facts, passing")
     kept += ("flipped, kept", "flipped, passing", "flipped, pool", "pairs kept")
-    measured = {seed for of_worlds in rows.values() for seed in of_worlds}
-    after_03 = only(cells(lines, "start", "the demo's flags", "after 03"), measured)
-    return [
-        *table("2. margins: one iteration", {"after 03": after_03, **rows}),
-        *table("2. differences", dict(sorted(differences.items())), "+"),
-        *counts_table(lines, "2. what is kept", places, {name: name for name in kept}),
-    ]
+    after_03 = cells(lines, "start", "the demo's flags", "after 03")
+    after_03 = only(after_03, set().union(*rows.values()))
+    out = table("2. margins: one iteration", {"after 03": after_03, **rows})
+    out += table("2. differences", dict(sorted(differences.items())), "+")
+    return out + counts_table(lines, "2. what is kept", places, dict(zip(kept, kept)))
 
 
 def plain_tables(lines, title, conditions, reference, counts):
@@ -216,11 +207,8 @@ def plain_tables(lines, title, conditions, reference, counts):
             gain = minus(rows[setting], cells(lines, *reference))
             differences[f"{setting} - {reference[1]}"] = gain
     places = {setting: (study, setting) for setting in rows}
-    return [
-        *table(f"{title}. {study}", rows),
-        *table(f"{title}. differences", differences, "+"),
-        *counts_table(lines, f"{title}. counts", places, counts),
-    ]
+    out = table(f"{title}. {study}", rows) + table(f"{title}. differences", differences, "+")
+    return out + counts_table(lines, f"{title}. counts", places, counts)
 
 
 def bradley_terry_table(lines):
@@ -255,15 +243,13 @@ def transfer_tables(lines):
     place = ("transfer", "other pictures")
     rows, counts = conditions(lines, place)
     differences, second = {}, "margin, iteration 2"
-    for other in ("after 03", "random, iteration 2"):
-        for where in ("", ", elsewhere"):
-            gain = minus(rows[second + where], rows[other + where])
-            differences[f"{second} - {other}{where}"] = gain
+    for other, where in itertools.product(("after 03", "random, iteration 2"), ("", ", elsewhere")):
+        gain = minus(rows[second + where], rows[other + where])
+        differences[f"{second} - {other}{where}"] = gain
     names = [name for name in counts if name.startswith("after 03, elsewhere: ")]
     columns = [name.partition(": ")[2] for name in names]
-    judges, template = ("base", "after 03", second), "{row}, elsewhere: {column}"
-    judges, title = dict(zip(judges, judges)), "7. elsewhere: shares"
-    shares = means_table(lines, place, title, template, judges, columns)
+    judges, template = {x: x for x in ("base", "after 03", second)}, "{row}, elsewhere: {column}"
+    shares = means_table(lines, place, "7. elsewhere: shares", template, judges, columns)
     return table("7. transfer", rows) + table("7. differences", differences, "+") + shares
 
 
@@ -286,23 +272,22 @@ def best_tables(lines):
 
 
 def leak_table(lines):
-    leaks = {}
+    rows = {}
     for name in ("base", "after 03"):
-        leaks[f"shuffled labels: {name}"] = cells(lines, "leak", "shuffled labels", name)
-    for how in ("blank", "other"):
-        leaks[f"{how} image"] = cells(lines, *FULL, f"margin, iteration 4, {how} image")
-    return table("leak checks", leaks)
+        rows[f"shuffled labels: {name}"] = cells(lines, "leak", "shuffled labels", name)
+    for name in ("blank image", "other image"):
+        rows[name] = cells(lines, *FULL, f"margin, iteration 4, {name}")
+    return table("leak checks", rows)
 
 
 def processors_table(lines):
     """The same start, judged after one iteration of margins, on different processors."""
     found = {}  # {(condition, seed): {processor: accuracies}}
     after_03, first = "after 03", "margin, iteration 1"
-    places = {("start", "the demo's flags"): (after_03, first)}
-    places |= {("margins", "findings, margin"): (first,), ("expert", "YOLO"): (after_03,)}
-    places["training", "critique, lambda 1/3"] = (after_03,)
+    places = {"the demo's flags": (after_03, first), "findings, margin": (first,)}
+    places |= {"YOLO": (after_03,), "critique, lambda 1/3": (after_03,)}
     for line in lines:
-        for condition in places.get((line["study"], line["setting"]), ()):
+        for condition in places.get(line["setting"], ()):
             if condition in line["accuracies"]:
                 of_line = found.setdefault((condition, line["seed"]), {})
                 accuracy = number(line["accuracies"][condition])
@@ -314,15 +299,14 @@ def processors_table(lines):
     return out
 
 
-SAID = "captions hallucinate, greedy"
+# {count: its heading}
+SAID, FALSE, WORDS = "captions hallucinate, greedy", "false facts, kept", "critiques trained on"
 WRONG = {"expert: labels_wrong": "labels wrong", "expert: findings_contradicted": "findings wrong"}
 WRONG["expert: n_pairs"] = "pairs"
-KEPT = {"pairs kept": "pairs kept", "margin of the kept": "mean margin"}
-KEPT["false facts, kept"] = "false facts, kept"
+KEPT = {"pairs kept": "pairs kept", "margin of the kept": "mean margin", FALSE: FALSE}
 TRAINED = {SAID: SAID, "captions hallucinate, sampled": "sampled", "ece": "ECE"}
 TRAINED |= {"bradley_terry_loss": "Bradley-Terry", "unparseable": "unparseable"}
-TRAINED["critiques trained on"] = "critiques"
-TRAINED["words of critiques trained on"] = "words of critiques trained on"
+TRAINED |= {WORDS: "critiques", f"words of {WORDS}": f"words of {WORDS}"}
 
 
 def tables(lines):
@@ -373,11 +357,10 @@ def claim_rows():
     votes_3 = ("best", "N and votes", "votes 3")
     elsewhere = ("transfer", "other pictures", "margin, iteration 2, elsewhere")
     shuffled, untrained = [("leak", "shuffled labels", name) for name in (after, "base")]
-    lifts = "Training on checked critiques lifts the base judge"
     by_lot = "Labels drawn by lot, without findings, teach it nothing"
     strange = "It is above chance on other pictures, of unseen kinds"
     return [
-        (lifts, "+.12", first, base, "gains"),
+        ("Training on checked critiques lifts the base judge", "+.12", first, base, "gains"),
         ("04 lifts it further: two iterations of margins", "+.02-.03", second, first, "gains"),
         ("... more than stage 03 continued", "", second, continued, "gains"),
         ("... more than random pairs", "", second, random_2, "gains"),
@@ -419,9 +402,9 @@ def claims(lines):
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-COLOURS = {"margin": "#0072B2", "random": "#D55E00", "best": "#009E73", "continue": "#CC79A7"}
-BESIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
-MARKERS = {"margin": "o", "random": "s", "best": "^", "continue": "D"}
+COLOURS = dict(zip(RULES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": 7}
+MARKERS = dict(zip(RULES, "os^D"))
 
 
 def axes(size, n=1, **ratios):
@@ -432,6 +415,12 @@ def axes(size, n=1, **ratios):
         axis.grid(color="0.9")
         axis.set_axisbelow(True)
     return found
+
+
+def save(axis, path, title, ylabel):
+    axis.set_title(title, fontsize=9)
+    axis.set_ylabel(ylabel)
+    axis.figure.savefig(path, dpi=130)
 
 
 def draw_iterations(path, lines):
@@ -484,11 +473,10 @@ def draw_expert(path, lines):
                 y.append(line["accuracies"]["after 03"])
         axis.plot(x, y, marker, color=colour, label=label, markersize=9 if marker == "*" else 6)
     axis.axhline(0.5, color="0.5", linestyle=":", linewidth=1)
-    axis.set(xlabel="pairs whose label the expert gets wrong, %")
-    axis.set(ylabel="accuracy after stage 03", ylim=(0.45, 1))
-    axis.set_title("each point one world and one expert, 1,000 held-out pairs", fontsize=9)
-    axis.legend(fontsize=7, **BESIDE)
-    axis.figure.savefig(path, dpi=130)
+    axis.set(xlabel="pairs whose label the expert gets wrong, %", ylim=(0.45, 1))
+    axis.legend(**BESIDE)
+    title = "each point one world and one expert, 1,000 held-out pairs"
+    save(axis, path, title, "accuracy after stage 03")
 
 
 def draw_flipped(path, lines):
@@ -508,10 +496,9 @@ def draw_flipped(path, lines):
             axis.bar(x, mean(values), width=0.18, color=colour, label=None if group else label)
             axis.plot([x] * len(values), values, "o", color="black", markersize=3)
     axis.set_xticks(range(2), ["with the expert's findings", "without findings"])
-    axis.set(ylabel="pairs with a flipped label, %")
-    axis.set_title("15 % of the labels of the pools were flipped; points: worlds", fontsize=9)
     axis.legend(fontsize=8, loc="upper right")
-    axis.figure.savefig(path, dpi=130)
+    title = "15 % of the labels of the pools were flipped; points: worlds"
+    save(axis, path, title, "pairs with a flipped label, %")
 
 
 def draw_best_of_n(path, lines):
@@ -530,11 +517,10 @@ def draw_best_of_n(path, lines):
         parts = [mean_count(lines, *place, name) for name in names]
         axis.plot(range(len(sizes)), parts, color=colour, marker=marker, label=label)
     axis.set_xticks(range(len(sizes)), sizes)
-    axis.set(xlabel="N, captions to pick from", ylabel="picks that name nothing absent")
-    n_worlds = len(of_setting(lines, *place))
-    axis.set_title(f"means of {n_worlds} worlds, 200 pictures each", fontsize=9)
-    axis.legend(fontsize=7, title="picked by", title_fontsize=7, **BESIDE)
-    axis.figure.savefig(path, dpi=130)
+    axis.set(xlabel="N, captions to pick from")
+    axis.legend(title="picked by", title_fontsize=7, **BESIDE)
+    title = f"means of {len(of_setting(lines, *place))} worlds, 200 pictures each"
+    save(axis, path, title, "picks that name nothing absent")
 
 
 def draw(lines, folder):

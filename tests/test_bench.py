@@ -1,12 +1,10 @@
 """The benchmark's arithmetic, and that both sides of a comparison do the same work."""
 
-import copy
-import sys
+from functools import partial
 
 import bench
 import bench_gpu
 import pytest
-import torch
 from scenes import write_pictures
 
 import common
@@ -24,20 +22,10 @@ def data(trained, tmp_path):
 
 # ---- Timing --------------------------------------------------------------------------------------
 def test_sides_run_in_turn_and_the_warm_up_is_left_out():
-    calls = []
-
-    def side(name, seconds):
-        def run():
-            calls.append(name)
-            return seconds.pop(0), len(calls)
-
-        return run
-
-    sides = {"ours": side("ours", [9, 1, 2]), "theirs": side("theirs", [9, 3, 8])}
-    seconds, results = bench.in_turn(sides, runs=2)
-    assert calls == ["ours", "theirs"] * 3
+    spent = iter([(9, "a"), (9, "b"), (1, "c"), (3, "d"), (2, "e"), (8, "f")])
+    seconds, results = bench.in_turn(dict.fromkeys(("ours", "theirs"), partial(next, spent)), 2)
     assert seconds == {"ours": [1, 2], "theirs": [3, 8]}
-    assert results == {"ours": 5, "theirs": 6}
+    assert results == {"ours": "e", "theirs": "f"}
 
 
 def test_ratios_are_taken_round_by_round():
@@ -60,36 +48,12 @@ def test_sampling_sides_write_the_same_and_score_it_alike(trained, data, other):
         assert a["log_odds"] == pytest.approx(b["log_odds"], abs=1e-3)
 
 
-def test_the_other_side_trains_on_the_rows_of_each_step(data):
-    theirs = bench.trl_dataset(data)
-    assert len(set(theirs["prompt"])) == 6
-    for step in range(3):
-        for _, [row], _, _ in data.prepare(step):
-            where = [row["text"] in prompt for prompt in theirs["prompt"]].index(True)
-            assert where // 2 == step
-            assert theirs[where]["completion"] == row["response"] + "<|im_end|>"
-
-
-def test_training_leaves_the_model_and_starts_the_same_each_time(trained, data):
-    weights = copy.deepcopy(trained[0].state_dict())
-    _, first = bench.train_ours(trained[0], data)
-    _, second = bench.train_ours(trained[0], data)
-    assert first == pytest.approx(second, abs=1e-5)
-    assert all(torch.equal(weights[name], x) for name, x in trained[0].state_dict().items())
-
-
 def test_training_sides_have_the_same_losses(trained, data):
     pytest.importorskip("trl", reason="pip install trl")
     _, ours = bench.train_ours(trained[0], data)
     _, theirs = bench.train_theirs(trained[0], data)
     assert ours == pytest.approx(theirs, abs=2e-3)  # TRL rounds what it logs
     assert ours[0] != pytest.approx(ours[2], abs=2e-3)
-
-
-def test_without_trl_train_says_what_to_install(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    assert bench.bench_train(tmp_path, tmp_path, 1) == []
-    assert "pip install trl" in capsys.readouterr().out
 
 
 # ---- Memory at real sizes: the same lines at a tiny one, on the CPU ------------------------------

