@@ -72,15 +72,16 @@ def both_orders(pair):
         }
 
 
-_MARK = r"(?:[^\w\n]|_)*"  # anything on a line that is no word: markdown, quotes, punctuation
-_CHECK = re.compile(  # "A: red circle: yes", "2. **Response B**: a dog: no, none"
+_MARK = r"(?:[^\w\n]|_)*"  # what is no word: markdown, quotes, punctuation, spaces
+_CHECK = re.compile(  # side, claim, answer: "A: red circle: yes", "2. **Response B**: a dog: no"
     rf"^{_MARK}(?:\d+{_MARK})?(?:response +)?([AB])\b[^\w:\n]*:{_MARK}(\w.*?):{_MARK}(yes|no)\b",
     re.IGNORECASE | re.MULTILINE,
 )
 _VERDICT_LINE = re.compile(  # "Verdict: ...", "**Final verdict**: ...", "3. Verdict: ..."
     rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}[:：](.*)$", re.IGNORECASE | re.MULTILINE
 )
-# What follows the colon: a letter alone, or a capital one and more ("A, the better response").
+# What follows its colon: a letter of any case alone, or a capital one that a sign or one of four
+# words parts from the rest: "A, the better response", "**B** because ...", but no "A tie", no "A or B".
 _ALONE = re.compile(rf"^{_MARK}(?:response +)?([ab]){_MARK}$", re.IGNORECASE)
 _GOES_ON = re.compile(
     rf"^{_MARK}(?:[Rr]esponse +)?([AB])(?: *[^\w\s]|_| +(?:is|because|since|as)\b)(.*)$"
@@ -107,7 +108,7 @@ def verdict_of_checks(checks):
 
 
 def find_verdict(text):
-    """("A" | "B", its index in text) of the last "Verdict: ..."; (None, -1): neither, or both."""
+    """("A" | "B", its index) of the last line "Verdict: ..."; (None, -1) if that names not one."""
     lines = list(_VERDICT_LINE.finditer(text))
     last = lines[-1].group(1) if lines else ""
     match = _ALONE.match(last) or _GOES_ON.match(last)
@@ -704,7 +705,7 @@ def whole(low, high=10**9):
 
 def stage_parser(doc):
     """A script's parser, with what all stages take."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     add = parser.add_argument_group("the run").add_argument
     add("--run", default="runs/default", help="its directory, for all stages (%(default)s)")
     add("--device", help="cuda, mps, cpu, or auto: one model over all GPUs; else the best one here")

@@ -490,7 +490,7 @@ class Rows:
         claims = claims_of(a, b)
         verdict = None
         while verdict is None:
-            facts = {kind: yes_or_no(self.rng.random() < 0.7) for _, kind in claims}
+            facts = {kind: YES_NO[self.rng.random() < 0.7] for _, kind in claims}
             verdict = verdict_of(claims, facts)
         prompt = build_judge_prompt(PROMPT, caption(a), caption(b))
         critique = f"{check_lines(claims, facts)}Verdict: {verdict}"
@@ -579,15 +579,6 @@ def measure_captions(model, processor, shown):
     return shares
 
 
-def measure(trainer, shown, rng):
-    """The table of the base model, on scenes that are neither trained on nor held out."""
-    model, processor = trainer.model.eval(), trainer.processor
-    pairs = [make_pair(rng, [thing["object"] for thing in scene.objects]) for scene in shown]
-    table = measure_captions(model, processor, shown)
-    table |= measure_judge(model, processor, shown, pairs)
-    return {name: round(share, 4) for name, share in table.items()}
-
-
 # ---- Training the model in four phases ----------------------------------------------------------
 def train_steps(trainer, name, steps, lr, loss_of_step, final):
     """AdamW, warm-up 20, linear decay to final * lr."""
@@ -654,11 +645,8 @@ def train_model(trainer, rng, train, captioned, validation):
 
 def lacking(measured):
     """["name .12, wanted .34-.56"] of what WANTED asks for and a judge has not."""
-    found = []
-    for name, (low, high) in WANTED.items():
-        if not low <= measured[name] <= high:
-            found.append(f"{name} {measured[name]:.3f}, wanted {low:.2f}-{high:.2f}")
-    return found
+    outside = {x: span for x, span in WANTED.items() if not span[0] <= measured[x] <= span[1]}
+    return [f"{x} {measured[x]:.3f}, wanted {low}-{high}" for x, (low, high) in outside.items()]
 
 
 def steer(trainer, rows, correcting_step, validation, corrections=4):
@@ -666,11 +654,11 @@ def steer(trainer, rows, correcting_step, validation, corrections=4):
     scenes, raise or lower the rate of wrong facts and go on for a few steps. Exits if it still
     does in the end. -> [what was measured]"""
     rng = np.random.default_rng(2)
-    shown = []
+    shown, pairs = [], []
     for i in validation[-150:]:
         objects = [{"object": kind} for kind in trainer.present[i]]
         shown.append(Scene(trainer.pictures[i], objects, None))
-    pairs = [make_pair(rng, trainer.present[i]) for i in validation[-150:]]
+        pairs.append(make_pair(rng, trainer.present[i]))
     held = Rows(np.random.default_rng(1), trainer.present, validation)
     checks = [held.packed_checks() for _ in range(200)]
     verdicts = [held.only_verdict() for _ in range(400)]
@@ -698,8 +686,7 @@ def steer(trainer, rows, correcting_step, validation, corrections=4):
             rows.wrong_absent = min(rows.wrong_absent + 0.12, 0.8)
         elif base["accuracy"] < low:
             rows.wrong_absent = max(rows.wrong_absent - 0.1, 0.3)
-        wrong = f"wrong facts at {rows.wrong_absent:.2f}"
-        print(f"mix | {missing}: 30 more steps, {wrong}", flush=True)
+        print(f"mix | {missing}: 30 more steps, wrong facts at {rows.wrong_absent:.2f}", flush=True)
         train_steps(trainer, "mix+", 30, 1e-3, correcting_step, final=0.3)
 
 
@@ -788,8 +775,11 @@ def build_judge(seed, n_bank=10000, n_user=3800, n_validation=800):
     trainer = Trainer(build_model(processor.tokenizer), processor, bank)
     half = n_validation // 2
     steering = train_model(trainer, rng, train, captioned, validation[:half])
-    table = measure(trainer, [bank[i] for i in validation[half:]], rng)
-    return trainer.model, processor, table, steering
+    shown = [bank[i] for i in validation[half:]]  # neither trained on nor steered by
+    pairs = [make_pair(rng, [thing["object"] for thing in scene.objects]) for scene in shown]
+    judge = trainer.model.eval(), processor
+    table = measure_captions(*judge, shown) | measure_judge(*judge, shown, pairs)
+    return *judge, {name: round(share, 4) for name, share in table.items()}, steering
 
 
 def parse_args(argv=None):

@@ -152,8 +152,7 @@ def differences_of(rows, pairs):
 
 def headline_tables(lines):
     margins, last = iterations("margin"), "margin, iteration 4"
-    judges = ["shorter response", "base", "expert", "after 03"]
-    judges += itertools.chain(*map(iterations, RULES))
+    judges = ["shorter response", "base", "expert", "after 03", *sum(map(iterations, RULES), [])]
     judges += [f"{last}, blank image", f"{last}, other image"]
     rows = {name: found for name in judges if (found := cells(lines, *FULL, name))}
     pairs = [("after 03", "base"), ("after 03", "expert"), (last, "expert")]
@@ -389,13 +388,10 @@ def claims(lines):
         found = cells(lines, *place)
         if other:
             found = minus(found, cells(lines, *other))
-        ours, verdict = "not measured", ""
-        if found:
-            verdict = "holds" if holds(kind, *interval(found)) else "does not"
-            verdict += " so far" if len(found) < FEW else ""
-            numbers = [average(found), *interval(found)]
-            middle, low, high = [number(x, "+" if other else "") for x in numbers]
-            ours = f"{middle} ({low}, {high})"
+        verdict = "holds" if holds(kind, *interval(found)) else "does not"
+        verdict += " so far" if len(found) < FEW else ""
+        numbers = [average(found), *interval(found)]
+        ours = "{} ({}, {})".format(*(number(x, "+" if other else "") for x in numbers))
         cells_of_row = (claim, paper, ours, str(len(found)), verdict, f"`{place[0]}`")
         out.append(f"| {' | '.join(cells_of_row)} |")
     return out

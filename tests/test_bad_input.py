@@ -173,7 +173,7 @@ def test_rows_of_given_pairs(case, run, capsys):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_pictures_that_do_not_decode(kind, tmp_path):
-    """Cut ones, by any decoder; those of 16 bits and more are none that a person sees."""
+    """Cut ones, by any decoder; strips, and 16 bits and more, are none that a person sees."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
     def saved(pixels, kind):
@@ -183,6 +183,7 @@ def test_pictures_that_do_not_decode(kind, tmp_path):
     data, deep = saved(noise, kind), (np.uint16, np.int32, np.float32)
     assert one.place_image(data, tmp_path, tmp_path).startswith("images/")
     bad = [saved(noise[:, :, 0].astype(dtype), "TIFF") for dtype in deep]
+    bad.append(saved(np.zeros((2, 500, 3), np.uint8), "PNG"))
     for image in [data[: len(data) // 3], data[: int(len(data) * 0.9)], *bad]:
         with pytest.raises(one.Skip, match="does not decode"):
             one.place_image(image, tmp_path, tmp_path)

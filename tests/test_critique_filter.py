@@ -116,6 +116,7 @@ def test_reason_to_drop(critique, reason):
     [
         ("A dog beside a cat.\nVerdict: A", None),
         ("Verdict: A", None),
+        ("A: red circle: no\nVerdict: A", None),  # read as no check
         ("Verdict: B", "wrong verdict"),
         ("A dog.", NO_VERDICT),
         ("As the expert found, no bus.\nVerdict: A", LEAK),

@@ -4,6 +4,7 @@ import shutil
 from argparse import Namespace
 
 import pytest
+import torch
 from conftest import TWO_PROCESSES, read_rows, run, run_here, stage, steps_of
 
 import common
@@ -47,6 +48,11 @@ def test_a_steps_rows_are_shared_out_and_its_numbers_summed(tiny, pictures, monk
     assert len(of_process[0]) == len(of_process[1])
     monkeypatch.setattr(common, "gather", lambda numbers: [numbers, {"x": 10.0, "y": 20}])
     assert three.total({"x": 1.5, "y": 2}) == {"x": 11.5, "y": 22}
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    monkeypatch.setattr(three.dist, "all_reduce", lambda gradient: gradient.mul_(3))
+    three.sum_gradients([weight])
+    assert weight.grad.tolist() == [3, 3]
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -500,10 +500,12 @@ def test_llava_bench_in_the_wild(tmp_path, pictures, judge):
         (tmp_path / "images" / f"{i}.png").symlink_to(pictures / f"{i}.png")
     write_jsonl(tmp_path / "questions.jsonl", questions)
     judge.answer = captions
+    put_adapter(tmp_path / "run" / "03_ift")
     given = ["--benchmark", "llava-wild", "--pairs", tmp_path, "--model", "hub/base"]
     report, folder = evaluate(tmp_path / "run", *given, "--best-of", 4)
     assert folder.name == "05_evaluation_llava-wild" and "No score here" in report
     assert read_json(folder / "meta.json")["counts"]["responses cut at --max-new-tokens"] == 4
+    assert judge.loaded == [None, "03_ift"]  # the base model responds, the last judge picks
     # each two of four responses, in both orders
     assert [x[:2] for x in judge.settings] == [(4, 1.0)] * 4 + [(1, 0.0)] * 4 * 6 * 2
     for k, request in enumerate(judge.requests):  # of one question after the other

@@ -285,6 +285,9 @@ def test_controls_draw_others_in_each_iteration():
     first, second = four.choose(*how, iteration=1), four.choose(*how, iteration=2)
     pairs_of_first = {row["id"][:2] for row in first}
     assert len(pairs_of_first) == 10 and pairs_of_first != {row["id"][:2] for row in second}
+    everything = [four.choose(*how[:4], 1.0, 0, iteration=t) for t in (1, 2)]
+    of_first, of_second = ({row["id"] for row in rows} for rows in everything)
+    assert of_first != of_second  # other critiques of the same pairs
     # the two orders of a pair and the pairs draw their critiques independently
     assert len({row["id"][3:] for row in first}) > 2
     assert any(a["id"] != b["id"] for a, b in zip(first[::2], first[1::2]))

@@ -234,7 +234,7 @@ TEXTS = {
     "b": ["A cat.", "A bus and a", "A cat."],  # unsure: nothing surely there
     "c": ["A dog and a cat.", "A dog.", "A dog."],  # swapped; what is unsure stays
     "d": ["A tree.", "A house.", "Nice."],
-    "e": ["A dog and", "A dog", "A"],
+    "e": ["A dog and", "A dog", "A dog." * 2400],
 }
 
 
@@ -327,6 +327,9 @@ def test_an_open_expert_is_asked_about_each_pictures_own_names(tmp_path, photos,
     for (_, names), of_text in zip(fakes.looked, named):  # its mentions, and all others as swaps
         assert names[: len(of_text)] == of_text
         assert sorted(names) == ["bus", "cat", "dog", "hot dog"]
+    (tmp_path / "v.json").write_text('{"dog": "dog", "sofa": "sofa"}')
+    run(tmp_path, *photos, "--vocabulary", tmp_path / "v.json")  # other names, other questions
+    assert [sorted(names) for _, names in fakes.looked[5:]] == [["dog", "sofa"]] * 5
 
 
 def test_what_has_been_asked_is_not_asked_again(tmp_path, photos, monkeypatch):

@@ -1,7 +1,9 @@
 """What the README says is so: commands parse, paths, flags and lines exist, code stands in the
 files, numbers of the claims are those of assets/results.jsonl."""
 
+import copy
 import importlib
+import importlib.util
 import re
 import shlex
 from statistics import mean
@@ -215,13 +217,14 @@ def test_numbers_are_what_was_measured(measured, sentence):
 
 
 # ---- Pairs for TRL -------------------------------------------------------------------------------
-def test_pairs_become_a_preference_set(pictures, tmp_path, monkeypatch):
-    """README's block on three rows of a run: the columns that TRL's DPOTrainer reads."""
+def test_pairs_become_a_preference_set(pictures, tiny, tmp_path, monkeypatch):
+    """README's block on three rows of a run: its columns; where TRL is installed, what DPOTrainer's
+    own data preparation makes of them."""
     roles, rows = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}, []
-    for i, name in enumerate(("red circle", "blue star", "green heart")):
-        row = {"id": f"p{i}", "image": f"{i}.png", "prompt": "What is there?", "source": "x"}
-        row |= {"chosen": f"{name}.", "rejected": f"{name}, red ring.", "split": "train"}
-        rows.append({**row, "hallucinated": ["red ring"], "evidence": []})
+    for i, object_ in enumerate(("red circle", "blue star", "green heart")):
+        row = {"id": f"p{i}", "image": f"{i}.png", "prompt": "List the objects in the image."}
+        row |= {"chosen": f"{object_}.", "rejected": f"{object_}, red ring.", "source": "x"}
+        rows.append({**row, "hallucinated": ["red ring"], "evidence": [], "split": "train"})
     (tmp_path / "runs/mine/01_preferences").mkdir(parents=True)
     write_jsonl(tmp_path / "runs/mine/01_preferences/preferences.jsonl", rows)
     (tmp_path / "PICTURES").symlink_to(pictures)
@@ -231,8 +234,30 @@ def test_pairs_become_a_preference_set(pictures, tmp_path, monkeypatch):
     exec(*(code for _, code in BLOCKS if "def trl_row" in code), scope)
     pairs = scope["pairs"]
     assert set(pairs.column_names) == {"images", *roles}
+    model, processor = tiny
+    expected = []  # each response with its picture, of another size in each row
     for row, pair in zip(rows, pairs, strict=True):
         for name, role in roles.items():
             assert pair[name] == [{"role": role, "content": row[name]}]
         picture = load_image(pictures / row["image"])
         assert [x.tobytes() for x in pair["images"]] == [picture.tobytes()]
+        grid = processor.image_processor([picture]).image_grid_thw[0].tolist()
+        expected += [(row["chosen"], grid), (row["rejected"], grid)]
+
+    if not importlib.util.find_spec("trl"):
+        return
+    import trl
+
+    how = {"use_cpu": True, "bf16": False, "per_device_train_batch_size": len(rows)}
+    args = trl.DPOConfig(str(tmp_path), report_to="none", **how)
+    trainer = trl.DPOTrainer(
+        copy.deepcopy(model), None, args, None, pairs, processing_class=processor
+    )
+    (batch,) = trainer.get_train_dataloader()
+    found, decode = [], processor.tokenizer.decode
+    for i, ids in enumerate(batch["input_ids"]):
+        is_response = batch["completion_mask"][i] == 1
+        assert rows[0]["prompt"] in decode(ids[~is_response])
+        text = decode(ids[is_response], skip_special_tokens=True).strip()
+        found.append((text, batch["image_grid_thw"][i].tolist()))
+    assert sorted(found) == sorted(expected)

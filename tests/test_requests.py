@@ -185,12 +185,12 @@ def test_02_to_04(done, select, numbers):
     assert samples == lines_of(pairs["train"], base, 3, is_told=True)
     validation = [lines_of(pairs["validation"], name) for name in (base, after, first, second)]
     assert lines_in(run / "03_ift/validation.jsonl") == validation[0] + validation[1]
-    places = []  # in the pools, of the pairs that are kept
+    places = []  # of the pairs that are kept, in the sorted pools
     for t, asked in ((1, after), (2, first)):
         folder = run / f"04_rejection{'_random' * (select == 'random')}/iter{t}"
         samples, kept = lines_in(folder / "samples.jsonl"), lines_in(folder / "kept.jsonl")
         assert samples == lines_of(pairs["pool"][5 * t - 5 : 5 * t], asked, 3)
-        places.append({samples.index(line) // 6 for line in kept})
+        places.append({sorted(samples).index(line) // 6 for line in kept})
         assert set(kept) < set(samples) and {line.split("|")[1] for line in kept} == numbers
         assert lines_in(folder / "validation.jsonl") == validation[t + 1]
     assert select == "margin" or places[0] != places[1]

@@ -130,6 +130,7 @@ def test_a_sample_without_a_verdict_or_an_end(tiny):
     tokens, log_odds = torch.tensor([*ids, 7, 5, -1]), torch.arange(len(ids) + 3.0)
     none = {"text": "Verdict: A\nVerdict:", "complete": True, "verdict": None, "log_odds": None}
     assert common.finish_sample(tokenizer, tokens, log_odds, torch.tensor([7, 3])) == none
+    assert common.finish_sample(tokenizer, tokens, log_odds, torch.tensor([3, 7])) == none
     cut = common.finish_sample(tokenizer, tokens[:3], log_odds[:3], torch.tensor([7, 3]))
     assert cut == {"text": "Verdict: A", "complete": False, "verdict": "A", "log_odds": 2.0}
 

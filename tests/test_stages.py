@@ -474,6 +474,14 @@ def test_04_goes_on_at_what_is_missing(trained, run, lost):
     assert len(judge.sampled()) == (lost in ("iter1", "iter2"))
     assert {path: path.read_bytes() for path in paths} == of_whole
     assert len(meta(run, "04_rejection")["validation"]) == 3
+    rows = read_rows(run / "02_critiques" / "critiques.jsonl")
+    common.write_jsonl(run / "02_critiques" / "critiques.jsonl", rows[1:])
+    with pytest.raises(SystemExit, match=r"otherwise \(rows was [^;]*\): give another"):
+        trained(4, judge, flags)
+    common.write_jsonl(run / "02_critiques" / "critiques.jsonl", rows)
+    shutil.copytree(folder / "iter1" / "adapter", run / "03_ift" / "adapter", dirs_exist_ok=True)
+    with pytest.raises(SystemExit, match="start was"):
+        trained(4, judge, flags)
 
 
 @pytest.mark.parametrize("is_resumed", [False, True])

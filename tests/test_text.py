@@ -71,7 +71,7 @@ CHECKS = [
     ("1. A: dog: yes\n2) B: cat: no", ["A+dog", "B-cat"]),
     ("**A**: dog: **yes**\n**A: dog: no**", ["A+dog", "A-dog"]),
     ("[A]: dog: yes", ["A+dog"]),
-    ('A: "a dog": yes\nB: `cat`: NO', ["A+a dog", "B-cat"]),
+    ('A: "a dog": YES\nB: `cat`: NO', ["A+a dog", "B-cat"]),
     ("2. **Response B**: a dog: no, none", ["B-a dog"]),
     ("a: dog: yes\nA:dog:no", ["A+dog", "A-dog"]),
     ("A: dog: yes; B: cat: no", ["A+dog"]),  # one a line: the first
