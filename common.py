@@ -81,7 +81,7 @@ _VERDICT_LINE = re.compile(  # "Verdict: ...", "**Final verdict**: ...", "3. Ver
     rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}[:：](.*)$", re.IGNORECASE | re.MULTILINE
 )
 # What follows its colon: a letter of any case alone, or a capital one that a sign or one of four
-# words parts from the rest: "A, the better response", "**B** because ...", but no "A tie", "A or B".
+# words parts from the rest: "A, the better response", "**B** because ..."; but no "A tie", "A or B"
 _ALONE = re.compile(rf"^{_MARK}(?:response +)?([ab]){_MARK}$", re.IGNORECASE)
 _GOES_ON = re.compile(
     rf"^{_MARK}(?:[Rr]esponse +)?([AB])(?: *[^\w\s]|_| +(?:is|because|since|as)\b)(.*)$"
