@@ -12,8 +12,8 @@ pytestmark = pytest.mark.slow
 SHOWN = "import os, sys, runpy; os.dup2(1, 2)\n"  # both streams in one, as on a screen
 SHOWN += "del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
 N_HELDOUT = 100  # of the world's pairs
-LESS = "--pool 150 --steps 20"
-SMALLER = {"03": "--steps 120", "04": LESS, "04 random": LESS}
+LESS = "--pool 80 --steps 20"
+SMALLER = {"03": "--steps 120", "04": LESS, "04 random": f"{LESS} --iterations 1"}
 
 
 def commands(world, folder, **changed):
@@ -22,7 +22,7 @@ def commands(world, folder, **changed):
     few = folder.parent / "heldout.jsonl"
     lines = (world / "heldout.jsonl").read_text().splitlines(keepends=True)
     few.write_text("".join(lines[:N_HELDOUT]))
-    steps["01"] += ["--limit", "1000"]
+    steps["01"] += ["--limit", "1000", "--validation", "40"]
     steps["05"] += ["--pairs", str(few), "--image-root", str(world)]
     return {name: [*command, *SMALLER.get(name, "").split()] for name, command in steps.items()}
 
@@ -52,15 +52,14 @@ def test_the_judge_learns(finished):
     seeing = table["margin, iteration 2"]["accuracy"]
     for how in ("blank", "other"):
         assert table[f"margin, iteration 2, {how} image"]["accuracy"] <= seeing - 0.1
-    for rule in ("margin", "random"):
-        for t in (1, 2):
-            assert table[f"{rule}, iteration {t}"]["accuracy"] >= base["accuracy"] + 0.1
+    for judge in ("margin, iteration 1", "margin, iteration 2", "random, iteration 1"):
+        assert table[judge]["accuracy"] >= base["accuracy"] + 0.1
 
 
 def test_reports_name_what_was_done(finished):
     folder, printed = finished
     report = (folder / "05_evaluation" / "report.md").read_text()
-    for name in ("base", "after 03", "margin, iteration 2", "random, iteration 2"):
+    for name in ("base", "after 03", "margin, iteration 2", "random, iteration 1"):
         assert f"| {name} |" in report
     scripts = [command[0] for command in demo.commands("w", "p", "r", 0).values()]
     for name, script in zip(("01", "02", "03"), scripts[1:4], strict=True):
@@ -83,7 +82,7 @@ def test_finished_stages_do_nothing(world, finished, monkeypatch):
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "meta.json"]
     earlier = {path: path.read_bytes() for path in files}
     weights = {path: path.stat().st_mtime_ns for path in files if path.parent.name == "adapter"}
-    assert len({path.parent for path in weights}) == 5  # of 03, and two iterations each
+    assert len({path.parent for path in weights}) == 4  # of 03, two iterations and one
     for script, loader in (("common", "load_judge"), ("01_build_preferences", "Detector")):
         monkeypatch.setattr(stage(script), loader, lambda *_, **__: pytest.fail("it is loaded"))
     for command in commands(world, folder).values():
@@ -95,8 +94,8 @@ def test_finished_stages_do_nothing(world, finished, monkeypatch):
 
 
 # ---- Ablations -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("expert, style", [(None, "descriptive"), ("none", "critique")])
-def test_ablations_run(world, finished, tmp_path, expert, style):
+def test_ablations_run(world, finished, tmp_path):
+    """The policy as its own expert, and critiques that describe."""
     folder, _ = finished
     vocabulary = folder / "01_preferences" / "vocabulary.json"
     few = "--limit 120 --present 0.5 --absent 0.5 --validation 10 --train 40"
@@ -106,7 +105,7 @@ def test_ablations_run(world, finished, tmp_path, expert, style):
         "03": ["--steps", "5"],
         "05": ["--withhold"],
     }
-    steps = commands(world, tmp_path / "r", expert=expert, style=style)
+    steps = commands(world, tmp_path / "r", expert="none", style="descriptive")
     for name, flags in extra.items():
         run_here([*steps[name], *flags])
     table = metrics_of(tmp_path / "r")["table"]
