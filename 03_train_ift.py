@@ -194,8 +194,8 @@ def make_trainable(model, rank):
 
 def total(numbers):
     """{name: number}, each summed over all processes."""
-    of_processes = common.gather(numbers)
-    return {name: sum(part[name] for part in of_processes) for name in numbers}
+    columns = zip(*[part.values() for part in common.gather(numbers)])
+    return {name: sum(column) for name, column in zip(numbers, columns)}
 
 
 def sum_gradients(weights):
