@@ -11,8 +11,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) S is read from the judge's own log-odds at the verdict, in the pass that sampled the critique;
   2) a share of each epoch is stage 02's critiques (--replay), since a few hundred rows alone make
      the judge forget its format;
-  3) three controls of the same steps, --select random, best (see choose) and continue: stage 02's
-     critiques, as in stage 03.
+  3) four controls of the same steps, --select low, random, best (see choose) and continue: stage
+     02's critiques, as in stage 03.
 
 Reads  01's pairs of split "pool", cut into disjoint iterations; 02's critiques; what 03 trained.
 Writes 04_rejection[_TAG][_<control>]/iter<t>/: answers.jsonl, samples.jsonl (all critiques),
@@ -131,14 +131,16 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
     """The kept questions, two per pair, each with the one critique to train on.
 
     select: "margin", the pairs with the largest margins and the critique with the largest S of each
-    question; the controls draw as many of the eligible pairs, and of each question "best" takes the
-    same critique, "random" any one that passes."""
+    question. The controls take as many eligible pairs: "low" those with the smallest margins, and
+    the same critiques; "best" pairs drawn by lot, and the same critiques; "random" both by lot."""
     eligible = [key for key in margins if passing[key, "ab"] and passing[key, "ba"]]
     if threshold is None:  # a share of the whole pool; pairs that are not eligible have margin 0
         pair_ids = select_by_margin(margins, retention=retention)
     else:  # with threshold 0 they would pass
         pair_ids = select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
-    if select != "margin":
+    if select == "low":
+        pair_ids = sorted(eligible, key=lambda key: (margins[key], key))[: len(pair_ids)]
+    elif select != "margin":
         pair_ids = select_random(eligible, len(pair_ids), row_seed(seed, "select", iteration))
     selected = []
     for pair_id in pair_ids:
@@ -207,7 +209,7 @@ def parse_args(argv=None):
     add("--temperature", type=real(0, 100), default=1.0, help="of sampling (%(default)s)")
     add("--retention", type=real(0.001, 1), default=0.4, help="part of the pool (%(default)s)")
     add("--margin", type=real(0, 1), help="tau: keep the pairs with at least this margin instead")
-    rules = ("margin", "random", "best", "continue")
+    rules = ("margin", "low", "random", "best", "continue")
     add("--select", choices=rules, default="margin", help="the rule, or a control")
     replay = "part of an epoch that is stage 02's (%(default)s)"
     add("--replay", type=real(0, 0.99), default=0.25, help=replay)

@@ -297,11 +297,12 @@ def test_retention_is_a_part_of_the_pool():
     """Not of the pairs that are eligible, here four of ten."""
     margins = {str(i): i / 10 if i > 5 else 0.0 for i in range(10)}
     passing = {(key, order): [] for key in margins for order in ("ab", "ba")} | passing_of("6789")
-    for select in ("margin", "random", "best"):
+    ids = {"margin": ["9-4", "9-4", "8-4", "8-4", "7-4", "7-4"]}
+    ids["low"] = ["6-4", "6-4", "7-4", "7-4", "8-4", "8-4"]  # by the smallest margin
+    for select in ("margin", "low", "random", "best"):
         chosen = four.choose(margins, passing, select, None, 0.3, 0, iteration=1)
         assert len(chosen) == 6 and {row["id"][0] for row in chosen} <= set("6789")
-        if select == "margin":
-            assert [row["id"] for row in chosen] == ["9-4", "9-4", "8-4", "8-4", "7-4", "7-4"]
+        assert [row["id"] for row in chosen] == ids.get(select, [row["id"] for row in chosen])
 
 
 def test_mix_in_makes_up_the_part():

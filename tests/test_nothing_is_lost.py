@@ -24,7 +24,7 @@ CHANGED = {  # what changes the rest; a key names the stages that get the flags
     "max-new-tokens 9|temperature 0.5|max-image-tokens 9|expert none|model b/model",
     "2": "critiques 3|style none|style descriptive|limit 3|seed 1|max-new-tokens 9|temperature 0.5",
     "3": "max-new-tokens 9",  # of the validation alone
-    "4": "iterations 1|iterations 3|select random|select best|select continue",
+    "4": "iterations 1|iterations 3|select low|select random|select best|select continue",
     "34": "tag x --seed 1",
     "345": "tag y",
     "5": "seed 1|votes 3|withhold|attack|max-new-tokens 9",
@@ -114,7 +114,7 @@ def test_no_flag_costs_weights_or_answers(tmp_path, monkeypatch):
         assert run.state()[0] == done
         run.check(whole, is_made_again=True)
     folders = [training.folder for training in run.trained]
-    assert len(folders) == len(set(folders)) == 3 + 1 + 3 * 2 + 2 * 3  # + iter3, selects, tags
+    assert len(folders) == len(set(folders)) == 3 + 1 + 4 * 2 + 2 * 3  # + iter3, selects, tags
     state = run.state()  # issue 20: this once deleted both adapters and then stopped
     error = run.start(4, "--steps 3 --train-batch 8 --iterations 3 --pool 19 --retention 0.3")
     assert "is used up" in error and run.state() == state
