@@ -178,29 +178,33 @@ def make_swap(text, swaps, status, vocabulary, rng):
 def split_sizes(n, validation, heldout, train):
     """{split: pairs} of n pairs; an argument is a number, a share below 1, or None: the default."""
     sizes = {"validation": validation, "heldout": heldout, "train": train}
-    for split, most, part in (("validation", 200, 10), ("heldout", 500, 10), ("train", 5000, 2)):
+    for split, size in sizes.items():
+        if size is not None:
+            sizes[split] = round(size * n if size < 1 else size)
+    for split, most in (("validation", 200), ("heldout", 500)):
         if sizes[split] is None:
-            left = n if split != "train" else n - sizes["validation"] - sizes["heldout"]
-            sizes[split] = min(most, max(0, left) // part)
-        elif sizes[split] < 1:
-            sizes[split] *= n
-        sizes[split] = round(sizes[split])
+            sizes[split] = min(most, n // 10)
+    if sizes["train"] is None:  # half of what is left: 04 needs as much
+        left = n - sizes["validation"] - sizes["heldout"]
+        sizes["train"] = min(5000, max(0, left) // 2)
     return sizes
 
 
 def assign_splits(rows, sizes, seed):
     """Rows with "split": whole images in a random order fill validation (for 03 and 04 to watch),
     heldout (for 05) and train (for 02's critiques); the rest is the pool of 04.
-    sizes: {split: pairs}; a split ends with the image that fills it. Needs: row_seed, hashlib"""
+    sizes: {split: pairs}, in this order; each ends with the image that fills it. Needs: row_seed"""
     of_image = {}
     for row in rows:
         of_image.setdefault(row["image"], []).append(row)
     images = sorted(of_image, key=lambda image: row_seed(seed, "split", image))
-    placed, end = [], 0  # the rows of splits so far; how many there are when this one is full
-    for split in ("validation", "heldout", "train", "pool"):
-        end += sizes.get(split, len(rows))
-        while images and len(placed) < end:
-            placed += [{**row, "split": split} for row in of_image[images.pop(0)]]
+    placed = []
+    for split, size in [*sizes.items(), ("pool", len(rows))]:
+        n = 0
+        while images and n < size:
+            of_first = of_image[images.pop(0)]
+            placed += [{**row, "split": split} for row in of_first]
+            n += len(of_first)
     return placed
 
 
@@ -345,7 +349,7 @@ def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
             raise Skip("no response", field)
         if turns[0][0] == "assistant":  # else it is the whole conversation
             turns = turns_of(row.get(prompt), "user") + turns
-        *contexts[side], (_, responses[side]) = turns
+        contexts[side], responses[side] = turns[:-1], turns[-1][1]
     if contexts["chosen"] != contexts["rejected"]:
         raise Skip("chosen and rejected answer different questions", rejected)
     lines = [text for _, text in contexts["chosen"]]
@@ -500,17 +504,16 @@ def count_skip(counts, skip, origin):
 
 
 def without_overlap(items, source, counts):
-    """The items none of whose responses occurs in the evaluation set `source`, compared by words
-    without case. Below 20 characters ("Yes, there is.") they recur by chance and do not count."""
+    """The items none of whose responses occurs in the evaluation set `source`, whatever their case
+    and signs. Below 20 characters ("Yes, there is.") they recur by chance and do not count."""
 
     def texts(row):
-        words = [re.findall(r"\w+", row[side].lower()) for side in ("chosen", "rejected")]
-        return {" ".join(of_side) for of_side in words}
+        return {spaced(text) for text in (row["chosen"], row["rejected"]) if len(text) >= 20}
 
     in_source = set()
     for _, row in read_rows(source):
         with suppress(Skip):  # what is no pair has no responses
-            in_source |= {text for text in texts(pair_of(row)[1]) if len(text) >= 20}
+            in_source |= texts(pair_of(row)[1])
     others = [item for item in items if not texts(item) & in_source]
     counts[f"excluded: text in {source}"] += len(items) - len(others)
     return others
@@ -598,25 +601,29 @@ class Finding(TypedDict):  # what an expert found: rows of detections.jsonl and 
 
 
 class Expert:
-    """What --expert names, with all that it has found in earlier starts, kept in path. It is loaded
-    when it is to find more. classes: those of its own, None for an open one."""
+    """What --expert names, with all that it has found in earlier starts. It is loaded when it is to
+    find more. classes: those of its own; None: it finds whatever it is asked about."""
 
-    def __init__(self, args, path, image_root, judge):
-        # Without "/" it is a name, of which ultralytics leaves a file here.
-        name = common.remembered(args.expert, args.run) if "/" in args.expert else args.expert
-        weights = judge.weights if name == "none" else None
-        self.identity = {"expert": name, "weights": weights, "floor": FLOOR}
-        self.path, self.image_root = path, image_root
-        self.load = cache(partial(OwnAnswers, judge))
-        if name != "none":
+    def __init__(self, args, folder, image_root, judge):
+        self.path, self.image_root = folder / "detections.jsonl", image_root
+        if args.expert == "none":
+            self.load = cache(partial(OwnAnswers, judge))
+            self.identity = {"expert": "none", "weights": judge.weights, "floor": FLOOR}
+            self.classes = None
+        else:
             self.load = cache(partial(Detector, args.expert, args.device))
-        task = {**self.identity, "image": ""}, None  # kept like a finding, but without a picture
-        (row,) = common.kept(path, Finding, [task], self.tell_classes, 1, "expert")
-        self.classes = row.get("classes")
+            # Without "/" it is a name, of which ultralytics leaves a file here.
+            name = str(Path(args.expert).resolve()) if "/" in args.expert else args.expert
+            self.identity = {"expert": name, "floor": FLOOR}
+            self.classes = self.known_classes(folder / "classes.json", name)
 
-    def tell_classes(self, _, bar):
-        own = {"classes": self.load().classes} if self.load().classes else {}
-        return [{"image": "", **own, "detections": []}]
+    def known_classes(self, path, name):
+        """Of a detector of this name; only the first time it must be loaded to say so."""
+        known = common.read_json(path) if path.exists() else {}
+        if name not in known:
+            known[name] = self.load().classes
+            common.write_json(path, known)
+        return known[name]
 
     def find(self, questions):
         """{image: finding {classes, detections}} for {image: classes to ask about}."""
@@ -625,14 +632,16 @@ class Expert:
             names = self.classes or names  # who has classes of his own looks for them all
             tasks.append(({**self.identity, "image": image, "names": names}, (image, names)))
         rows = common.kept(self.path, Finding, tasks, self.find_chunk, 256, "detections")
-        return {row["image"]: {"classes": self.classes, **row} for row in rows}
+        findings = {}
+        for (image, names), row in zip(questions.items(), rows):
+            findings[image] = {**row, "classes": self.classes or names}
+        return findings
 
     def find_chunk(self, chunk, bar):
         batches = [chunk[start : start + 32] for start in range(0, len(chunk), 32)]
         rows = []
-        for (image, names), found in zip(chunk, common.share_out(batches, self.find_batch)):
-            asked_about = {} if self.classes else {"classes": names}
-            rows.append({"image": image, **asked_about, "detections": found})
+        for (image, _), found in zip(chunk, common.share_out(batches, self.find_batch)):
+            rows.append({"image": image, "detections": found})
         bar.update(len(chunk))
         return rows
 
@@ -661,10 +670,15 @@ def read_images(images, image_root, prompts, limit, seed, folder):
     if not images.is_dir():
         stop(f"--images {images} is no folder")
     kinds = {kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files = sorted(path for path in images.rglob("*") if not path.is_dir())
-    paths = [path for path in files if path.suffix.lower() in kinds]
-    rows, counts, of_stem = [], Counter(), Counter()
-    counts["skipped: not a picture by its suffix"] = len(files) - len(paths)
+    paths, rows, counts, of_stem = [], [], Counter(), Counter()
+    for path in sorted(path for path in images.rglob("*") if not path.is_dir()):
+        kind = path.suffix.lower()
+        if any(part.startswith(".") for part in path.relative_to(images).parts):
+            counts["skipped: hidden file"] += 1
+        elif kind in kinds:
+            paths.append(path)
+        else:
+            counts[f"skipped: no decoder for {kind or 'files without a suffix'}"] += 1
     for number, path in enumerate(paths[:limit], 1):
         counts["rows read"] += 1
         try:
@@ -744,18 +758,22 @@ STATUS_COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange
 def draw_contact_sheet(path, rows, image_root):
     """The first 12 pairs: boxes in the colours of their status, both responses, each object."""
     figure = Figure((14, 16), layout="constrained")
-    for axis, row in zip(figure.subplots(3, 4).flat, rows):
-        axis.imshow(common.load_image(Path(image_root) / row["image"]))
-        axis.axis("off")
+    nothing = {"frame_on": False, "xticks": (), "yticks": ()}
+    for axis, row in zip(figure.subplots(3, 4, subplot_kw=nothing).flat, rows):
+        picture = common.load_image(Path(image_root) / row["image"])
+        axis.imshow(picture)
+        axis.set_title(row["image"][-40:], fontsize=8, parse_math=False)
         lines = [f"+ {row['chosen']}", f"- {row['rejected']}"]
         for found in row["evidence"]:
             colour = STATUS_COLOURS[found["status"]]
             label = f"{found['object']} {found['confidence']:.2f}"
             lines.append(f"{found['status']}: {label}")
-            if found["box"] is not None:
+            if found["box"] is not None and found["status"] != "absent":
                 x1, y1, x2, y2 = found["box"]
                 axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=2)
-                axis.text(x1, y1, label, fontsize=8, parse_math=False, backgroundcolor=colour)
+                x = np.clip((x1 + x2) / 2, 0.2 * picture.width, 0.8 * picture.width)
+                style = {"fontsize": 8, "parse_math": False, "backgroundcolor": colour}
+                axis.text(x, y1, label, ha="center", va="top", **style)
         text = "\n".join(textwrap.fill(line, 42, max_lines=6) for line in lines)
         style = {"fontsize": 9, "parse_math": False, "transform": axis.transAxes}
         axis.text(0, -0.03, text, va="top", **style)
@@ -812,7 +830,9 @@ def main(args):
     # 1. What to verify, who writes, who verifies --------------------------------------------------
     image_root, items, counts = load_items(args, folder)
     settings = {"device": args.device, "max_image_tokens": args.max_image_tokens}
-    judge = common.Judge(args.run, args.model, **settings)
+    if Path(args.model).exists():  # else it is a hub id
+        args.model = str(Path(args.model).resolve())
+    judge = common.Judge(args.model, **settings)
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
     if args.detections:
         findings = read_detections(args.detections, vocabulary)
@@ -820,7 +840,7 @@ def main(args):
         items = [item for item in items if item["image"] in findings]
         counts["skipped: image without a row in --detections"] = n_read - len(items)
     else:
-        expert = Expert(args, folder / "detections.jsonl", image_root, judge)
+        expert = Expert(args, folder, image_root, judge)
         if expert.classes and not args.vocabulary:
             vocabulary = build_vocabulary(expert.classes, SYNONYMS)
 
@@ -868,7 +888,8 @@ def main(args):
     counts.update(f"  in split {row['split']}" for row in rows)
     counts.update(statuses)
     warn_of_small_splits(counts, args)
-    args.image_root = image_root  # which meta.json keeps for the later stages
+    root, run = Path(image_root), Path(args.run).resolve()  # for the later stages
+    args.image_root = str(root.relative_to(run) if root.is_relative_to(run) else root)
     common.finish_stage(folder, args, counts, "python 02_generate_critiques.py")
 
 

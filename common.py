@@ -60,31 +60,26 @@ def build_judge_prompt(prompt, response_a, response_b, style="critique", referen
 
 def both_orders(pair):
     """The pair's two questions: in order "ab" the chosen response is A (label "A"), in "ba" B."""
-    question = {"pair_id": pair["id"], "image": pair["image"], "prompt": pair["prompt"]}
-    for order, a, b in (("ab", "chosen", "rejected"), ("ba", "rejected", "chosen")):
-        yield {
-            "id": f"{pair['id']}-{order}",
-            "order": order,
-            **question,
-            "response_a": pair[a],
-            "response_b": pair[b],
-            "label": "A" if a == "chosen" else "B",
-        }
+    for order, label, a, b in (
+        ("ab", "A", "chosen", "rejected"),
+        ("ba", "B", "rejected", "chosen"),
+    ):
+        question = {"id": f"{pair['id']}-{order}", "pair_id": pair["id"], "order": order}
+        question |= {"image": pair["image"], "prompt": pair["prompt"], "label": label}
+        yield {**question, "response_a": pair[a], "response_b": pair[b]}
 
 
 _MARK = r"(?:[^\w\n]|_)*"  # what is no word: markdown, quotes, punctuation, spaces
-_CHECK = re.compile(  # side, claim, answer: "A: red circle: yes", "2. **Response B**: a dog: no"
+# side, claim, answer of a line such as "A: red circle: yes" or "2. **Response B**: a dog: no"
+_CHECK = re.compile(
     rf"^{_MARK}(?:\d+{_MARK})?(?:response +)?([AB])\b[^\w:\n]*:{_MARK}(\w.*?):{_MARK}(yes|no)\b",
-    re.IGNORECASE | re.MULTILINE,
+    re.I | re.M,
 )
-_VERDICT_LINE = re.compile(  # "Verdict: ...", "**Final verdict**: ...", "3. Verdict: ..."
-    rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}[:：](.*)$", re.IGNORECASE | re.MULTILINE
-)
-# What follows its colon: a letter of any case alone, or a capital one that a sign or one of four
-# words parts from the rest: "A, the better response", "**B** because ..."; but no "A tie", "A or B"
-_ALONE = re.compile(rf"^{_MARK}(?:response +)?([ab]){_MARK}$", re.IGNORECASE)
-_GOES_ON = re.compile(
-    rf"^{_MARK}(?:[Rr]esponse +)?([AB])(?: *[^\w\s]|_| +(?:is|because|since|as)\b)(.*)$"
+# "Verdict: ...", "**Final verdict**: ...", "3. Verdict: ...", and what follows the colon: a letter,
+# be it alone or in "A, the better response", "**B** because ...", but not in "A tie"
+_VERDICT = re.compile(rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}[:：](.*)$", re.I | re.M)
+_LETTER = re.compile(
+    rf"{_MARK}(?:response +)?([AB])(?![^\W_]| +(?!is\b|because\b|since\b|as\b)\w)", re.I
 )
 
 
@@ -109,13 +104,13 @@ def verdict_of_checks(checks):
 
 def find_verdict(text):
     """("A" | "B", its index) of the last line "Verdict: ..."; (None, -1) if that names not one."""
-    lines = list(_VERDICT_LINE.finditer(text))
+    lines = list(_VERDICT.finditer(text))
     last = lines[-1].group(1) if lines else ""
-    match = _ALONE.match(last) or _GOES_ON.match(last)
+    match = _LETTER.match(last)
     if match is None:
         return None, -1
     verdict = match.group(1).upper()
-    other = "B" if verdict == "A" else "A"
+    other = "[Bb]" if verdict == "A" else "A"  # a small "a" is an article
     if re.search(rf"\b{other}\b", last[match.end(1) :]):
         return None, -1
     return verdict, lines[-1].start(1) + match.start(1)
@@ -200,7 +195,6 @@ def read_rows(path, shape):
 
 
 def read_json(path):
-    """The value in a JSON file."""
     return json.loads(Path(path).read_text("utf-8"))
 
 
@@ -271,9 +265,9 @@ class Judge:
 
     settings: more arguments of load_judge; weights: a JSON value by which its answers know it."""
 
-    def __init__(self, run, model_path, checkpoint=None, **settings):
+    def __init__(self, model_path, checkpoint=None, **settings):
         self.arguments = {"model_path": model_path, "checkpoint": checkpoint, **settings}
-        self.weights = [remembered(model_path, run), settings.get("max_image_tokens")]
+        self.weights = [model_path, settings.get("max_image_tokens")]
         for path in sorted(Path(checkpoint).glob("*.safetensors")) if checkpoint else ():
             with open(path, "rb") as file:
                 self.weights.append(hashlib.file_digest(file, "sha256").hexdigest())
@@ -370,10 +364,8 @@ class SharedPrompt:
     def attend(self, query, scaling):
         """Attention (B*n, 1, H*G, D) of the new tokens' queries (B*n, H*G, 1, D) to both parts."""
         rows, H, P, D = len(query), *self.keys.shape[1:]
-        own_keys, own_values = (
-            self.own_keys[:, :, : self.length],
-            self.own_values[:, :, : self.length],
-        )
+        own_keys = self.own_keys[:, :, : self.length]  # (B*n, H, own tokens, D)
+        own_values = self.own_values[:, :, : self.length]
         q = query.reshape(rows, H, -1, D).float() * scaling  # (B*n, H, G, D)
         to_prompt = self.by_prompt(q) @ self.keys.float().mT + self.bias  # (B, H, n*G, P)
         to_own = q @ own_keys.float().mT  # (B*n, H, G, own tokens)
@@ -561,7 +553,8 @@ def sample(
         return [finished[i : i + n] for i in range(0, len(finished), n)]
 
     size = max(1, batch_size // n)  # prompts encoded together
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["text"]))  # pads little
+    # by length, which pads little; the longest first, or memory would end, and time, unforeseen
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
     in_order = [rows[i] for i in order]
     answers = share_out([in_order[i : i + size] for i in range(0, len(rows), size)], answer)
     return [samples for _, samples in sorted(zip(order, answers), key=lambda pair: pair[0])]
@@ -589,11 +582,9 @@ def share_out(batches, work):
     return results
 
 
-def join_processes(device):
+def join_processes():
     """torchrun's processes find each other, and each its GPU; the first one speaks."""
     has_gpu = torch.cuda.is_available()
-    if device == "auto":
-        stop("--device auto spreads one process's model over all GPUs: start without torchrun")
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
@@ -653,10 +644,10 @@ def kept(path, shape, tasks, work, size, describe):
             chunk = list(missing)[start : start + size]
             made = work([missing[key] for key in chunk], bar)
             rows |= {key: {"key": key, **row} for key, row in zip(chunk, made, strict=True)}
-            lines = [json.dumps(rows[key], ensure_ascii=False) + "\n" for key in chunk]
+            lines = [json.dumps(rows[key], ensure_ascii=False) for key in chunk]
             if RANK == 0:
                 with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write("".join(lines) + "\n")
+                    file.write("\n".join([*lines, "", ""]))
     return [rows[key] for key in keys]
 
 
@@ -714,14 +705,6 @@ def stage_parser(doc):
     return parser
 
 
-def remembered(path, run):
-    """A path as a run directory, which may be moved, remembers it; a hub id as it is."""
-    if path is None or not Path(path).exists():
-        return path
-    path, run = Path(path).resolve(), Path(run).resolve()
-    return str(path.relative_to(run) if path.is_relative_to(run) else path)
-
-
 def start_stage(args, name):
     """The stage's folder, in which no other start writes until this one has ended."""
     folder = Path(args.run) / name
@@ -742,9 +725,8 @@ def stage_args(run, stage):
     if not path.exists():
         stop(f"{path.parent} is not complete: first run {stage[:2]}_*.py with --run={run}")
     args = read_json(path)["args"]
-    for name in ("model", "image_root"):  # as `remembered` has left them
-        if args[name] and (Path(run) / args[name]).exists():
-            args[name] = str(Path(run) / args[name])
+    if "image_root" in args:  # from the run directory, which may have been moved
+        args["image_root"] = str(Path(run) / args["image_root"])
     return args
 
 
@@ -759,12 +741,9 @@ def finish_stage(folder, args, counts, next_step, **extra):
     gather(None)  # all have deleted the old meta.json
     if next_step.startswith("python "):
         next_step += f" --run={shlex.quote(args.run)}"
-    args = {**vars(args)}
-    for name in ("model", "image_root"):
-        args[name] = remembered(args.get(name), args["run"])
     used = ("torch", "transformers", "peft", "datasets", "ultralytics", "numpy", "pillow")
     meta = {
-        "args": args,
+        "args": vars(args),
         "counts": counts,
         **extra,
         "seconds": round(time.time() - STARTED, 1),
@@ -784,7 +763,7 @@ def run(main, args):
     warnings.simplefilter("ignore")
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show every letter
     if WORLD > 1:
-        join_processes(args.device)
+        join_processes()
     try:
         main(args)
     except KeyboardInterrupt:

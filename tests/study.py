@@ -602,7 +602,7 @@ def best_of_n(lab, checkpoints, folder, n=8, n_images=200):
 
 def vote(lab, checkpoint, folder):
     """{condition: judgement rows} of majorities of so many critiques."""
-    judge = common.Judge(folder, f"{lab.world}/model", checkpoint)
+    judge = common.Judge(f"{lab.world}/model", checkpoint)
     asking = {"style": "critique", "temperature": 1.0, "max_new_tokens": 96, "seed": 0}
     asking |= {"image_root": str(lab.pictures), "batch_size": 256}
     what = (folder / "answers.jsonl", judge, five.questions_about(lab.heldout(), "both-orders", 0))
