@@ -88,7 +88,7 @@ def cut_pools(pairs, size, iterations):
     for t in range(iterations):
         end = min(start + size, len(pairs))
         while end < len(pairs) and pairs[end]["image"] == pairs[end - 1]["image"]:
-            end += 1  # 01 keeps the pairs of an image together
+            end += 1  # 01 has left the pairs of an image together
         if end - start < 2:
             stop(f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool")
         pools.append(pairs[start:end])
@@ -100,13 +100,13 @@ def critiques_by_question(samples):
     """{(pair id, order): its critiques with a verdict, each with its "confidence_in_label"}.
 
     A critique without a verdict has no S and does not enter."""
+    decided = [row for row in samples if row["log_odds"] is not None]
+    log_odds = torch.tensor([row["log_odds"] for row in decided])  # (B,) in nats
+    label_is_a = torch.tensor([row["label"] == "A" for row in decided], dtype=torch.bool)  # (B,)
     questions = {}
-    for row in samples:
-        if row["log_odds"] is not None:
-            r, label_is_a = torch.tensor([row["log_odds"]]), torch.tensor([row["label"] == "A"])
-            s = confidence_in_label(r, label_is_a).item()
-            question = questions.setdefault((row["pair_id"], row["order"]), [])
-            question.append({**row, "confidence_in_label": s})
+    for row, s in zip(decided, confidence_in_label(log_odds, label_is_a).tolist()):
+        question = questions.setdefault((row["pair_id"], row["order"]), [])
+        question.append({**row, "confidence_in_label": s})
     return questions
 
 
@@ -160,7 +160,8 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
 def mix_in(selected, old, replay, seed):
     """The selected rows and as many old ones as make up the part `replay` of an epoch."""
     n = round(len(selected) * replay / (1 - replay))  # n / (n + selected) = replay
-    replayed = set(select_random([row["id"] for row in old], n, seed))
+    old_ids = [row["id"] for row in old]
+    replayed = set(select_random(old_ids, n, seed))
     return selected + [row for row in old if row["id"] in replayed]
 
 
@@ -194,16 +195,17 @@ def choose_from(samples, pool, folder, t, args):
     common.write_jsonl(folder / "kept.jsonl", selected)
 
     kept_ids = list(dict.fromkeys(row["pair_id"] for row in selected))
-    part, middle = len(kept_ids) / len(margins), median(margins[key] for key in kept_ids)
+    part = len(kept_ids) / len(pool)
+    middle = median(margins[key] for key in kept_ids)
     title = f"iteration {t}, {args.select}: {part:.0%} kept"
     draw_margins(folder / "margins.png", margins, kept_ids, title)
-    print(f"iteration {t}: kept {len(kept_ids)} of {len(margins)} pairs = {part:.1%}")
+    print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {part:.1%}")
     print(f"margins of the kept: median {middle:.3f}, of the pool {median(margins.values()):.3f}")
     if args.select == "margin" and middle < 0.05:
         print("warning: margins are narrow, the choice is near to chance: try more --samples")
     if not 0.3 <= part <= 0.5:
         print("warning: retention is outside 30-50 %: change --retention or --margin, or the pool")
-    counts = {"pairs in the pool": len(margins), "critiques sampled": len(samples)}
+    counts = {"pairs in the pool": len(pool), "critiques sampled": len(samples)}
     for reason, n in Counter(row["dropped"] for row in samples).most_common():
         if reason:
             counts[f"dropped: {reason}"] = n
@@ -253,7 +255,8 @@ def main(args):
         size = args.pool or min(5000, len(pairs) // max(3, args.iterations))
         pools = cut_pools(pairs, size, args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
-    judge = common.Judge(first["model"], three.find_checkpoint(run / f"03_ift{tag}"), **load)
+    trained = three.find_checkpoint(run / f"03_ift{tag}")
+    judge = common.Judge(first["model"], trained, **load)
     sampling = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
     sampling["max_new_tokens"] = args.max_new_tokens
     asking = {**sampling, "seed": args.seed}  # of the validation

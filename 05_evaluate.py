@@ -534,7 +534,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is judged").add_argument
     benchmarks = ("pairs", "vl-rewardbench", "llava-wild")
     add("--benchmark", choices=benchmarks, default="pairs", help="pairs: any (%(default)s)")
-    add("--pairs", help="file, folder or hub id; else 01's held-out pairs, or the published ones")
+    add(
+        "--pairs",
+        help="file, folder or hub id as 01 reads; llava-wild: questions.jsonl and images/",
+    )
     protocols = ("both-orders", "official")
     add("--protocol", choices=protocols, default="both-orders", help="official: VL-RewardBench's")
     add("--image-root", help="folder that image paths start from; else that of --pairs")
