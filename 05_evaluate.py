@@ -4,15 +4,15 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) both orders, since benchmarks put the better response first (VL-RewardBench: 1,245 of 1,250);
   2) the last judge also sees a blank picture and another row's picture: what it still gets right
      it knows from the text alone; --attack: and worse responses that call themselves the better;
-  3) Best-of-N (LLaVA-Bench) picks the response with the best mean P of beating each other one,
-     over both orders; the benchmark's own review scores the answers files;
+  3) Best-of-N (LLaVA-Bench) picks the response with the best mean P of beating each other one;
   4) --protocol official: VL-RewardBench's majority of 9 calls a pair, each in an order drawn by
      lot; but by our prompt and top_p 1, not .2: published figures (arXiv 2411.17451) are only near.
 
 Reads   01's split "heldout", or --pairs (a file, folder or hub id); all that 03 and 04 have trained
 Writes  05_evaluation[_BENCHMARK[_official]]/: answers.jsonl, kept for the next start; made anew:
-        report.md with accuracy.png, pictures/; metrics.json; of LLaVA-Bench
-        best_of_n.jsonl, answers_first.jsonl, answers_judge.jsonl; judgements.jsonl:
+        report.md with accuracy.png, reliability.png, pictures/; metrics.json; of LLaVA-Bench
+        best_of_n.jsonl, and for its review answers_first.jsonl, answers_judge.jsonl;
+        judgements.jsonl, such as
         {"id": "toy-00154-0", "question": "toy-00154-0-ba", "condition": "after 03", "order": "ba",
          "image": "heldout/00154.png", "category": "colour", "label": "B", "verdict": "B",
          "probability_a": 0.0009, "critique": "A: red ring: no\\nA: red cross: yes\\nB: blue ring:
@@ -105,7 +105,8 @@ def accuracy_per_pair(rows):
     """{pair id: fraction of its orders in which the verdict is the label, in {0, .5, 1}}."""
     of_pair = {}
     for row in rows:
-        of_pair.setdefault(row["id"], []).append(row["verdict"] == row["label"])
+        is_correct = row["verdict"] == row["label"]
+        of_pair.setdefault(row["id"], []).append(is_correct)
     return {key: sum(orders) / len(orders) for key, orders in of_pair.items()}
 
 
@@ -152,10 +153,8 @@ def majority_per_pair(rows):
 
 
 def measures_of(rows, accuracies, pairs, vocabulary):
-    """All measures of one condition.
-
-    rows: its judgements; accuracies: {pair id: accuracy} by one of the two above; pairs: {id: pair}
-    """
+    """All measures of one condition; rows: its judgements, accuracies: {pair id: accuracy} by one
+    of the two functions above, pairs: {id: pair}."""
     by_category = {}
     where = {"hallucination": [], "shorter_is_better": [], "longer_is_better": []}
     for key, accuracy in accuracies.items():
@@ -169,8 +168,11 @@ def measures_of(rows, accuracies, pairs, vocabulary):
     values = list(accuracies.values())
     images = [pairs[key]["image"] for key in accuracies]
     categories = [pairs[key].get("category") or "all" for key in accuracies]
-    means = {name: float(np.mean(of_name)) for name, of_name in sorted(by_category.items())}
-    measures = {name: float(np.mean(part)) if part else None for name, part in where.items()}
+    means, measures = {}, {}
+    for name, of_name in sorted(by_category.items()):
+        means[name] = float(np.mean(of_name))
+    for name, part in where.items():
+        measures[name] = float(np.mean(part)) if part else None
     return {
         **three.accuracy_by_order(rows),
         "accuracy": float(np.mean(values)),
@@ -194,10 +196,13 @@ def paired_differences(accuracies, last, pairs):
     for name, of_other in accuracies.items():
         if name == last or name.endswith(" image"):
             continue
-        ids = [key for key in accuracies[last] if key in of_other]  # those that both decide
-        gain = [accuracies[last][key] - of_other[key] for key in ids]
-        interval = cluster_bootstrap(gain, [pairs[key]["image"] for key in ids])
-        differences[f"{last} - {name}"] = (float(np.mean(gain)), *interval)
+        gains, images = [], []
+        for key, accuracy in accuracies[last].items():
+            if key in of_other:  # both decide this pair
+                gains.append(accuracy - of_other[key])
+                images.append(pairs[key]["image"])
+        low, high = cluster_bootstrap(gains, images)
+        differences[f"{last} - {name}"] = (float(np.mean(gains)), low, high)
     return differences
 
 
@@ -389,8 +394,7 @@ CHECKS = ("present_said_yes", "absent_said_no", "balanced", "verdict_follows")
 CHECKS_NOTE = """Of a critique's checks of present objects those that say yes, of absent ones those
 that say no; balanced: their mean, .5 for a judge that trusts every text; verdict follows: critiques
 whose verdict is that of their own checks."""
-TABLES = [(ACCURACY, ACCURACY_NOTE), (BEYOND, BEYOND_NOTE), (WHERE, WHERE_NOTE)]
-TABLES.append((CHECKS, CHECKS_NOTE))
+TABLES = {ACCURACY: ACCURACY_NOTE, BEYOND: BEYOND_NOTE, WHERE: WHERE_NOTE, CHECKS: CHECKS_NOTE}
 CHANCE = {"accuracy": 0.5, "both": 0.25, "agreement": 0.5, "bradley_terry_loss": float(np.log(2))}
 CHANCE |= dict.fromkeys([*WHERE, "balanced"], 0.5)
 
@@ -418,12 +422,14 @@ def markdown(title, columns, rows, note=""):
 def table_lines(table, differences):
     """All tables of {judge: measures} and {"judge - other": (mean, low, high)}."""
     lines = []
-    for columns, note in TABLES:
+    for columns, note in TABLES.items():
         lines += markdown("judge", columns, {"chance": CHANCE, **table}, note)
     rows = {}
     for name, (mean, low, high) in differences.items():
-        rows[name] = {"mean": f"{mean:+.3f}", "interval": f"{low:+.3f} to {high:+.3f}"}
-    lines += markdown("difference in accuracy", ("mean", "interval"), rows) if rows else []
+        interval = f"{low:+.3f} to {high:+.3f}"
+        rows[name] = {"mean": f"{mean:+.3f}", "interval": interval}
+    if rows:
+        lines += markdown("difference in accuracy", ("mean", "interval"), rows)
     accuracies = {name: of_judge["by_category"] for name, of_judge in table.items()}
     categories = sorted(set().union(*accuracies.values()))
     if len(categories) > 1:
@@ -441,7 +447,6 @@ def draw_accuracy(path, table):
     axis.set_yticks(range(len(table)), list(table))
     axis.invert_yaxis()
     axis.set(xlabel="accuracy with its 95 % interval; dashed: chance", xlim=(None, 1))
-    axis.grid(axis="x", color="0.9")
     axis.figure.savefig(path, dpi=140)
 
 
@@ -488,16 +493,20 @@ def run_lines(run, judges):
     """How the judges came about, a line for each step."""
     first = common.read_json(run / "01_preferences" / "meta.json")
     args, counts = first["args"], first["counts"]
-    source, expert = args["images"] or args["pairs"], args["detections"] or args["expert"]
-    certain = f"present from {args['present']}, absent below {args['absent']}"
-    splits = [f"{name[11:]} {n}" for name, n in counts.items() if name.startswith("  in split")]
-    lines = [f"- base model: {args['model']}", f"- read: {counts['rows read']} rows of {source}"]
-    lines += [f"- expert: {expert}, {certain}", f"- pairs: {', '.join(splits)}"]
+    expert = args["detections"] or args["expert"]
+    lines = [f"- base model: {args['model']}"]
+    lines.append(f"- read: {counts['rows read']} rows of {args['images'] or args['pairs']}")
+    lines.append(
+        f"- expert: {expert}, present from {args['present']}, absent below {args['absent']}"
+    )
+    for name, n in counts.items():
+        if name.startswith("  in split"):
+            lines.append(f"- pairs{name.removeprefix('  in split')}: {n}")
     for judge in judges[1:]:  # the first is the base model
-        n, batch = judge["counts"]["trained on, critiques"], judge["train_batch"]
-        end = common.read_rows(judge["checkpoint"].parent / "metrics.jsonl", dict)[-1]
-        line = f"- {judge['name']}: {judge['steps']} steps of {batch} of {n} critiques"
-        lines.append(f"{line}, loss at the end {end['loss']:.3f}")
+        n = judge["counts"]["trained on, critiques"]
+        of_steps = common.read_rows(judge["checkpoint"].parent / "metrics.jsonl", dict)
+        line = f"- {judge['name']}: {judge['steps']} steps of {judge['train_batch']} of"
+        lines.append(f"{line} {n} critiques, loss at the end {of_steps[-1]['loss']:.3f}")
     return lines
 
 
@@ -509,7 +518,8 @@ def warnings_of(rows_of, table):
         if missing > 0.05 * len(rows):
             text = f"warning: {missing / len(rows):.0%} of {name}'s judgements have no verdict: "
             warnings += ["", f"{text}it may need a higher --max-new-tokens"]
-    low, high = max(table.values(), key=lambda measures: measures["accuracy"])["interval"]
+    best = max(table.values(), key=lambda measures: measures["accuracy"])
+    low, high = best["interval"]
     if low <= 0.5 <= high:
         warnings += ["", "warning: the interval of the best judge holds chance, .5"]
     return warnings
@@ -554,8 +564,6 @@ def parse_args(argv=None):
         args.pairs = "MMInstruction/VL-RewardBench"
     if args.benchmark == "llava-wild" and args.pairs is None:
         parser.error("--benchmark llava-wild needs --pairs, the released folder")
-    if args.benchmark != "llava-wild" and args.best_of > 1:
-        parser.error("--best-of goes with --benchmark llava-wild, whose review scores the picks")
     if args.protocol == "official" and args.benchmark != "vl-rewardbench":
         parser.error("--protocol official goes with --benchmark vl-rewardbench")
     return args
@@ -614,8 +622,7 @@ def main(args):
     by_id = {pair["id"]: pair for pair in pairs}
     questions = questions_about(pairs, args.protocol, args.seed)
     closer = closer_look(args, last["name"], pairs, questions)
-    names = "; ".join([*[judge["name"] for judge in judges], *closer])
-    print(f"{len(pairs)} pairs, {len(questions)} questions; judges: {names}")
+    print(f"{len(pairs)} pairs, {len(questions)} questions to each of {len(judges)} judges")
 
     # 3. Judge ------------------------------------------------------------------------------------
     rows_of = {}  # {condition: judgements, in the order of its questions}
