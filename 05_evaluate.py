@@ -111,7 +111,7 @@ def accuracy_per_pair(rows):
 
 
 def check_rates(rows, pairs, vocabulary):
-    """How the judge's checks stand to the pairs' evidence (see CHECKS_NOTE); {} without any."""
+    """How the judge's checks stand to the pairs' evidence; {} without any of both kinds."""
     says_yes = {"present": [], "absent": []}  # what is unsure has no true answer
     for row in rows:
         status = {}
@@ -324,7 +324,7 @@ class WildQuestion(TypedDict):  # a row of LLaVA-Bench's questions.jsonl
     text: str
 
 
-def answer_in_the_wild(args, folder, last, model_of, asking):
+def answer_in_the_wild(args, folder, judges, last, model_of, asking):
     """answers_first.jsonl, a response of the policy to each question of LLaVA-Bench, and
     answers_judge.jsonl, the last judge's pick among --best-of, for the benchmark's own review."""
     source = Path(args.pairs) / "questions.jsonl"
@@ -372,29 +372,15 @@ def answer_in_the_wild(args, folder, last, model_of, asking):
             responses.append(f"{rate:.3f} {response}")
         lines += ["", f"Question {row['question_id']}, and each response's win rate", ""]
         lines.append(textwrap.indent("\n\n".join(responses), "    "))
-    finish(args, folder, counts, {last["name"]: judgements}, lines)
+    finish(args, folder, counts, judges, {last["name"]: judgements}, lines)
 
 
 # ---- Report --------------------------------------------------------------------------------------
-# Tables of the report: measures, and what they are.
+WORDS = one.WORDS["report"]  # what it is about, and of each measure what it is
 ACCURACY = ("accuracy", "interval", "both", "macro", "macro_interval")
-ACCURACY_NOTE = """accuracy: verdicts that name the better response, of each pair in both orders; a
-missing verdict is wrong. both: pairs judged right in both orders; macro: mean of the accuracies by
-category; intervals: 95 %, bootstrap over images, whose pairs are drawn together. By the official
-protocol a pair is right or wrong by the majority of its calls."""
-BEYOND = ("agreement", "unparseable", "undecided", "ece", "bradley_terry_loss")
-BEYOND_NOTE = """agreement: pairs of which the same response wins in both orders; unparseable:
-judgements without a verdict; undecided: pairs without a majority, which are left out; ece
-(calibration error): over ten bins of P(verdict given) the mean distance of P from accuracy;
-bradley terry loss: mean of -log P(label) in nats."""
+BEYOND = ("agreement", "unparseable", "ece", "bradley_terry_loss")
 WHERE = ("hallucination", "shorter_is_better", "longer_is_better")
-WHERE_NOTE = """The accuracy where the worse response names an absent object, and where the better
-one is the shorter, or the longer one: who goes by length alone is right in one of these two."""
 CHECKS = ("present_said_yes", "absent_said_no", "balanced", "verdict_follows")
-CHECKS_NOTE = """Of a critique's checks of present objects those that say yes, of absent ones those
-that say no; balanced: their mean, .5 for a judge that trusts every text; verdict follows: critiques
-whose verdict is that of their own checks."""
-TABLES = {ACCURACY: ACCURACY_NOTE, BEYOND: BEYOND_NOTE, WHERE: WHERE_NOTE, CHECKS: CHECKS_NOTE}
 CHANCE = {"accuracy": 0.5, "both": 0.25, "agreement": 0.5, "bradley_terry_loss": float(np.log(2))}
 CHANCE |= dict.fromkeys([*WHERE, "balanced"], 0.5)
 
@@ -408,22 +394,26 @@ def cell(value):
     return "" if value is None else str(value)
 
 
-def markdown(title, columns, rows, note=""):
-    """Lines of a table of {name: {column: value}}, and a note on it."""
+def markdown(title, columns, rows):
+    """Lines of a table of {name: {column: value}}, and what its columns are."""
     headings = [column.replace("_", " ").replace("|", "\\|") for column in columns]
     lines = ["", f"| {' | '.join([title, *headings])} |"]
     lines.append("|" + " --- |" * (1 + len(columns)))
     for name, of_row in rows.items():
         cells = [cell(of_row.get(column)) for column in columns]
         lines.append(f"| {' | '.join([name, *cells])} |")
-    return [*lines, "", note]
+    lines.append("")
+    for column, heading in zip(columns, headings):
+        if column in WORDS["measures"]:
+            lines.append(f"- {heading}: {WORDS['measures'][column]}")
+    return lines
 
 
 def table_lines(table, differences):
     """All tables of {judge: measures} and {"judge - other": (mean, low, high)}."""
     lines = []
-    for columns, note in TABLES.items():
-        lines += markdown("judge", columns, {"chance": CHANCE, **table}, note)
+    for columns in (ACCURACY, BEYOND, WHERE, CHECKS):
+        lines += markdown("judge", columns, {"chance": CHANCE, **table})
     rows = {}
     for name, (mean, low, high) in differences.items():
         interval = f"{low:+.3f} to {high:+.3f}"
@@ -469,7 +459,7 @@ def draw_reliability(path, rows_of):
 
 def judgement_lines(folder, rows, questions, image_root, n=5):
     """The first n pairs judged right and the first n wrong, as lines; pictures go to the folder."""
-    lines = []
+    lines = [f"\nThe first {n} pairs that it judged right, and wrong; P(A) is that at the verdict."]
     shown = {"right": set(), "wrong": set()}  # pair ids: each pair once
     (folder / "pictures").mkdir(exist_ok=True)
     for row, question in zip(rows, questions):
@@ -494,19 +484,20 @@ def run_lines(run, judges):
     first = common.read_json(run / "01_preferences" / "meta.json")
     args, counts = first["args"], first["counts"]
     expert = args["detections"] or args["expert"]
-    lines = [f"- base model: {args['model']}"]
-    lines.append(f"- read: {counts['rows read']} rows of {args['images'] or args['pairs']}")
+    pairs = f"{counts['pairs made']}"
+    for split in ("train", "pool", "validation", "heldout"):
+        pairs += f", {split} {counts.get(f'  in split {split}', 0)}"
+    lines = [f"- base: {args['model']}"]
+    lines.append(f"- data: {counts['rows read']} rows of {args['images'] or args['pairs']}")
     lines.append(
         f"- expert: {expert}, present from {args['present']}, absent below {args['absent']}"
     )
-    for name, n in counts.items():
-        if name.startswith("  in split"):
-            lines.append(f"- pairs{name.removeprefix('  in split')}: {n}")
-    for judge in judges[1:]:  # the first is the base model
+    lines.append(f"- pairs that it made or confirmed: {pairs}")
+    for judge in judges[1:]:
         n = judge["counts"]["trained on, critiques"]
         of_steps = common.read_rows(judge["checkpoint"].parent / "metrics.jsonl", dict)
-        line = f"- {judge['name']}: {judge['steps']} steps of {judge['train_batch']} of"
-        lines.append(f"{line} {n} critiques, loss at the end {of_steps[-1]['loss']:.3f}")
+        line = f"- {judge['name']}: {judge['steps']} steps of {judge['train_batch']} critiques"
+        lines.append(f"{line}, drawn from {n}; training loss at the end {of_steps[-1]['loss']:.3f}")
     return lines
 
 
@@ -525,11 +516,12 @@ def warnings_of(rows_of, table):
     return warnings
 
 
-def finish(args, folder, counts, rows_of, lines, more=()):
+def finish(args, folder, counts, judges, rows_of, lines, more=()):
     """Prints the lines, and writes them and more as report.md; rows_of: {condition: judgements}."""
     print("\n".join(lines))
-    report = [f"# {args.pairs or 'Held-out pairs'}, by the judges of {args.run}", "", "Made by", ""]
-    report += [f"    python {shlex.join(sys.argv)}", "", *lines, *more, ""]
+    report = [f"# {args.pairs or 'Held-out pairs'}, by the judges of {args.run}", ""]
+    report += [WORDS["about"], *run_lines(Path(args.run), judges), *lines, *more]
+    report += ["", "Made by", "", f"    python {shlex.join(sys.argv)}", ""]
     common.write_text(folder / "report.md", "\n".join(report))
     judgements = sum(rows_of.values(), [])
     common.write_jsonl(folder / "judgements.jsonl", judgements)
@@ -615,7 +607,7 @@ def main(args):
     asking |= {"seed": args.seed, "batch_size": args.batch_size}
     answers = folder / "answers.jsonl"
     if args.benchmark == "llava-wild":
-        return answer_in_the_wild(args, folder, last, model_of, asking)
+        return answer_in_the_wild(args, folder, judges, last, model_of, asking)
 
     # 2. The pairs, and the questions about them --------------------------------------------------
     pairs, counts = load_pairs(args, folder, judges)
@@ -651,10 +643,9 @@ def main(args):
     draw_reliability(folder / "reliability.png", {"base": rows_of["base"], last["name"]: of_last})
     more = ["", "![](accuracy.png)", "![](reliability.png)", f"\n## Judgements of {last['name']}"]
     more += judgement_lines(folder, of_last, questions, args.image_root)
-    lines = [*run_lines(Path(args.run), judges), *warnings_of(rows_of, table)]
-    lines += table_lines(table, differences)
+    lines = warnings_of(rows_of, table) + table_lines(table, differences)
     counts["pairs"] = len(pairs)
-    finish(args, folder, counts, rows_of, lines, more)
+    finish(args, folder, counts, judges, rows_of, lines, more)
 
 
 if __name__ == "__main__":
