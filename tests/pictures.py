@@ -169,8 +169,9 @@ def pipeline(run, root):
 def write_numbers(path, run):
     metrics = common.read_json(run / "05_evaluation" / "metrics.json")
     table = {}
+    names = ("accuracy", "interval", "balanced", "n_checks")
     for judge, measures in metrics["table"].items():
-        table[judge] = {name: measures[name] for name in ("accuracy", "interval", "checks")}
+        table[judge] = {name: measures[name] for name in names if name in measures}
     kept = common.read_rows(run / "04_rejection" / "iter1" / "kept.jsonl", dict)
     numbers = {"table": table, "differences": metrics["differences"]}
     numbers["counts of 02"] = common.read_json(run / "02_critiques" / "meta.json")["counts"]
