@@ -103,14 +103,14 @@ def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
     They are drawn without repeats, with weight 1 + how often they are mentioned together with the
     scene's objects in this corpus: the plausible errors, which a language prior makes.
     co_occurrence: Counter {frozenset of two classes: texts}; rng: random.Random of this row."""
-    # With u uniform in [0, 1), u ** (1 / weight) is the nearer to 1 the heavier the class: the n
-    # largest are exactly n weighted draws without replacement (Efraimidis and Spirakis, 2006).
-    scores = {}
+    # Each class throws a number in [0, 1), which a weight pulls towards 1: u ** (1 / weight). The n
+    # largest are distributed as n weighted draws without repeats (Efraimidis and Spirakis, 2006).
+    throws = {}
     for name in classes:
         if name not in mentions:
-            weight = 1 + sum(co_occurrence[frozenset((name, other))] for other in mentions)
-            scores[name] = rng.random() ** (1 / weight)
-    return sorted(scores, key=scores.get, reverse=True)[:n]
+            n_together = sum(co_occurrence[frozenset((name, other))] for other in mentions)
+            throws[name] = rng.random() ** (1 / (1 + n_together))
+    return sorted(throws, key=throws.get, reverse=True)[:n]
 
 
 def gather_evidence(chosen, rejected, detections, status):
@@ -120,10 +120,9 @@ def gather_evidence(chosen, rejected, detections, status):
         claimed_by = "chosen" if name in chosen else "rejected"
         if name in chosen and name in rejected:
             claimed_by = "both"
-        found = [detection for detection in detections if detection["object"] == name]
-        nothing = {"confidence": 0.0, "box": None}
-        best = max(found, key=lambda detection: detection["confidence"], default=nothing)
         row = {"object": name, "claimed_by": claimed_by, "status": status.get(name, "unsure")}
+        of_name = [found for found in detections if found["object"] == name]
+        best = max(of_name, key=lambda found: found["confidence"], default={"confidence": 0.0})
         evidence.append({**row, "confidence": best["confidence"], "box": best.get("box")})
     return evidence
 
@@ -143,23 +142,24 @@ def build_pair(item, candidates, swaps, finding, status, vocabulary, seed):
     if set(chain(*mentions)).isdisjoint(finding["classes"]):
         raise Skip("names no object of the vocabulary")
     if "chosen" in item:
-        chosen, rejected, source = item["chosen"], item["rejected"], "given"
-        if reason := check_given_pair(*mentions, status):
+        source = "given"
+        chosen, rejected = item["chosen"], item["rejected"]
+        reason = check_given_pair(*mentions, status)
+        if reason:
             raise Skip(reason)
     else:
-        chosen, rejected = pair_candidates(candidates, status)
         source = "sampled"
+        chosen, rejected = pair_candidates(candidates, status)
         if chosen is None:
             raise Skip("no candidate without hallucination")
         if rejected is None:
+            source = "swapped"
             rng = random.Random(row_seed(seed, "pair", item["id"]))
             rejected = make_swap(chosen, swaps, status, vocabulary, rng)
-            source = "swapped"
     named = find_mentions(chosen, vocabulary), find_mentions(rejected, vocabulary)
     evidence = gather_evidence(*named, finding["detections"], status)
     hallucinated = [found["object"] for found in evidence if found["status"] == "absent"]
-    # "dog" swapped in behind "hot" is a hot dog, of which the expert has said nothing
-    if not hallucinated:
+    if not hallucinated:  # "a hot cat" with a dog for its cat is a hot dog: nobody looked for one
         raise Skip("the swap names nothing absent")
     row = {"id": item["id"], "image": item["image"], "prompt": item["prompt"]}
     row |= {"chosen": chosen, "rejected": rejected, "source": source}
@@ -177,16 +177,16 @@ def make_swap(text, swaps, status, vocabulary, rng):
 
 def split_sizes(n, validation, heldout, train):
     """{split: pairs} of n pairs; an argument is a number, a share below 1, or None: the default."""
-    sizes = {"validation": validation, "heldout": heldout, "train": train}
-    for split, size in sizes.items():
-        if size is not None:
-            sizes[split] = round(size * n if size < 1 else size)
-    for split, most in (("validation", 200), ("heldout", 500)):
-        if sizes[split] is None:
-            sizes[split] = min(most, n // 10)
-    if sizes["train"] is None:  # half of what is left: 04 needs as much
-        left = n - sizes["validation"] - sizes["heldout"]
-        sizes["train"] = min(5000, max(0, left) // 2)
+
+    def number(size, default):
+        if size is None:
+            return default
+        return round(size * n if size < 1 else size)
+
+    sizes = {"validation": number(validation, min(200, n // 10))}
+    sizes["heldout"] = number(heldout, min(500, n // 10))
+    left = max(0, n - sizes["validation"] - sizes["heldout"])
+    sizes["train"] = number(train, min(5000, left // 2))  # the other half is for 04
     return sizes
 
 
@@ -217,9 +217,9 @@ def spaced(phrase):
 def plural(phrase):
     """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'skis' -> 'skis'."""
     noun, of, rest = phrase.partition(" of ")
-    rules = WORDS["plurals"]  # pairs of what a singular ends in and its plural; the first that fits
-    ending, new = next(rule for rule in rules if re.search(rule[0], noun))
-    return re.sub(ending, new, noun) + of + rest
+    for ending, new in WORDS["plurals"]:  # the first that fits; the last, "$", always does
+        if re.search(ending, noun):
+            return re.sub(ending, new, noun) + of + rest
 
 
 def build_vocabulary(class_names, synonyms=None):
@@ -247,19 +247,19 @@ def read_vocabulary(path):
 SYNONYMS = WORDS["coco"]  # {class: [phrases]}
 COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
 NOT_OBJECTS = build_vocabulary(WORDS["nothing"])  # "dog park", which names no dog
-# A cue, and all words and signs after it up to a comma, the sentence's end, or a word that ends the
-# denial. ("Not in any car" goes on, in spite of "in".)
-DENIED = re.compile(
-    rf"\b(?:{'|'.join(WORDS['denials'])})\b"
-    rf"(?:(?!\b(?:{'|'.join(WORDS['denial_ends'])})\b(?! any\b))(?:\w+|[^\w,.;:!?\n()—]))*"
-)
+# A cue, and then words and spaces up to a comma, a full stop or the like, or a word that ends the
+# denial; but "not in any car" goes on, in spite of "in".
+CUE = rf"\b(?:{'|'.join(WORDS['denials'])})\b"
+DENIAL_ENDS = rf"\b(?:{'|'.join(WORDS['denial_ends'])})\b(?! any\b)"
+DENIED = re.compile(rf"{CUE}(?:(?!{DENIAL_ENDS})(?:\w+|[^\w,.;:!?\n()—]))*")
 
 
 def find_mentions(text, vocabulary):
     """Classes that an English text says are there, by first mention; vocabulary: {phrase: class}.
     >>> find_mentions("No cats, only a dog park, two men with a teddy bear.", COCO_VOCABULARY)
     ['person', 'teddy bear']"""
-    return list(dict.fromkeys(name for _, _, name in mention_spans(text, vocabulary)))
+    names = [name for _, _, name in mention_spans(text, vocabulary)]
+    return list(dict.fromkeys(names))
 
 
 def mention_spans(text, vocabulary):
@@ -270,17 +270,16 @@ def mention_spans(text, vocabulary):
     text = DENIED.sub(lambda denied: "." * len(denied.group()), text)
     longest_first = sorted(NOT_OBJECTS | vocabulary, key=len, reverse=True)
     pattern = rf"\b(?:{'|'.join(longest_first)})\b"  # of spaced phrases, so without signs
-    found = list(re.finditer(pattern, re.sub(r"[\s_'-]", " ", text)))
-    nouns = {match.start(): match.group() for match in found}
+    matches = list(re.finditer(pattern, re.sub(r"[\s_'-]", " ", text)))
+    one_word = {match.start() for match in matches if " " not in match.group()}
     mentions = []
-    for match in found:
+    for match in matches:
         start, end = match.span()
-        # Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor". One of two
-        # words begins anew: "a cup dining table" is a list without its comma.
-        follower = nouns.get(end + 1, "") if text[end : end + 1] == " " else ""
-        qualifies = follower and " " not in follower
+        # Of two nouns in a row the second is the thing: "baby elephant", "hot dog vendor"; unless it
+        # has two words itself: "a cup dining table" is a list without its comma.
+        qualifies = text.startswith(" ", end) and end + 1 in one_word
+        is_hyphened = re.match(r"-\w", text[end:])  # "dog-friendly"
         is_object = match.group() in vocabulary  # which wins over NOT_OBJECTS
-        is_hyphened = re.match(r"-\w", text[end : end + 2])  # "dog-friendly"
         if is_object and not qualifies and not is_hyphened:
             mentions.append((start, end, vocabulary[match.group()]))
     return mentions
@@ -308,9 +307,9 @@ def swap_object(text, old, new, vocabulary):
         word = new
         if spaced(text[start:end]) in plurals:
             word = plural(new)
-        elif article := re.search(r"\b(an?) $", opening, re.IGNORECASE):
-            n = "n" if new[0] in "aeiou" else ""
-            opening = opening[: article.start()] + article[1][0] + n + " "
+        else:
+            article = r"\1n " if new[0] in "aeiou" else r"\1 "
+            opening = re.sub(r"\b(a)n? $", article, opening, flags=re.IGNORECASE)
         if text[start].isupper():
             word = word[0].upper() + word[1:]
         text = opening + word + text[end:]
