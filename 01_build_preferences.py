@@ -319,6 +319,7 @@ def swap_object(text, old, new, vocabulary):
 # ---- Readers: preference pairs as others publish them --------------------------------------------
 SUFFIXES = (".parquet", ".json", ".jsonl")
 LONGEST = 10_000  # characters of a text: some 2,500 tokens of English
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's words: TRL's
 
 
 def turns_of(messages, role):
@@ -332,7 +333,7 @@ def turns_of(messages, role):
         content = message.get("content") or message.get("value") or ""
         if not isinstance(content, str):  # in parquet the picture's block has a "text" too: None
             content = "\n".join(block["text"] for block in content if block.get("text"))
-        turns.append(({"human": "user", "gpt": "assistant"}.get(speaker, speaker), content))
+        turns.append((ROLES.get(speaker, speaker), content))
     return turns
 
 
@@ -348,12 +349,12 @@ def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
             raise Skip("no response", field)
         if turns[0][0] == "assistant":  # else it is the whole conversation
             turns = turns_of(row.get(prompt), "user") + turns
-        contexts[side], responses[side] = turns[:-1], turns[-1][1]
-    if contexts["chosen"] != contexts["rejected"]:
+        contexts[side] = turns[:-1]
+        responses[side] = turns[-1][1]
+    context = contexts["chosen"]
+    if context != contexts["rejected"]:
         raise Skip("chosen and rejected answer different questions", rejected)
-    lines = [text for _, text in contexts["chosen"]]
-    if len(lines) > 1:
-        lines = [f"{role}: {text}" for role, text in contexts["chosen"]]
+    lines = [text if len(context) == 1 else f"{role}: {text}" for role, text in context]
     return {"prompt": "\n".join(lines), **responses}
 
 
@@ -365,11 +366,13 @@ def from_own(row):
 def from_vl_rewardbench(row):
     # Rank 0 is the better one; anything but these two is a ValueError, which skips the row.
     best = [[0, 1], [1, 0]].index(row["human_ranking"])
-    prefix = re.split("[_-]", row["id"])[0]  # by which the publishers tell the categories
-    groups = {"RLAIF": "hallucination", "RLHF": "hallucination", "hallucination": "hallucination"}
-    groups |= {"mathverse": "reasoning", "mmmu": "reasoning"}
-    pair = {"prompt": row["query"], "category": groups.get(prefix, "general")}
-    return {**pair, "chosen": row["response"][best], "rejected": row["response"][1 - best]}
+    category = "general"  # told by how an id begins
+    if row["id"].startswith(("RLAIF", "RLHF", "hallucination")):
+        category = "hallucination"
+    elif row["id"].startswith(("mathverse", "mmmu")):
+        category = "reasoning"
+    chosen, rejected = row["response"][best], row["response"][1 - best]
+    return {"prompt": row["query"], "category": category, "chosen": chosen, "rejected": rejected}
 
 
 from_povid = partial(from_messages, chosen="conversations", rejected="rejected_conversations")
@@ -385,11 +388,13 @@ FORMATS = {  # name: (the columns it is known by, its mapping); the first that f
 
 def pair_of(row):
     """(format name, {id or None, image as it stands there, prompt, chosen, rejected, ...})."""
-    fitting = [name for name in FORMATS if isinstance(row, dict) and FORMATS[name][0] <= set(row)]
-    if not fitting:
+    columns = set(row) if isinstance(row, dict) else set()
+    name = next((name for name in FORMATS if FORMATS[name][0] <= columns), None)
+    if name is None:
         raise Skip(f"columns of no known format ({', '.join(FORMATS)})", "?")
     try:
-        pair = FORMATS[fitting[0]][1](row)
+        mapping = FORMATS[name][1]
+        pair = mapping(row)
         pair["prompt"] = re.sub(r"<image>\n?|\n<image>", "", pair["prompt"])
         if pair["chosen"].strip() == pair["rejected"].strip():
             raise Skip("identical responses", "rejected")
@@ -398,8 +403,9 @@ def pair_of(row):
             if len(pair[field]) > LONGEST:
                 raise Skip(f"more than {LONGEST:,} characters", field)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # of other kinds of data
-        raise Skip(f"not a row of {fitting[0]}", f"? ({common.one_line(error)})") from None
-    return fitting[0], {"id": row.get("id"), "image": row.get("image") or row.get("images"), **pair}
+        raise Skip(f"not a row of {name}", f"? ({common.one_line(error)})") from None
+    image = row.get("image") or row.get("images")
+    return name, {"id": row.get("id"), "image": image, **pair}
 
 
 def rows_of(file):
@@ -423,9 +429,10 @@ def rows_of(file):
 def read_rows(source):
     """((file, number from 1), row) of a file, of a folder's files, or of a hub id: see rows_of.
     Stops at what cannot be read."""
-    files = [Path(source)]
-    if files[0].is_dir():
-        files = sorted(file for file in files[0].rglob("*") if file.suffix in SUFFIXES)
+    path = Path(source)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
     for file in files:
         number = 0
         try:
@@ -445,27 +452,27 @@ def place_image(image, image_root, folder):
         image = next(iter(image), None)
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    root, file = Path(image_root).resolve(), None
+    root = Path(image_root).resolve()
+    file = None
     if isinstance(image, bytes):
         file = io.BytesIO(image)
-    with suppress(OSError, ValueError, TypeError):  # a name that no file can have, or no name
-        names = [image] if isinstance(image, Path) else [image, Path(image).name]
-        file = next((root / name for name in names if (root / name).is_file()), None)
+    elif isinstance(image, (str, Path)):  # where the row says, or else right under the root
+        places = root / image, root / Path(image).name
+        file = next(filter(os.path.isfile, places), None)
     if file is None:
         raise Skip("missing image", "image")
     try:
         with Image.open(file) as picture:
-            suffix = f".{picture.format.lower().replace('jpeg', 'jpg')}"
+            suffix = picture.format.lower().replace("jpeg", "jpg")
             picture.draft("RGB", (64, 64))  # JPEG is decoded at an eighth: fast, to its last byte
             common.as_seen(picture)
     except Exception:  # each decoder has its own kind
         raise Skip("picture that does not decode", "image") from None
     if isinstance(image, bytes):
-        file = Path(folder).resolve() / "images" / (hashlib.sha256(image).hexdigest()[:32] + suffix)
+        name = hashlib.sha256(image).hexdigest()[:32]
+        file = Path(folder).resolve() / "images" / f"{name}.{suffix}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")  # of several processes each its own
-        unfinished.write_bytes(image)
-        unfinished.replace(file)  # whole or not at all
+        common.write_bytes(file, image)
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
@@ -506,14 +513,16 @@ def without_overlap(items, source, counts):
     """The items none of whose responses occurs in the evaluation set `source`, whatever their case
     and signs. Below 20 characters ("Yes, there is.") they recur by chance and do not count."""
 
-    def texts(row):
-        return {spaced(text) for text in (row["chosen"], row["rejected"]) if len(text) >= 20}
+    def texts(pair):
+        responses = pair["chosen"], pair["rejected"]
+        return {spaced(text) for text in responses if len(text) >= 20}
 
     in_source = set()
     for _, row in read_rows(source):
         with suppress(Skip):  # what is no pair has no responses
-            in_source |= texts(pair_of(row)[1])
-    others = [item for item in items if not texts(item) & in_source]
+            _, pair = pair_of(row)
+            in_source |= texts(pair)
+    others = [item for item in items if texts(item).isdisjoint(in_source)]
     counts[f"excluded: text in {source}"] += len(items) - len(others)
     return others
 

@@ -593,12 +593,16 @@ def join_processes():
 
 
 # ---- Files: written whole or not at all; answers, which are kept ---------------------------------
-def write_text(path, text):
+def write_bytes(path, data):
     """Atomic: a reader sees the old file or the new one. Of several processes the first writes."""
     if RANK == 0:
         unfinished = Path(f"{path}.partial")
-        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters
+        unfinished.write_bytes(data)
         unfinished.replace(path)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode(errors="backslashreplace"))  # for half characters
 
 
 def write_json(path, value):
