@@ -366,12 +366,11 @@ def from_own(row):
 def from_vl_rewardbench(row):
     # Rank 0 is the better one; anything but these two is a ValueError, which skips the row.
     best = [[0, 1], [1, 0]].index(row["human_ranking"])
-    category = "general"  # told by how an id begins
-    if row["id"].startswith(("RLAIF", "RLHF", "hallucination")):
-        category = "hallucination"
-    elif row["id"].startswith(("mathverse", "mmmu")):
-        category = "reasoning"
     chosen, rejected = row["response"][best], row["response"][1 - best]
+    groups = dict.fromkeys(("RLAIF", "RLHF", "hallucination"), "hallucination")
+    groups |= dict.fromkeys(("mathverse", "mmmu"), "reasoning")
+    prefix = re.split("[_-]", row["id"])[0]  # by which the publishers tell the categories
+    category = groups.get(prefix, "general")
     return {"prompt": row["query"], "category": category, "chosen": chosen, "rejected": rejected}
 
 
@@ -560,12 +559,9 @@ class Detector:
         settings = {"conf": FLOOR, "device": self.device, "verbose": False}
         found = []
         for result in self.model.predict(arrays, batch=len(arrays), **settings):
-            boxes = result.boxes
             detections = []
-            for label, score, box in zip(
-                boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist()
-            ):
-                detection = {"object": result.names[int(label)], "confidence": round(score, 4)}
+            for *box, confidence, label in result.boxes.data.tolist():  # (boxes, 6)
+                detection = {"object": result.names[int(label)], "confidence": round(confidence, 4)}
                 detections.append({**detection, "box": [round(x, 1) for x in box]})
             found.append(detections)
         return found
@@ -580,19 +576,24 @@ class OwnAnswers:
         self.judge = judge
 
     def find(self, images, questions):
-        return [self.look(image, names) if names else [] for image, names in zip(images, questions)]
+        return [self.look(image, names) for image, names in zip(images, questions)]
 
     @torch.inference_mode()
     def look(self, image, names):
+        if not names:
+            return []
         model, processor = self.judge.loaded
         texts = [f"Is there a {name} in the image? Answer yes or no." for name in names]
-        inputs = common.encode_prompts(processor, texts, [image] * len(texts))
-        logits = model(**inputs.to(model.device), logits_to_keep=1).logits[:, -1].float()
-        words = processor.tokenizer(["yes", "Yes", "no", "No"], add_special_tokens=False).input_ids
-        logits = logits[:, [ids[0] for ids in words]]  # (names, V) -> (names, 4)
-        log_odds = logits[:, :2].logsumexp(-1) - logits[:, 2:].logsumexp(-1)  # (names,) in nats
-        confidences = [round(p, 4) for p in log_odds.sigmoid().tolist()]
-        return [{"object": n, "confidence": p, "box": None} for n, p in zip(names, confidences)]
+        inputs = common.encode_prompts(processor, texts, [image] * len(texts)).to(model.device)
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1]  # (names, V)
+        answers = ["yes", "Yes", "no", "No"]
+        tokens = processor.tokenizer(answers, add_special_tokens=False).input_ids
+        first = [ids[0] for ids in tokens]
+        p = logits[:, first].float().softmax(-1)  # (names, 4), of these answers alone
+        detections = []
+        for name, p_yes in zip(names, p[:, :2].sum(-1).tolist()):
+            detections.append({"object": name, "confidence": round(p_yes, 4), "box": None})
+        return detections
 
 
 class Detection(TypedDict):
@@ -609,53 +610,50 @@ class Finding(TypedDict):  # what an expert found: rows of detections.jsonl and 
 
 
 class Expert:
-    """What --expert names, with all that it has found in earlier starts. It is loaded when it is to
-    find more. classes: those of its own; None: it finds whatever it is asked about."""
+    """What --expert names, and what it has found in earlier starts; loaded when more is asked.
+
+    classes: all that it can find; None: it finds whatever it is asked about."""
 
     def __init__(self, args, folder, image_root, judge):
-        self.path, self.image_root = folder / "detections.jsonl", image_root
+        self.path = folder / "detections.jsonl"
+        self.image_root = Path(image_root)
+        self.classes = None
         if args.expert == "none":
-            self.load = cache(partial(OwnAnswers, judge))
+            self.load = cache(partial(OwnAnswers, judge))  # cache: once
             self.identity = {"expert": "none", "weights": judge.weights, "floor": FLOOR}
-            self.classes = None
-        else:
-            self.load = cache(partial(Detector, args.expert, args.device))
-            # Without "/" it is a name, of which ultralytics leaves a file here.
-            name = str(Path(args.expert).resolve()) if "/" in args.expert else args.expert
-            self.identity = {"expert": name, "floor": FLOOR}
-            self.classes = self.known_classes(folder / "classes.json", name)
-
-    def known_classes(self, path, name):
-        """Of a detector of this name; only the first time it must be loaded to say so."""
-        known = common.read_json(path) if path.exists() else {}
-        if name not in known:
-            known[name] = self.load().classes
-            common.write_json(path, known)
-        return known[name]
+            return
+        self.load = cache(partial(Detector, args.expert, args.device))
+        name = args.expert
+        if "/" in name:  # else ultralytics knows it, and leaves a file of this name here
+            name = str(Path(name).resolve())
+        self.identity = {"expert": name, "floor": FLOOR}
+        path = folder / "classes.json"  # or it would be loaded each time, just to say its classes
+        classes_of = common.read_json(path) if path.exists() else {}
+        if name not in classes_of:
+            classes_of[name] = self.load().classes
+            common.write_json(path, classes_of)
+        self.classes = classes_of[name]
 
     def find(self, questions):
         """{image: finding {classes, detections}} for {image: classes to ask about}."""
+        if self.classes:  # it looks for all of them, whatever it is asked
+            questions = dict.fromkeys(questions, self.classes)
         tasks = []
         for image, names in questions.items():
-            names = self.classes or names  # who has classes of his own looks for them all
             tasks.append(({**self.identity, "image": image, "names": names}, (image, names)))
         rows = common.kept(self.path, Finding, tasks, self.find_chunk, 256, "detections")
-        findings = {}
-        for (image, names), row in zip(questions.items(), rows):
-            findings[image] = {**row, "classes": self.classes or names}
-        return findings
+        return {row["image"]: {**row, "classes": questions[row["image"]]} for row in rows}
 
     def find_chunk(self, chunk, bar):
         batches = [chunk[start : start + 32] for start in range(0, len(chunk), 32)]
-        rows = []
-        for (image, _), found in zip(chunk, common.share_out(batches, self.find_batch)):
-            rows.append({"image": image, "detections": found})
+        found = common.share_out(batches, self.find_batch)
         bar.update(len(chunk))
-        return rows
+        return [{"image": image, "detections": of} for (image, _), of in zip(chunk, found)]
 
     def find_batch(self, batch):
-        pictures = [common.load_image(Path(self.image_root) / image) for image, _ in batch]
-        return self.load().find(pictures, [names for _, names in batch])
+        images, questions = zip(*batch)
+        pictures = [common.load_image(self.image_root / image) for image in images]
+        return self.load().find(pictures, questions)
 
 
 def read_detections(path, vocabulary):
