@@ -41,9 +41,9 @@ from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from pyarrow.parquet import ParquetFile
 from pydantic import Field, FiniteFloat, TypeAdapter
@@ -135,7 +135,7 @@ def build_pair(item, candidates, swaps, finding, status, vocabulary, seed):
     """The preference row; raises Skip.
     item: {id, image, prompt}, of a given pair also chosen and rejected; candidates: list of (text,
     mentions), of a given pair these two; swaps: classes that may be swapped in; finding: what the
-    expert says of the image, {classes, detections}; status: of all mentions and swaps."""
+    expert says of the image, {classes, detections}; status: of all that it was asked about."""
     if not candidates:
         raise Skip("no candidate is finished")
     mentions = [named for _, named in candidates]
@@ -200,11 +200,10 @@ def assign_splits(rows, sizes, seed):
     images = sorted(of_image, key=lambda image: row_seed(seed, "split", image))
     placed = []
     for split, size in [*sizes.items(), ("pool", len(rows))]:
-        n = 0
-        while images and n < size:
-            of_first = of_image[images.pop(0)]
-            placed += [{**row, "split": split} for row in of_first]
-            n += len(of_first)
+        start = len(placed)
+        while images and len(placed) < start + size:
+            image = images.pop(0)
+            placed += [{**row, "split": split} for row in of_image[image]]
     return placed
 
 
@@ -258,8 +257,7 @@ def find_mentions(text, vocabulary):
     """Classes that an English text says are there, by first mention; vocabulary: {phrase: class}.
     >>> find_mentions("No cats, only a dog park, two men with a teddy bear.", COCO_VOCABULARY)
     ['person', 'teddy bear']"""
-    names = [name for _, _, name in mention_spans(text, vocabulary)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for _, _, name in mention_spans(text, vocabulary)))
 
 
 def mention_spans(text, vocabulary):
@@ -275,8 +273,8 @@ def mention_spans(text, vocabulary):
     mentions = []
     for match in matches:
         start, end = match.span()
-        # Of two nouns in a row the second is the thing: "baby elephant", "hot dog vendor"; unless it
-        # has two words itself: "a cup dining table" is a list without its comma.
+        # Of two nouns in a row the second is the thing: "baby elephant", "hot dog vendor". If that
+        # has two words itself, "a cup dining table", it is a list without its comma.
         qualifies = text.startswith(" ", end) and end + 1 in one_word
         is_hyphened = re.match(r"-\w", text[end:])  # "dog-friendly"
         is_object = match.group() in vocabulary  # which wins over NOT_OBJECTS
@@ -300,19 +298,14 @@ def swap_object(text, old, new, vocabulary):
     mention is, with "a" or "an" and a capital as needed."""
     # surely plural: "skis" is both, and counts as singular
     plurals = {plural(phrase) for phrase in vocabulary if plural(phrase) != phrase}
+    article = r"\1n " if new[0] in "aeiou" else r"\1 "
     for start, end, name in reversed(mention_spans(text, vocabulary)):
-        if name != old:
-            continue
-        opening = text[:start]
-        word = new
-        if spaced(text[start:end]) in plurals:
-            word = plural(new)
-        else:
-            article = r"\1n " if new[0] in "aeiou" else r"\1 "
-            opening = re.sub(r"\b(a)n? $", article, opening, flags=re.IGNORECASE)
-        if text[start].isupper():
-            word = word[0].upper() + word[1:]
-        text = opening + word + text[end:]
+        if name == old:
+            word = plural(new) if spaced(text[start:end]) in plurals else new
+            if text[start].isupper():
+                word = word[0].upper() + word[1:]
+            opening = re.sub(r"\b(a)n? $", article, text[:start], flags=re.IGNORECASE)
+            text = opening + word + text[end:]
     return text
 
 
@@ -340,7 +333,7 @@ def turns_of(messages, role):
 def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
     """Pairs the last assistant turns; the prompt is what comes before, with roles if it is more
     than one turn."""
-    contexts, responses = {}, {}
+    contexts, pair = [], {}
     for side, field in (("chosen", chosen), ("rejected", rejected)):
         turns = turns_of(row[field], "assistant")
         while turns and turns[-1][0] != "assistant":  # nobody has answered these
@@ -349,13 +342,14 @@ def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
             raise Skip("no response", field)
         if turns[0][0] == "assistant":  # else it is the whole conversation
             turns = turns_of(row.get(prompt), "user") + turns
-        contexts[side] = turns[:-1]
-        responses[side] = turns[-1][1]
-    context = contexts["chosen"]
-    if context != contexts["rejected"]:
+        contexts.append(turns[:-1])
+        pair[side] = turns[-1][1]
+    if contexts[0] != contexts[1]:
         raise Skip("chosen and rejected answer different questions", rejected)
-    lines = [text if len(context) == 1 else f"{role}: {text}" for role, text in context]
-    return {"prompt": "\n".join(lines), **responses}
+    lines = [f"{role}: {text}" for role, text in contexts[0]]
+    if len(lines) == 1:
+        lines = [contexts[0][0][1]]
+    return {"prompt": "\n".join(lines), **pair}
 
 
 def from_own(row):
@@ -366,12 +360,11 @@ def from_own(row):
 def from_vl_rewardbench(row):
     # Rank 0 is the better one; anything but these two is a ValueError, which skips the row.
     best = [[0, 1], [1, 0]].index(row["human_ranking"])
-    chosen, rejected = row["response"][best], row["response"][1 - best]
-    groups = dict.fromkeys(("RLAIF", "RLHF", "hallucination"), "hallucination")
-    groups |= dict.fromkeys(("mathverse", "mmmu"), "reasoning")
+    groups = {"RLAIF": "hallucination", "RLHF": "hallucination", "hallucination": "hallucination"}
+    groups |= {"mathverse": "reasoning", "mmmu": "reasoning"}
     prefix = re.split("[_-]", row["id"])[0]  # by which the publishers tell the categories
-    category = groups.get(prefix, "general")
-    return {"prompt": row["query"], "category": category, "chosen": chosen, "rejected": rejected}
+    pair = {"prompt": row["query"], "category": groups.get(prefix, "general")}
+    return {**pair, "chosen": row["response"][best], "rejected": row["response"][1 - best]}
 
 
 from_povid = partial(from_messages, chosen="conversations", rejected="rejected_conversations")
@@ -429,10 +422,8 @@ def read_rows(source):
     """((file, number from 1), row) of a file, of a folder's files, or of a hub id: see rows_of.
     Stops at what cannot be read."""
     path = Path(source)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-    for file in files:
+    in_folder = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    for file in in_folder or [path]:
         number = 0
         try:
             for number, row in enumerate(rows_of(file), 1):
@@ -470,7 +461,6 @@ def place_image(image, image_root, folder):
     if isinstance(image, bytes):
         name = hashlib.sha256(image).hexdigest()[:32]
         file = Path(folder).resolve() / "images" / f"{name}.{suffix}"
-        file.parent.mkdir(parents=True, exist_ok=True)
         common.write_bytes(file, image)
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
@@ -487,12 +477,11 @@ def read_pairs(source, image_root, folder, limit=None):
             name, pair = pair_of(row)
             pair["image"] = place_image(pair["image"], image_root, folder)
             pair["id"] = str(pair["id"] or f"{Path(pair['image']).stem}-{k}")
+            while pair["id"] in rows:
+                pair["id"] += f"-{k}"
+            rows[pair["id"]] = pair
         except Skip as skip:
             count_skip(counts, skip, origin)
-            continue
-        while pair["id"] in rows:
-            pair["id"] += f"-{k}"
-        rows[pair["id"]] = pair
     if not rows:
         why = dict(counts) or "there is no row"
         stop(f"{source} holds no usable row: {why}; --image-root is {image_root}")
@@ -511,17 +500,16 @@ def count_skip(counts, skip, origin):
 def without_overlap(items, source, counts):
     """The items none of whose responses occurs in the evaluation set `source`, whatever their case
     and signs. Below 20 characters ("Yes, there is.") they recur by chance and do not count."""
-
-    def texts(pair):
-        responses = pair["chosen"], pair["rejected"]
-        return {spaced(text) for text in responses if len(text) >= 20}
-
-    in_source = set()
+    texts = set()
     for _, row in read_rows(source):
         with suppress(Skip):  # what is no pair has no responses
             _, pair = pair_of(row)
-            in_source |= texts(pair)
-    others = [item for item in items if texts(item).isdisjoint(in_source)]
+            texts |= {spaced(pair["chosen"]), spaced(pair["rejected"])}
+    texts = {text for text in texts if len(text) >= 20}
+    others = []
+    for item in items:
+        if texts.isdisjoint([spaced(item["chosen"]), spaced(item["rejected"])]):
+            others.append(item)
     counts[f"excluded: text in {source}"] += len(items) - len(others)
     return others
 
@@ -554,11 +542,9 @@ class Detector:
         self.classes = list(self.model.names.values())
 
     def find(self, images, questions):
-        # Arrays, as OpenCV has them (BGR): PIL images would be turned by their EXIF tag.
-        arrays = [np.asarray(image)[:, :, ::-1].copy() for image in images]
         settings = {"conf": FLOOR, "device": self.device, "verbose": False}
         found = []
-        for result in self.model.predict(arrays, batch=len(arrays), **settings):
+        for result in self.model.predict(images, batch=len(images), **settings):
             detections = []
             for *box, confidence, label in result.boxes.data.tolist():  # (boxes, 6)
                 detection = {"object": result.names[int(label)], "confidence": round(confidence, 4)}
@@ -586,14 +572,11 @@ class OwnAnswers:
         texts = [f"Is there a {name} in the image? Answer yes or no." for name in names]
         inputs = common.encode_prompts(processor, texts, [image] * len(texts)).to(model.device)
         logits = model(**inputs, logits_to_keep=1).logits[:, -1]  # (names, V)
-        answers = ["yes", "Yes", "no", "No"]
-        tokens = processor.tokenizer(answers, add_special_tokens=False).input_ids
-        first = [ids[0] for ids in tokens]
+        words = processor.tokenizer(["yes", "Yes", "no", "No"], add_special_tokens=False).input_ids
+        first = [ids[0] for ids in words]
         p = logits[:, first].float().softmax(-1)  # (names, 4), of these answers alone
-        detections = []
-        for name, p_yes in zip(names, p[:, :2].sum(-1).tolist()):
-            detections.append({"object": name, "confidence": round(p_yes, 4), "box": None})
-        return detections
+        confidences = [round(p_yes, 4) for p_yes in p[:, :2].sum(-1).tolist()]
+        return [{"object": n, "confidence": p, "box": None} for n, p in zip(names, confidences)]
 
 
 class Detection(TypedDict):
@@ -610,9 +593,7 @@ class Finding(TypedDict):  # what an expert found: rows of detections.jsonl and 
 
 
 class Expert:
-    """What --expert names, and what it has found in earlier starts; loaded when more is asked.
-
-    classes: all that it can find; None: it finds whatever it is asked about."""
+    """What --expert names, and what it has found in earlier starts; loaded when more is asked."""
 
     def __init__(self, args, folder, image_root, judge):
         self.path = folder / "detections.jsonl"
@@ -623,9 +604,8 @@ class Expert:
             self.identity = {"expert": "none", "weights": judge.weights, "floor": FLOOR}
             return
         self.load = cache(partial(Detector, args.expert, args.device))
-        name = args.expert
-        if "/" in name:  # else ultralytics knows it, and leaves a file of this name here
-            name = str(Path(name).resolve())
+        # without "/" it is a name that ultralytics knows, and leaves a file here
+        name = str(Path(args.expert).resolve()) if "/" in args.expert else args.expert
         self.identity = {"expert": name, "floor": FLOOR}
         path = folder / "classes.json"  # or it would be loaded each time, just to say its classes
         classes_of = common.read_json(path) if path.exists() else {}
@@ -675,27 +655,28 @@ def read_images(images, image_root, prompts, limit, seed, folder):
     images = Path(images).resolve()
     if not images.is_dir():
         stop(f"--images {images} is no folder")
-    kinds = {kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN}
-    paths, rows, counts, of_stem = [], [], Counter(), Counter()
+    paths, counts = [], Counter()
     for path in sorted(path for path in images.rglob("*") if not path.is_dir()):
-        kind = path.suffix.lower()
+        suffix = path.suffix.lower()
         if any(part.startswith(".") for part in path.relative_to(images).parts):
             counts["skipped: hidden file"] += 1
-        elif kind in kinds:
+        elif suffix in Image.registered_extensions():
             paths.append(path)
         else:
-            counts[f"skipped: no decoder for {kind or 'files without a suffix'}"] += 1
+            counts[f"skipped: no decoder for {suffix or 'files without a suffix'}"] += 1
+    rows, of_stem = [], Counter()
     for number, path in enumerate(paths[:limit], 1):
         counts["rows read"] += 1
         try:
+            if not path.is_file():  # a link to nowhere, in whose place its namesake might be found
+                raise Skip("missing image", "image")
             image = place_image(path, image_root, folder)
+            prompt = prompts[row_seed(seed, "prompt", path.name) % len(prompts)]
+            stem = path.relative_to(images).with_suffix("").as_posix()
+            rows.append({"id": f"{stem}-{of_stem[stem]}", "image": image, "prompt": prompt})
+            of_stem[stem] += 1  # a.jpg and a.png have one stem
         except Skip as skip:
             count_skip(counts, skip, (path, number))
-            continue
-        stem = path.relative_to(images).with_suffix("").as_posix()
-        prompt = prompts[row_seed(seed, "prompt", path.name) % len(prompts)]
-        rows.append({"id": f"{stem}-{of_stem[stem]}", "image": image, "prompt": prompt})
-        of_stem[stem] += 1  # a.jpg and a.png have one stem
     return rows, counts
 
 
@@ -711,7 +692,7 @@ def default_image_root(source, run):
 def load_items(args, folder):
     """(image root, rows {id, image, prompt[, chosen, rejected]}, Counter of what was read)."""
     root = args.image_root or default_image_root(args.images or args.pairs, args.run)
-    root = str(Path(root).resolve())
+    root = Path(root).resolve()
     if args.pairs:
         _, items, counts = read_pairs(args.pairs, root, folder, args.limit)
     else:
@@ -720,7 +701,7 @@ def load_items(args, folder):
             lines = Path(args.prompts).read_text("utf-8-sig").split("\n")
             prompts = [line.strip() for line in lines if line.strip()] or prompts
         items, counts = read_images(args.images, root, prompts, args.limit, args.seed, folder)
-    for source in args.exclude or ():
+    for source in args.exclude:
         items = without_overlap(items, source, counts)
     return root, items, counts
 
@@ -746,7 +727,7 @@ def plan_questions(items, mentions, may_swap, seed):
     mentions: {id: list of mentions for each text}; may_swap: the classes to propose."""
     co_occurrence = Counter()  # {frozenset of two classes: texts that mention both}
     for of_text in chain(*mentions.values()):
-        co_occurrence.update(frozenset(pair) for pair in combinations(of_text, 2))
+        co_occurrence.update(map(frozenset, combinations(of_text, 2)))
     swaps, questions = {}, {}
     for item in items:
         key, image = item["id"], item["image"]
@@ -765,24 +746,22 @@ def draw_contact_sheet(path, rows, image_root):
     """The first 12 pairs: boxes in the colours of their status, both responses, each object."""
     figure = Figure((14, 16), layout="constrained")
     nothing = {"frame_on": False, "xticks": (), "yticks": ()}
+    style = {"va": "top", "fontsize": 8, "parse_math": False}
     for axis, row in zip(figure.subplots(3, 4, subplot_kw=nothing).flat, rows):
         picture = common.load_image(Path(image_root) / row["image"])
         axis.imshow(picture)
-        axis.set_title(row["image"][-40:], fontsize=8, parse_math=False)
-        lines = [f"+ {row['chosen']}", f"- {row['rejected']}"]
+        lines = [row["image"][-40:], f"+ {row['chosen']}", f"- {row['rejected']}"]
         for found in row["evidence"]:
             colour = STATUS_COLOURS[found["status"]]
             label = f"{found['object']} {found['confidence']:.2f}"
             lines.append(f"{found['status']}: {label}")
             if found["box"] is not None and found["status"] != "absent":
                 x1, y1, x2, y2 = found["box"]
-                axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=2)
-                x = np.clip((x1 + x2) / 2, 0.2 * picture.width, 0.8 * picture.width)
-                style = {"fontsize": 8, "parse_math": False, "backgroundcolor": colour}
-                axis.text(x, y1, label, ha="center", va="top", **style)
+                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2))
+                x = min(max((x1 + x2) / 2, 0.2 * picture.width), 0.8 * picture.width)
+                axis.text(x, y1, label, ha="center", backgroundcolor=colour, **style)
         text = "\n".join(textwrap.fill(line, 42, max_lines=6) for line in lines)
-        style = {"fontsize": 9, "parse_math": False, "transform": axis.transAxes}
-        axis.text(0, -0.03, text, va="top", **style)
+        axis.text(0, -0.03, text, transform=axis.transAxes, **style)
     figure.savefig(path, dpi=80)
 
 
@@ -795,7 +774,7 @@ def parse_args(argv=None):
     add("--pairs", help="published pairs instead: file, folder, or hub id[:config]")
     add = data.add_argument
     add("--image-root", help="where image paths start; else --images, or the folder of --pairs")
-    add("--exclude", nargs="+", help="evaluation sets whose responses must not be in --pairs")
+    add("--exclude", nargs="+", default=[], help="evaluation sets whose responses are left out")
     add("--prompts", help="text file, one prompt per line, instead of those of assets/words.toml")
     add("--limit", type=common.whole(1), help="read only the first so many images or rows")
     splits = parser.add_argument_group("splits: a number of pairs, or a share of them below 1")
@@ -835,16 +814,15 @@ def main(args):
 
     # 1. What to verify, who writes, who verifies --------------------------------------------------
     image_root, items, counts = load_items(args, folder)
-    settings = {"device": args.device, "max_image_tokens": args.max_image_tokens}
     if Path(args.model).exists():  # else it is a hub id
         args.model = str(Path(args.model).resolve())
-    judge = common.Judge(args.model, **settings)
+    judge = common.Judge(args.model, device=args.device, max_image_tokens=args.max_image_tokens)
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
     if args.detections:
         findings = read_detections(args.detections, vocabulary)
-        n_read = len(items)
+        unseen = [item for item in items if item["image"] not in findings]
+        counts["skipped: image without a row in --detections"] = len(unseen)
         items = [item for item in items if item["image"] in findings]
-        counts["skipped: image without a row in --detections"] = n_read - len(items)
     else:
         expert = Expert(args, folder, image_root, judge)
         if expert.classes and not args.vocabulary:
@@ -865,23 +843,22 @@ def main(args):
         findings = expert.find(questions)
 
     # 3. Pairs -------------------------------------------------------------------------------------
-    rows, statuses = [], Counter()
+    rows = []
     for item in items:
-        key, finding = item["id"], findings[item["image"]]
+        key, image = item["id"], item["image"]
+        finding = findings[image]
         detections, classes = finding["detections"], finding["classes"]
-        named = list(dict.fromkeys(chain(*mentions[key])))
-        status = verify(named + swaps[key], detections, args.present, args.absent, classes)
-        statuses.update(f"mentions {status[name]}" for name in named)
+        status = verify(questions[image], detections, args.present, args.absent, classes)
+        counts.update(f"mentions {status[name]}" for name in dict.fromkeys(chain(*mentions[key])))
         candidates = list(zip(texts[key], mentions[key]))
         try:
-            row = build_pair(item, candidates, swaps[key], finding, status, vocabulary, args.seed)
-            rows.append(row)
+            pair = build_pair(item, candidates, swaps[key], finding, status, vocabulary, args.seed)
+            rows.append(pair)
         except Skip as skip:
             counts[f"dropped: {skip}"] += 1
     counts["pairs made"] = len(rows)
     if not rows:
-        why = dict(counts + statuses)
-        stop(f"no pair could be made: {why}; try another --vocabulary, --expert or --image-root")
+        stop(f"no pair could be made: {dict(counts)}; try another --vocabulary or --expert")
     sizes = split_sizes(len(rows), args.validation, args.heldout, args.train)
     rows = assign_splits(rows, sizes, args.seed)
 
@@ -892,10 +869,10 @@ def main(args):
     draw_contact_sheet(folder / "contact_sheet.png", rows, image_root)
     counts.update(f"  {row['source']} pairs" for row in rows)
     counts.update(f"  in split {row['split']}" for row in rows)
-    counts.update(statuses)
     warn_of_small_splits(counts, args)
-    root, run = Path(image_root), Path(args.run).resolve()  # for the later stages
-    args.image_root = str(root.relative_to(run) if root.is_relative_to(run) else root)
+    run = Path(args.run).resolve()
+    is_inside = image_root.is_relative_to(run)  # then the run can be moved
+    args.image_root = str(image_root.relative_to(run) if is_inside else image_root)
     common.finish_stage(folder, args, counts, "python 02_generate_critiques.py")
 
 

@@ -597,6 +597,7 @@ def write_bytes(path, data):
     """Atomic: a reader sees the old file or the new one. Of several processes the first writes."""
     if RANK == 0:
         unfinished = Path(f"{path}.partial")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_bytes(data)
         unfinished.replace(path)
 
