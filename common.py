@@ -60,13 +60,11 @@ def build_judge_prompt(prompt, response_a, response_b, style="critique", referen
 
 def both_orders(pair):
     """The pair's two questions: in order "ab" the chosen response is A (label "A"), in "ba" B."""
-    for order, label, a, b in (
-        ("ab", "A", "chosen", "rejected"),
-        ("ba", "B", "rejected", "chosen"),
-    ):
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    for order, label, a, b in (("ab", "A", chosen, rejected), ("ba", "B", rejected, chosen)):
         question = {"id": f"{pair['id']}-{order}", "pair_id": pair["id"], "order": order}
         question |= {"image": pair["image"], "prompt": pair["prompt"], "label": label}
-        yield {**question, "response_a": pair[a], "response_b": pair[b]}
+        yield {**question, "response_a": a, "response_b": b}
 
 
 _MARK = r"(?:[^\w\n]|_)*"  # what is no word: markdown, quotes, punctuation, spaces
@@ -75,11 +73,13 @@ _CHECK = re.compile(
     rf"^{_MARK}(?:\d+{_MARK})?(?:response +)?([AB])\b[^\w:\n]*:{_MARK}(\w.*?):{_MARK}(yes|no)\b",
     re.I | re.M,
 )
-# "Verdict: ...", "**Final verdict**: ...", "3. Verdict: ...", and what follows the colon: a letter,
-# be it alone or in "A, the better response", "**B** because ...", but not in "A tie"
+# "Verdict: ...", "**Final verdict**: ...", "3. Verdict: ...", and what follows the colon
 _VERDICT = re.compile(rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}[:：](.*)$", re.I | re.M)
 _LETTER = re.compile(
-    rf"{_MARK}(?:response +)?([AB])(?![^\W_]| +(?!is\b|because\b|since\b|as\b)\w)", re.I
+    rf"{_MARK}(?:response +)?"
+    r"(A(?!.*\bB\b)|B(?!.*\b(?-i:A)\b))"  # and not the other; but a small "a" is an article
+    r"(?![^\W_]| +(?!is\b|because\b|since\b|as\b)\w)",  # "A because", "A, which", but no "A tie"
+    re.I,
 )
 
 
@@ -104,16 +104,12 @@ def verdict_of_checks(checks):
 
 def find_verdict(text):
     """("A" | "B", its index) of the last line "Verdict: ..."; (None, -1) if that names not one."""
-    lines = list(_VERDICT.finditer(text))
-    last = lines[-1].group(1) if lines else ""
-    match = _LETTER.match(last)
+    match = None
+    for line in _VERDICT.finditer(text):
+        match = _LETTER.match(text, *line.span(1))  # what follows the colon
     if match is None:
         return None, -1
-    verdict = match.group(1).upper()
-    other = "[Bb]" if verdict == "A" else "A"  # a small "a" is an article
-    if re.search(rf"\b{other}\b", last[match.end(1) :]):
-        return None, -1
-    return verdict, lines[-1].start(1) + match.start(1)
+    return match[1].upper(), match.start(1)
 
 
 def verdict_log_odds(logits, id_a, id_b):
@@ -183,7 +179,8 @@ def one_line(error):
 
 def read_rows(path, shape):
     """Rows of a jsonl file, each of this shape (a TypedDict); else it stops: line, field, why."""
-    adapter, rows = TypeAdapter(shape), []
+    adapter = TypeAdapter(shape)
+    rows = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
