@@ -170,7 +170,8 @@ def write_numbers(path, run):
     metrics = common.read_json(run / "05_evaluation" / "metrics.json")
     table = {}
     for judge, measures in metrics["table"].items():
-        table[judge] = {name: measures[name] for name in ("accuracy", "interval", "checks")}
+        names = ("accuracy", "interval", *five.CHECKS, "n_checks")
+        table[judge] = {name: measures.get(name) for name in names}
     kept = common.read_rows(run / "04_rejection" / "iter1" / "kept.jsonl", dict)
     numbers = {"table": table, "differences": metrics["differences"]}
     numbers["counts of 02"] = common.read_json(run / "02_critiques" / "meta.json")["counts"]

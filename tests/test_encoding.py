@@ -87,24 +87,6 @@ def test_batch_gives_the_log_probs_of_single_rows(tiny, pictures):
         assert in_batch.item() == pytest.approx(single.item(), rel=1e-3)
 
 
-@torch.no_grad()
-def test_bradley_terry_is_read_at_the_verdicts_letter(tiny, pictures):
-    """Also where more follows it: against the text up to the letter, and what comes next."""
-    model, processor = tiny
-    id_a, id_b = processor.tokenizer.convert_tokens_to_ids([" A", " B"])
-    for row in KINDS["critique"]:
-        opening = row["response"].removesuffix(row["label"]).rstrip()  # "... Verdict:"
-        inputs, _ = encode(processor, pictures, [{**row, "response": opening}])
-        log_p = model(**inputs).logits[0, -2].log_softmax(-1)  # before the stop token
-        for label, sign in (("A", 1), ("B", -1)):
-            expected = -F.logsigmoid(sign * (log_p[id_a] - log_p[id_b])).item()
-            for rest in ("", "\nB in the image"):
-                judged = {**row, "response": row["response"] + rest, "label": label}
-                logits, labels = three.forward(model, *encode(processor, pictures, [judged]))
-                loss = three.bradley_terry_sum(logits, labels, [judged], processor.tokenizer)
-                assert loss.item() == pytest.approx(expected, abs=1e-3)
-
-
 # ---- The steps: which rows, in which order -------------------------------------------------------
 def ids_of(step):
     return [row["id"] for _, rows, _, _ in step for row in rows]

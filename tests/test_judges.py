@@ -86,6 +86,7 @@ def test_samples_are_those_of_the_row_alone(judge, pictures, raw, monkeypatch, t
     for rows, size in ((some, 64), (some[::-1], 3 * n), (some[3:5], 64)):
         answers = raw(model, processor, rows, n, temperature, 10, seed=5, batch_size=size)
         assert getattr(model.model, "rope_deltas", None) is None  # nothing is left of these prompts
+        assert model.model.language_model.config._attn_implementation == "sdpa"
         how, lengths = (ends, temperature, 5), []
         for row, samples in zip(rows, answers):
             lengths += conftest.check_samples(model, processor, row, samples, *how)

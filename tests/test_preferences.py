@@ -325,19 +325,6 @@ def test_main_on_images(tmp_path, photos, monkeypatch, capsys):
     assert (made_with["model"], made_with["image_root"]) == (model, str(photos[1]))
 
 
-def test_an_open_expert_is_asked_about_each_pictures_own_names(tmp_path, photos, monkeypatch):
-    fakes = Fakes(monkeypatch, None)
-    run(tmp_path, *photos, "--vocabulary", tmp_path / "v.json")
-    named = [["dog", "bus"], ["cat"], ["dog", "cat"], ["hot dog"], []]
-    assert [red for red, _ in fakes.looked] == list(range(5))
-    for (_, names), of_text in zip(fakes.looked, named):  # its mentions, and all others as swaps
-        assert names[: len(of_text)] == of_text
-        assert sorted(names) == ["bus", "cat", "dog", "hot dog"]
-    (tmp_path / "v.json").write_text('{"dog": "dog", "sofa": "sofa"}')
-    run(tmp_path, *photos, "--vocabulary", tmp_path / "v.json")  # other names, other questions
-    assert [sorted(names) for _, names in fakes.looked[5:]] == [["dog", "sofa"]] * 5
-
-
 def test_what_has_been_asked_is_not_asked_again(tmp_path, photos, monkeypatch):
     """Flags that choose ask nobody; flags that ask leave what there was; going back finds all."""
     fakes = Fakes(monkeypatch, ["dog", "cat", "bus"])

@@ -176,9 +176,9 @@ def measured():
     x["largest"] = number(DEMO["largest margin"])
     usual, attacked = table[LAST], table[f"{LAST}, attack"]
     x["usual"], x["attacked"] = number(usual["accuracy"]), number(attacked["accuracy"])
-    balanced = [judge["checks"]["balanced"] for judge in (usual, attacked)]
+    balanced = [judge["balanced"] for judge in (usual, attacked)]
     assert balanced[0] == pytest.approx(balanced[1], abs=0.005)  # "as right as before"
-    x["lost"] = 100 * (1 - attacked["checks"]["n_checks"] / usual["checks"]["n_checks"])
+    x["lost"] = 100 * (1 - attacked["n_checks"] / usual["n_checks"])
     took = study_report.where_03_took(RESULTS)
     x["took"] = [span([worlds(*full, j)[seed] for seed in took]) for j in judges]
     starts = study_report.of_setting(RESULTS, "start", "the demo's flags")
