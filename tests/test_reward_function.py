@@ -55,7 +55,7 @@ def test_reward_is_what_stage_05_measures(trained, pictures, define_reward, tmp_
     for a, b in itertools.combinations(range(3), 2):
         pair = {"id": f"{a}{b}", "chosen": RESPONSES[a], "rejected": RESPONSES[b]}
         questions += common.both_orders({**pair, "image": "1.png", "prompt": PROMPT})
-    judge = common.Judge(tmp_path, "model")
+    judge = common.Judge("model")
     judge.loaded = trained
     how = {"style": "critique", "max_new_tokens": 512, "seed": 0, "batch_size": 8, "condition": ""}
     how["image_root"] = pictures

@@ -200,20 +200,6 @@ def meta(run, name):
 
 
 # ---- 02: critiques with the findings in view -----------------------------------------------------
-def test_02_asks_about_training_pairs_in_both_orders_with_findings_and_label(stages, run):
-    judge, few = Judge(), Judge()
-    flags = "--critiques 3 --temperature 0.7 --max-new-tokens 9 --seed 5 --batch-size 4"
-    stages(2, judge, flags)
-    check_requests(judge.requests(), is_guided=True)
-    ids = [request["id"] for request in judge.requests()]
-    assert sorted(ids) == sorted(f"t{i}-{order}" for i in range(5) for order in ("ab", "ba"))
-    settings = {"n": 3, "temperature": 0.7, "max_new_tokens": 9, "seed": 5, "batch_size": 4}
-    assert settings.items() < judge.calls[0].items()
-    stages(2, few, f"{flags} --limit 2 --style none")  # another text is another question
-    check_requests(few.requests(), "none", is_guided=True)
-    assert len(few.requests()) == 4
-
-
 def test_02_keeps_what_its_filter_passes(stages, run):
     """Of three critiques of a question one is sound, one repeats it, one has a false check."""
     false = "dog: no", "dog: no", "dog: yes"
@@ -232,24 +218,10 @@ def test_02_keeps_what_its_filter_passes(stages, run):
     assert set(rows[0]) == names_in_header(two)
     counts = meta(run, "02_critiques")["counts"]
     assert (counts["critiques written"], counts["repeated"], counts["kept"]) == (30, 10, 10)
-
-
-@pytest.mark.parametrize("part", [0.0, 0.4, 0.47, 0.55, 1.0])
-def test_02_resumes_to_the_same_bytes(stages, run, monkeypatch, part):
-    monkeypatch.setattr(common, "CHUNK", 4)  # two questions of two critiques between two saves
-    folder, whole, again = run / "02_critiques", Judge(two_critiques), Judge(two_critiques)
-    stages(2, whole, "--critiques 2")
-    of_whole = {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
-    (folder / "meta.json").unlink()
-    (folder / "critiques.jsonl").unlink()
-    data = of_whole["answers.jsonl"]
-    data = data[: int(len(data) * part)]
-    (folder / "answers.jsonl").write_bytes(data)
-    stages(2, again, "--critiques 2")
-    assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")} == of_whole
-    # only the chunks that are not whole are asked again
-    assert len(whole.calls) == 5 and again.calls == whole.calls[data.count(b"\n\n") :]
-    assert stages.loaded == ([] if part == 1 else [(None, 77)])
+    few = Judge()
+    stages(2, few, "--limit 2 --style none")
+    check_requests(few.requests(), "none", is_guided=True)
+    assert len(few.requests()) == 4
 
 
 # ---- 03: what is trained on, and how it is judged ------------------------------------------------
@@ -291,20 +263,13 @@ def test_03_trains_on_critiques_without_the_reference_and_on_chosen_responses(cr
 
 
 def test_03_judges_the_base_model_before_and_the_trained_one_after(critiqued, run, capsys):
-    """On the validation pairs, greedily; here the judge is wrong until the training has run."""
+    """Here it is wrong until the training has run."""
     judge = Judge(lambda row, k: right_if(row["weights"] != "", row))
-    (training,) = critiqued(3, judge, "--seed 5 --max-new-tokens 9 --batch-size 3")
+    (training,) = critiqued(3, judge)
     adapter = run / "03_ift/adapter"  # what was saved is what is judged
     assert training.start == "" and critiqued.loaded == [(None, 77), (adapter, 77)]
-    check_requests(judge.requests())
-    ids = ["v0-ab", "v0-ba", "v1-ab", "v1-ba"]
-    assert [request["id"] for request in judge.requests()] == ids * 2
-    settings = {"n": 1, "temperature": 0.0, "max_new_tokens": 9, "seed": 5, "batch_size": 3}
-    assert all(settings.items() < call.items() for call in judge.calls)
     rows = read_rows(run / "03_ift" / "validation.jsonl")
     assert [row["condition"] for row in rows] == ["before"] * 4 + ["after 03"] * 4
-    for row, question in zip(rows, ids * 2):
-        assert row["question"] == question and row["critique"].startswith(f"Of {question}.")
     for when, accuracy, p in (("before", 0.0, 0.1), ("after", 1.0, 0.9)):
         measures = meta(run, "03_ift")["validation"][when]
         assert measures["accuracy"] == accuracy
@@ -393,15 +358,13 @@ def kept_rows(run, t, folder="04_rejection"):
 
 
 def test_04_asks_each_judge_about_its_own_pool_and_the_validation_pairs(trained, run):
-    """Without findings or label; a pool for each iteration, all of an image in one of them."""
+    """A pool for each iteration, all of an image in one of them."""
     judge, other = Judge(pool_judge), Judge(pool_judge)
-    trainings = trained(4, judge, f"{FLAGS_04} --temperature 0.7 --max-new-tokens 9")
+    trainings = trained(4, judge, FLAGS_04)
     adapters = ["03_ift/adapter", "04_rejection/iter1/adapter", "04_rejection/iter2/adapter"]
     assert trained.loaded == [(run / adapter, 77) for adapter in adapters]
-    check_requests(judge.requests())
     ids = [pair["id"] for pair in PAIRS if pair["split"] == "pool"]
     for k, call in enumerate(judge.sampled()):
-        assert (call["n"], call["temperature"], call["max_new_tokens"]) == (3, 0.7, 9)
         pair_ids = dict.fromkeys(row["id"].split("-")[0] for row in call["requests"])
         assert list(pair_ids) == ids[10 * k : 10 * k + 10]
     # each judge is that of the iteration before
@@ -415,8 +378,6 @@ def test_04_asks_each_judge_about_its_own_pool_and_the_validation_pairs(trained,
     cards = [(run / adapter / "README.md").read_text() for adapter in adapters]
     for card, fact in zip(cards, ("accuracy: 0.25", "accuracy: 1.0", "iteration: 2")):
         assert f"\n- {fact}\n" in card
-    for row in read_rows(run / "04_rejection" / "iter2" / "samples.jsonl"):
-        assert row["critique"].startswith(f"Of {row['pair_id']}-{row['order']}.")
     # another seed in each iteration, and by --seed
     trained(3, Judge(), "--tag x")
     trainings += trained(4, other, f"{FLAGS_04} --seed 1 --tag x")
@@ -470,8 +431,6 @@ def test_04_controls_have_the_size_of_the_margins_choice(trained, run):
             assert len(rows) == 8 and all(row["dropped"] is None for row in rows)
             assert len(training.rows["critique"]) == len(of_margin[t].rows["critique"]) == 11
         assert {row["id"] for row in rows} != {row["id"] for row in kept_rows(run, 2)}
-        lowest = [f"p{10 + k // 2}-{('ab', 'ba')[k % 2]}-0" for k in range(8)]
-        assert ([row["id"] for row in rows] == lowest) == (select == "low")
     judge = Judge(pool_judge)
     first, second = trained(4, judge, f"{FLAGS_04} --select continue")
     ids = [row["id"] for row in read_rows(run / "02_critiques" / "critiques.jsonl")]
