@@ -175,13 +175,14 @@ def write_pictures(out, seed, n_images, n_heldout):
 
     images/        pictures to train on
     heldout/       others, with 1.5 pairs each
-    heldout.jsonl  these pairs, with the truth about every object they name
+    heldout.jsonl  these pairs, with the truth about every object they name; no length tells which
+                   response is the better one
     prompts.txt    the question
     truth.jsonl    what is in each picture; written last: where it is, the rest is complete
 
     The images come first in the random stream, then each held-out picture with its pairs: how many
     pairs are wanted changes no earlier row."""
-    rng = np.random.default_rng([seed, 2])
+    rng, again = np.random.default_rng([seed, 2]), np.random.default_rng([seed, 4])
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "heldout").mkdir(exist_ok=True)
     truth = [write_scene(out, rng, f"images/{i:05d}.png") for i in range(n_images)]
@@ -189,7 +190,8 @@ def write_pictures(out, seed, n_images, n_heldout):
     while len(pairs) < n_heldout:
         truth.append(write_scene(out, rng, f"heldout/{i:05d}.png"))
         for k in range(1 + i % 2):
-            pairs.append(heldout_row(rng, f"toy-{i:05d}-{k}", **truth[-1]))
+            is_shorter = len(pairs) % 2 == 0
+            pairs.append(fair_row(rng, again, is_shorter, f"toy-{i:05d}-{k}", **truth[-1]))
         i += 1
     (out / "prompts.txt").write_text(PROMPT + "\n")
     for name, rows in (("heldout", pairs[:n_heldout]), ("truth", truth)):
@@ -201,6 +203,20 @@ def write_scene(out, rng, name):
     scene = draw_ordinary_scene(rng)
     Image.fromarray(scene.picture).save(out / name)
     return {"image": name, "objects": scene.objects}
+
+
+def fair_row(rng, again, is_shorter, row_id, image, objects):
+    """A held-out row whose length says nothing, if every other one wants is_shorter: the chosen
+    response is then at most as long as the rejected one, else at least. And none names more objects
+    than there are: only rejected ones could. What does not fit is drawn from `again`."""
+    row = heldout_row(rng, row_id, image, objects)
+    for _ in range(50):  # some pictures, of the two shortest kinds, have no pair that fits
+        longer = len(row["chosen"]) - len(row["rejected"])  # characters
+        is_wrong_way = longer > 0 if is_shorter else longer < 0
+        if not is_wrong_way and row["rejected"].count(",") < len(objects):
+            break
+        row = heldout_row(again, row_id, image, objects)
+    return row
 
 
 def heldout_row(rng, row_id, image, objects):
