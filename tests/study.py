@@ -15,7 +15,6 @@ The resamples draw the same images for all conditions of a world, so that differ
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -23,12 +22,13 @@ import random
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import demo
 import numpy as np
@@ -44,8 +44,9 @@ SCRIPTS = {path.name[:2]: path.stem for path in sorted(demo.ROOT.glob("0?_*.py")
 FOLDERS = {"01": "01_preferences", "02": "02_critiques", "03": "03_ift", "04": "04_rejection"}
 one, two, three, four, five = (import_module(script) for script in SCRIPTS.values())
 
-N_IMAGES = 3600  # enough pairs for four pools of 600
+N_IMAGES = 4000  # enough pairs for four pools of 600
 N_HELDOUT = 1000  # pairs
+CODE = 2  # 1 higher with each change of the code or the pictures that changes numbers
 TURNED = {"flip": 0.15, "shuffle": 0.5}  # shares of labels that a study turns round
 RESAMPLES = 100
 FORKS = multiprocessing.get_context("forkserver")  # its children have the libraries at once
@@ -57,24 +58,6 @@ def read_jsonl(path):
 
 
 # ---- Rules that only a study needs ---------------------------------------------------------------
-def margin_to_median(confidences, passes):
-    """As 04's margin, but c- is the median critique, not the worst of all."""
-    passing = [s for s, ok in zip(confidences, passes, strict=True) if ok]
-    return max(passing) - median(confidences) if passing else 0.0
-
-
-def passes_sometimes(confidences, passes):
-    """1 where some critiques pass and others do not, else 0."""
-    return float(0 < sum(passes) < len(passes))
-
-
-def choose_sometimes(margins, passing, select, threshold, retention, *lots, rule=four.choose):
-    """As many pairs as the margin would keep, at random among those with a pass rate in (0, 1)."""
-    some = {key: margin for key, margin in margins.items() if margin > 0}
-    part = min(1.0, retention * len(margins) / max(1, len(some)))
-    return rule(some, passing, "random", None, part, *lots)
-
-
 def by_verdict_alone(critique, complete, question, status, vocabulary, style):
     """In place of 02's reason_to_drop: the weak filter."""
     verdict, _ = common.find_verdict(critique)
@@ -83,13 +66,8 @@ def by_verdict_alone(critique, complete, question, status, vocabulary, style):
     return None if verdict == question["label"] else "wrong verdict"
 
 
-# {name: functions of the stages that it replaces}; 04's rule that then runs as another
-PATCHES = {
-    "median": {(four, "margin"): margin_to_median},
-    "sometimes": {(four, "margin"): passes_sometimes, (four, "choose"): choose_sometimes},
-    "verdict": {(two, "reason_to_drop"): by_verdict_alone},
-}
-RULE_OF = {"median": "margin", "sometimes": "random"}
+# {name: functions of the stages that it replaces}
+PATCHES = {"verdict": {(two, "reason_to_drop"): by_verdict_alone}}
 
 
 # ---- Child processes: what a stage patches or loads ends with it ---------------------------------
@@ -122,6 +100,10 @@ def call(run, function, *arguments):
 
 
 # ---- A world and its runs ------------------------------------------------------------------------
+class Refused(Exception):
+    """The builder finds no judge for this seed that stage 03 can train."""
+
+
 class Lab:
     """The commands on the world of one seed."""
 
@@ -151,6 +133,9 @@ class Lab:
             log = self.world.with_suffix(".log")
             log.parent.mkdir(parents=True, exist_ok=True)
             if demo.start(line, log).wait():
+                reason = log.read_text().splitlines()[-1]
+                if "Try another --seed" in reason:
+                    raise Refused(reason)
                 sys.exit(f"error: no world, the end of {log} says why")
         scenes.write_pictures(self.pictures, self.seed, N_IMAGES, N_HELDOUT)
 
@@ -202,7 +187,6 @@ def copy_stages(source, run, *numbers):
 
 
 def folder_of(run, rule):
-    rule = RULE_OF.get(rule, rule)
     return run / ("04_rejection" if rule == "margin" else f"04_rejection_{rule}")
 
 
@@ -367,14 +351,6 @@ def headline(lab, run):
     return judged, counts
 
 
-def small_pools(lab, run):
-    """Margins with pools of half the size."""
-    copy_stages(lab.base, run, "01", "02", "03")
-    share_samples(lab.base, run, "margin")
-    lab.command("04", run, "--iterations", "4", "--pool", "300")
-    return lab.judge(run)[0], {}
-
-
 def shuffled_labels(lab, run):
     """Trained on labels drawn by lot, without findings: must fall to chance."""
     copy_stages(lab.base, run, "01")
@@ -383,21 +359,69 @@ def shuffled_labels(lab, run):
     return lab.judge(run)[0], {}
 
 
-def select(lab, run, rule="margin", flags=(), findings=True, flipped=False, weak=False):
-    """One iteration of 04 by a rule; weak: after a third of stage 03's steps."""
-    copy_stages(lab.base, run, "01", "02")
-    if weak:
-        lab.command("03", run, "--steps", "50")
-    else:
-        copy_stages(lab.base, run, "03")
-        share_samples(lab.base, run, rule)
+def select(lab, run, rule="margin", findings=True, flipped=False):
+    """One iteration of 04 by a rule, on pools with other labels or without findings."""
+    copy_stages(lab.base, run, "01", "02", "03")
+    share_samples(lab.base, run, rule)
     if flipped or not findings:
         relabel(lab.base, run, "pool", lab.seed, "flip" if flipped else None, findings)
-    ran_as = RULE_OF.get(rule, rule)
-    lab.command("04", run, "--iterations", "1", "--select", ran_as, *flags, patch=rule)
-    judged, _ = lab.judge(run)
-    judged[f"{rule}, iteration 1"] = judged.pop(f"{ran_as}, iteration 1")
-    return judged, selection_counts(run, rule, lab.truth(), lab.seed if flipped else None)
+    lab.command("04", run, "--iterations", "1", "--select", rule)
+    counts = selection_counts(run, rule, lab.truth(), lab.seed if flipped else None)
+    return lab.judge(run)[0], counts
+
+
+def worth(lab, run, rule="margin", retention="1"):
+    """One iteration of 04 from the base run's judge and samples, three epochs of what it keeps."""
+    copy_stages(lab.base, run, "01", "02", "03")
+    share_samples(lab.base, run, rule)
+    samples = read_jsonl(folder_of(lab.base, "margin") / "iter1" / "samples.jsonl")
+    margins, passing = margins_of(samples)
+    kept = four.choose(margins, passing, "margin", None, float(retention), 0, 1)
+    defaults = four.parse_args([])
+    rows = four.mix_in(kept, three.read_critiques(run), defaults.replay, 0)
+    steps = max(15, round(3 * len(rows) / defaults.train_batch))
+    flags = ("--iterations", "1", "--retention", retention, "--steps", str(steps))
+    lab.command("04", run, *flags, "--select", rule)
+    counts = {"steps": steps, "pairs eligible": sum(value > 0 for value in margins.values())}
+    counts |= selection_counts(run, rule, lab.truth())
+    return lab.judge(run, "--withhold")[0], counts
+
+
+def margins_of(samples):
+    """What 04's margins_of_pairs says of these samples."""
+    pair_ids = sorted({row["pair_id"] for row in samples})
+    return four.margins_of_pairs(pair_ids, four.critiques_by_question(samples))
+
+
+def margin_reliability(samples):
+    """Correlation of pairs' margins by every other critique with those by the rest, over the pairs
+    that have both; None where there are fewer than three."""
+    halves = [margins_of(samples[start::2])[0] for start in (0, 1)]
+    pairs = [key for key in halves[0] if halves[0][key] > 0 and halves[1].get(key, 0) > 0]
+    if len(pairs) < 3:
+        return None
+    columns = [[half[key] for key in pairs] for half in halves]
+    return float(np.corrcoef(columns)[0, 1])
+
+
+def weighted(lab, run, weight):
+    """Stage 03 and one iteration of 04 with a loss on the verdict itself."""
+    copy_stages(lab.base, run, "01", "02")
+    if float(weight) == 0:
+        copy_stages(lab.base, run, "03", "04")
+    else:
+        lab.command("03", run, "--bt-weight", weight)
+        lab.command("04", run, "--bt-weight", weight, "--iterations", "1")
+    judged, metrics = lab.judge(run, "--withhold", "blank")
+    counts = {}
+    for judge in ("after 03", "margin, iteration 1"):
+        measures = metrics["table"][judge]
+        counts[f"{judge}: verdict follows"] = three.verdict_follows(judged[judge])[0]
+        for name in ("ece", "bradley_terry_loss", "unparseable"):
+            counts[f"{judge}: {name}"] = measures[name]
+    samples = read_jsonl(folder_of(run, "margin") / "iter1" / "samples.jsonl")
+    counts["reliability of margins"] = margin_reliability(samples)
+    return judged, counts | selection_counts(run, "margin", lab.truth())
 
 
 def with_expert(lab, run, flags=(), expert=None, quality=None, findings=True):
@@ -462,17 +486,6 @@ def trained(lab, run, style="critique", flags=()):
     counts = {name: measures[name] for name in ("ece", "bradley_terry_loss", "unparseable")}
     counts["critiques trained on"] = len(read_jsonl(run / "02_critiques" / "critiques.jsonl"))
     return judged, counts | caption_counts(lab, run)
-
-
-def trained_with_bradley_terry(lab, run):
-    """Stages 03 and 04 with --bt-weight 1: two iterations of margins, and of random pairs."""
-    flags = ("--bt-weight", "1")
-    copy_stages(lab.base, run, "01", "02")
-    lab.command("03", run, *flags)
-    lab.command("04", run, "--iterations", "2", *flags)
-    share_samples(run, run, "random")
-    lab.command("04", run, "--iterations", "2", "--select", "random", *flags)
-    return lab.judge(run)[0], {}
 
 
 COMPONENTS = ("nothing", "expert", "checks", "D_correct")
@@ -624,32 +637,22 @@ def best(lab, run):
 
 # ---- The studies ---------------------------------------------------------------------------------
 def selections():
-    """{setting: function} of study 2."""
-    rules, settings = ("margin", "random", "best", "median"), {}
-    for more, chosen, how in (
-        ("", rules, {}),
-        (", flipped", rules, {"flipped": True}),
-        (", weak start", rules[:2], {"weak": True}),
-    ):
-        for rule in chosen:
-            of_rule = partial(select, rule=rule, **how)
-            settings[f"findings{more}, {rule}"] = of_rule
-            settings[f"no findings{more}, {rule}"] = partial(of_rule, findings=False)
-    return settings
-
-
-def retentions():
+    """{setting: function} of what each rule keeps of altered pools."""
     settings = {}
-    for name, flag, values in (
-        ("retention", "--retention", ("0.1", "0.25", "0.4", "1.0")),
-        ("tau", "--margin", ("0.1", "0.5", "0.9")),
-        ("N", "--samples", ("4", "8", "16")),
-    ):
-        settings |= {f"{name} {x}": partial(select, flags=(flag, x)) for x in values}
-    few = ("--retention", "0.1")
-    settings["retention 0.1, random"] = partial(select, rule="random", flags=few)
-    settings["pass rate in (0, 1)"] = partial(select, rule="sometimes")
+    for more, flipped in (("", False), (", flipped", True)):
+        for rule in ("margin", "random", "best"):
+            how = {"rule": rule, "flipped": flipped}
+            settings[f"findings{more}, {rule}"] = partial(select, **how)
+            settings[f"no findings{more}, {rule}"] = partial(select, findings=False, **how)
     return settings
+
+
+def worths():
+    settings = {}
+    for part in ("0.4", "0.1", "0.2", "0.05"):
+        for rule in ("margin", "low", "random"):
+            settings[f"{rule} {part}"] = partial(worth, rule=rule, retention=part)
+    return {**settings, "all that pass": worth}
 
 
 def experts():
@@ -677,19 +680,19 @@ def trainings():
     for name, flag, values in (
         ("critique, {} steps", "--steps", ("30", "300")),
         ("lambda {}", "--lam", ("0", "0.1", "0.5", "1")),
-        ("Bradley-Terry {}", "--bt-weight", ("0.1", "1")),
     ):
         settings |= {name.format(x): partial(trained, flags=(flag, x)) for x in values}
-    settings["Bradley-Terry 1, and 04"] = trained_with_bradley_terry
     return settings
 
 
 STUDIES = {
     "start": {"the demo's flags": start},
-    "headline": {"pools of 600": headline, "pools of 300": small_pools},
+    "headline": {"pools of 600": headline},
+    "worth": worths(),
+    "verdict": {f"weight {x}": partial(weighted, weight=x) for x in ("0", "0.1", "1")},
+    "verdict, more weights": {f"weight {x}": partial(weighted, weight=x) for x in ("0.03", "0.3")},
     "leak": {"shuffled labels": shuffled_labels},
     "margins": selections(),
-    "retention": retentions(),
     "expert": experts(),
     "training": trainings(),
     "components": {f"without {name}": partial(without, component=name) for name in COMPONENTS},
@@ -719,30 +722,69 @@ def processor_name():
     return f"{found[1] if found else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def commit_of(folder):
+    """The short name of a working copy's commit."""
+    line = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def record(results, judged, counts, **line):
+    """Appends a line to the results. judged: {condition: judgement rows}."""
+    line |= {
+        "code": CODE,
+        "commit": commit_of(demo.ROOT),
+        "processor": processor_name(),
+        "n": N_HELDOUT,
+    }
+    line |= {"accuracies": {}, "bootstrap": {}, "counts": {}}
+    for condition, rows in judged.items():
+        accuracy, draws = resampled(rows, line["seed"])
+        line["accuracies"][condition] = round(float(accuracy), 4)
+        line["bootstrap"][condition] = [round(1e4 * value) for value in draws]
+    for count, value in counts.items():
+        line["counts"][count] = round(value, 4) if isinstance(value, float) else value
+    with open(results, "a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(
+        f"{line['study']}, {line['setting']}, seed {line['seed']}: {line['accuracies']}", flush=True
+    )
+
+
 def run_setting(lab, study, setting, results):
     """Runs a setting and appends its line."""
     name = re.sub(r"[^\w.-]+", "_", f"{study}-{setting}")
-    lab.make_base()
     judged, counts = STUDIES[study][setting](lab, lab.folder / name)
-    accuracies, bootstrap = {}, {}
-    for condition, rows in judged.items():
-        accuracy, draws = resampled(rows, lab.seed)
-        accuracies[condition] = round(float(accuracy), 4)
-        bootstrap[condition] = [round(1e4 * value) for value in draws]
-    for count, value in counts.items():
-        counts[count] = round(value, 4) if isinstance(value, float) else value
-    line = {"study": study, "setting": setting, "seed": lab.seed}
-    line |= {"processor": processor_name(), "n": N_HELDOUT}
-    line |= {"accuracies": accuracies, "bootstrap": bootstrap, "counts": counts}
-    with open(results, "a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(f"{study}, {setting}, seed {lab.seed}: {accuracies}", flush=True)
+    record(results, judged, counts, study=study, setting=setting, seed=lab.seed)
+
+
+def run_world(lab, studies, wanted, results):
+    """The studies' settings on one world, those of `wanted` if any are named, but for what the
+    results have. A world that the builder refuses is a line with a "failure", and no more."""
+    lines = [json.loads(line) for line in results.open()] if results.exists() else []
+    lines = [line for line in lines if line["seed"] == lab.seed]
+    lines = [line for line in lines if study_report.code_of(line) == CODE]
+    lines = [line for line in lines if line["processor"] == processor_name()]
+    done = {(line["study"], line["setting"]) for line in lines}
+    if any("failure" in line for line in lines):
+        return
+    try:
+        lab.make_base()
+    except Refused as refused:
+        study, setting = study_report.START
+        about = {"study": study, "setting": setting, "seed": lab.seed}
+        record(results, {}, {}, **about, failure=str(refused))
+        return
+    for study in studies:
+        for setting in wanted or STUDIES[study]:
+            if setting in STUDIES[study] and (study, setting) not in done:
+                run_setting(lab, study, setting, results)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("studies", nargs="*", metavar="study", help=", ".join(STUDIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", help="of these studies (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="worlds and runs")
     parser.add_argument("--results", type=Path, default=demo.ROOT / "assets" / "results.jsonl")
     parser.add_argument("--table", action="store_true", help="run nothing, print all tables")
@@ -751,14 +793,9 @@ def parse_args(argv=None):
 
 
 def main(args):
-    if args.studies:
-        lines = study_report.read(args.results) if args.results.exists() else []
-        here = processor_name()
-        done = {(x["study"], x["setting"], x["seed"]) for x in lines if x["processor"] == here}
-        for study, seed in itertools.product(args.studies, args.seeds):
-            for setting in STUDIES[study]:
-                if (study, setting, seed) not in done:
-                    run_setting(Lab(args.out.resolve(), seed), study, setting, args.results)
+    for seed in args.seeds if args.studies else ():
+        lab = Lab(args.out.resolve(), seed)
+        run_world(lab, args.studies, args.settings, args.results)
     if args.table:
         print(study_report.tables(study_report.read(args.results)))
     if args.plot:
