@@ -381,6 +381,8 @@ def worth(lab, run, rule="margin", retention="1"):
     rows = four.mix_in(kept, three.read_critiques(run), defaults.replay, 0)
     steps = max(15, round(3 * len(rows) / defaults.train_batch))
     flags = ("--iterations", "1", "--retention", retention, "--steps", str(steps))
+    if (rule, retention, steps) == ("margin", "0.4", 60):  # as the base run was trained
+        copy_stages(lab.base, run, "04")
     lab.command("04", run, *flags, "--select", rule)
     counts = {"steps": steps, "pairs eligible": sum(value > 0 for value in margins.values())}
     counts |= selection_counts(run, rule, lab.truth())

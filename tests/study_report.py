@@ -385,6 +385,7 @@ def differences_table(lines):
 # ---- Pictures ------------------------------------------------------------------------------------
 COLOURS = dict(zip(RULES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": 7}
+WORTH = ("the largest margins", "any that pass", "the smallest margins")
 MARKERS = dict(zip(RULES, "os^D"))
 
 
@@ -430,6 +431,30 @@ def draw_iterations(path, lines):
     left.set_ylabel("accuracy, share of questions")
     right.legend(*left.get_legend_handles_labels(), fontsize=7, loc="upper left")
     left.figure.savefig(path, dpi=120)
+
+
+def draw_worth(path, lines):
+    """What a rule's choice teaches, against the number of pairs that it was given."""
+    [axis] = axes((6.4, 3.6))
+    took = where_03_took(newest(lines, ("worth", "all that pass")))
+    everything = ("worth", "all that pass", "margin, iteration 1")
+    for k, (rule, name) in enumerate(zip(("margin", "random", "low"), WORTH)):
+        x, middle, spans = [], [], []
+        for place in [*(of_worth(rule, part) for part in (0.05, 0.1, 0.2, 0.4)), everything]:
+            gain = only(difference(lines, place, (*place[:2], "after 03")), took)
+            if gain:
+                x.append(mean_count(lines, *place[:2], "pairs kept") * (1 + 0.02 * (k - 1)))
+                middle.append(average(gain))
+                spans.append(np.abs(np.subtract(interval(gain), middle[-1])))
+        style = {"color": ("#0072B2", "#D55E00", "0.45")[k], "marker": "os^"[k], "markersize": 5}
+        axis.errorbar(
+            x, middle, np.transpose(spans), **style, capsize=2, elinewidth=0.9, label=name
+        )
+    axis.axhline(0, color="0.3", linestyle=":")
+    axis.set(xlabel="pairs trained on, of a pool of 600 (right: all that pass)", xscale="log")
+    axis.legend(fontsize=7)
+    title = f"three epochs of what each rule keeps; {len(took)} worlds, bars 95 %"
+    save(axis, path, title, "accuracy gained over stage 03")
 
 
 def draw_expert(path, lines):
@@ -506,6 +531,8 @@ def draw_best_of_n(path, lines):
 
 def draw(lines, folder):
     draw_iterations(folder / "iterations.png", lines)
+    if any(line["study"] == "worth" for line in lines):
+        draw_worth(folder / "worth.png", lines)
     draw_expert(folder / "expert_error.png", lines)
     draw_flipped(folder / "flipped.png", lines)
     draw_best_of_n(folder / "best_of_n.png", lines)
