@@ -3,6 +3,7 @@ study.py's header.
 """
 
 import json
+from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
@@ -184,18 +185,8 @@ def table(title, rows, sign=""):
 
 
 # ---- The tables ----------------------------------------------------------------------------------
-def worlds_table(lines):
-    """What each seed's world is like, and those that the builder refused."""
-    judges = ("base", "after 03", "margin, iteration 1")
-    counts = ("expert: labels_wrong", "after 03: checks right", "after 03: verdict follows")
-    out = heading(["world", *judges, *counts, "note"])
-    for line in sorted(lines, key=lambda line: line["seed"]):
-        if line["study"] == "start":
-            values = [line["accuracies"].get(name) for name in judges]
-            values += [line["counts"].get(name) for name in counts]
-            found = ["" if value is None else number(value) for value in values]
-            out.append(f"| {line['seed']} | {' | '.join(found)} | {line.get('failure', '')} |")
-    return out
+def refused(lines):
+    return [f"World {x['seed']} was refused: {x['failure']}" for x in lines if "failure" in x]
 
 
 def study_tables(lines, study):
@@ -219,12 +210,12 @@ def study_tables(lines, study):
 
 def tables(lines):
     """Everything as markdown: the claims, then each code's and processor's studies."""
-    out = ["# Claims", *claims(lines), "", "# Further differences", *differences_table(lines)]
+    out = ["# Claims", *claims(lines), "", "# All differences", *differences_table(lines)]
     for code in sorted({code_of(line) for line in lines}, reverse=True):
         of_code = [line for line in lines if code_of(line) == code]
         for processor in processors(of_code):
             part = [line for line in of_code if line["processor"] == processor]
-            out += ["", f"# Measured by code {code} on {processor}", *worlds_table(part)]
+            out += ["", f"# Measured by code {code} on {processor}", *refused(part)]
             for study in dict.fromkeys(line["study"] for line in part):
                 out += study_tables(part, study)
     return "\n".join(out)
@@ -232,7 +223,7 @@ def tables(lines):
 
 # ---- The README's table of claims ----------------------------------------------------------------
 FULL = ("headline", "pools of 600")
-RULES = ("margin", "random", "best", "continue")
+RULES = ("margin", "random", "continue")
 
 
 def iterations(rule):
@@ -246,70 +237,15 @@ def by_iteration(lines, rule, seeds):
     return [of_worlds for of_worlds in found if of_worlds]
 
 
-def places(study, condition, *settings):
-    return [(study, setting, condition) for setting in settings]
-
-
-def of_worth(rule, part):
-    return ("worth", f"{rule} {part}", f"{rule}, iteration 1")
-
-
-def of_weight(weight, condition="after 03"):
-    return ("verdict", f"weight {weight}", condition)
-
-
-def claim_rows():
-    """(claim, the paper's figure, place, what it is compared with, kind) of each: a place is
-    (study, setting, condition); it is compared with another place or a number; kinds are
-    verdict_on's."""
-    after, first = "after 03", "margin, iteration 1"
-    names = ("base", "expert", after, "margin, iteration 2", "margin, iteration 4", "blank image")
-    base, expert, ift, second, last, blank = [(*FULL, name) for name in names]
-    random_2, continued = [(*FULL, f"{rule}, iteration 2") for rule in ("random", "continue")]
-    styles = ("critique, lambda 1/3", "descriptive", "none")
-    critique, described, verdicts = places("training", after, *styles)
-    whole, unchecked = places("components", first, "without nothing", "without checks")
-    yolo, labels = places("expert", after, "YOLO", "YOLO, labels alone")
-    everything = ("worth", "all that pass", first)
-    elsewhere = ("transfer", "other pictures", "margin, iteration 2, elsewhere")
-    return [
-        ("Training on checked critiques lifts the base judge", "+.12", ift, base, "gains"),
-        ("04 lifts it further: two iterations of margins", "+.02-.03", second, ift, "gains"),
-        ("... more than stage 03 continued", "", second, continued, "gains"),
-        ("... more than random pairs", "", second, random_2, "gains"),
-        (
-            "Of a pool, 40 % with large margins teach more than with small ones",
-            "",
-            of_worth("margin", 0.4),
-            of_worth("low", 0.4),
-            "gains",
-        ),
-        ("... and so do 10 %", "", of_worth("margin", 0.1), of_worth("low", 0.1), "gains"),
-        (
-            "... more than random ones",
-            "",
-            of_worth("margin", 0.1),
-            of_worth("random", 0.1),
-            "gains",
-        ),
-        (
-            "40 % by margins teach what all that pass do",
-            "",
-            of_worth("margin", 0.4),
-            everything,
-            "no effect",
-        ),
-        ("A third and fourth iteration change nothing", "saturates", last, second, "no effect"),
-        ("The judge exceeds the detector that taught it", "", second, expert, "gains"),
-        ("Without the picture it falls to chance", "", blank, 0.5, "no effect"),
-        ("It is above chance on other pictures, of unseen kinds", "", elsewhere, 0.5, "gains"),
-        ("Critiques beat descriptions", "over +.10", critique, described, "gains"),
-        ("... and verdicts alone", "", critique, verdicts, "gains"),
-        ("02's filters beat the verdict alone", "", whole, unchecked, "gains"),
-        ("The expert's findings beat its labels alone", "+.15-.20", yolo, labels, "gains"),
-        ("`--bt-weight 1` lifts 03", "", of_weight(1), of_weight(0), "gains"),
-        ("... and `--bt-weight .1` does", "", of_weight(0.1), of_weight(0), "gains"),
-    ]
+def comparisons():
+    """[(claim, the paper's figure, verdict_on's kind, place, what it is compared with)] of
+    claims.tsv: a place is (study, setting, condition), it is compared with another or a number."""
+    found = []
+    for line in (Path(__file__).parent / "claims.tsv").read_text().splitlines()[1:]:
+        claim, paper, kind, place, other = line.split("\t")
+        other = tuple(other.split("; ")) if ";" in other else float(other)
+        found.append((claim, paper, kind, tuple(place.split("; ")), other))
+    return found
 
 
 def claims(lines, final=()):
@@ -319,9 +255,9 @@ def claims(lines, final=()):
     columns = ("claim", "paper", "here", "worlds", "where 03 took", "where it failed")
     out = heading([*columns, "final check", "verdict", "study"])[1:]
     decided, rows = [], []
-    for claim, paper, place, other, kind in claim_rows():
+    for claim, paper, kind, place, other in comparisons():
         found = difference(lines, place, other)
-        if not found:
+        if not claim or not found:
             continue
         decided.append(verdict_on(kind, found))
         of_code = newest(lines, place)
@@ -337,40 +273,9 @@ def claims(lines, final=()):
     return out
 
 
-def other_differences():
-    """[(place, place or number)] of what the figures and the text say besides the claims."""
-    first, after = "margin, iteration 1", "after 03"
-    pairs = []
-    for part in (0.05, 0.1, 0.2, 0.4):
-        margins, low, drawn = [of_worth(rule, part) for rule in ("margin", "low", "random")]
-        pairs += [(margins, drawn), (margins, low), (low, drawn)]
-        pairs += [(place, ("worth", "all that pass", first)) for place in (margins, drawn)]
-        pairs += [(place, (*place[:2], after)) for place in (margins, low, drawn)]
-    pairs.append((("worth", "all that pass", first), ("worth", "all that pass", after)))
-    for weight in (0, 0.03, 0.1, 0.3, 1):
-        pairs.append((of_weight(weight, first), of_weight(weight)))
-        pairs.append((of_weight(weight), of_weight(0)))
-        pairs.append((of_weight(weight, first), of_weight(0, first)))
-        pairs.append((of_weight(weight, "margin, iteration 1, blank image"), 0.5))
-    for rule in RULES:
-        conditions = (after, *iterations(rule))
-        pairs += [((*FULL, b), (*FULL, a)) for a, b in zip(conditions, conditions[1:])]
-        pairs += [((*FULL, conditions[t]), (*FULL, after)) for t in (2, 4)]
-    for rule in RULES[1:]:
-        pairs += [((*FULL, x), (*FULL, y)) for x, y in zip(iterations("margin"), iterations(rule))]
-    for what in ("findings", "findings, flipped", "no findings", "no findings, flipped"):
-        margins, *controls = [
-            ("margins", f"{what}, {rule}", f"{rule}, iteration 1") for rule in RULES[:3]
-        ]
-        pairs += [(margins, control) for control in controls]
-    votes = places("best", "", "N and votes")
-    pairs += [((*votes[0][:2], f"votes {n}"), (*votes[0][:2], "votes 1")) for n in (3, 5, 9)]
-    return pairs
-
-
 def differences_table(lines):
     out = heading(["difference", "of worlds", "mean, 95 % interval", "03 took", "it failed", "on"])
-    for place, other in other_differences():
+    for *_, place, other in comparisons():
         found = difference(lines, place, other)
         if found:
             of_code = newest(lines, place)
@@ -383,10 +288,10 @@ def differences_table(lines):
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-COLOURS = dict(zip(RULES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
+COLOURS = dict(zip(RULES, ("#0072B2", "#D55E00", "#009E73")))
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": 7}
 WORTH = ("the largest margins", "any that pass", "the smallest margins")
-MARKERS = dict(zip(RULES, "os^D"))
+MARKERS = dict(zip(RULES, "os^"))
 
 
 def axes(size, n=1, **ratios):
@@ -408,14 +313,14 @@ def save(axis, path, title, ylabel):
 def draw_iterations(path, lines):
     """Accuracy by iteration with controls: means and intervals where 03 took, else each world."""
     left, right = axes((8.4, 3.8), 2, width_ratios=(3, 2))
-    names = ("margins", "random pairs", "best of random pairs", "stage 03 continued")
+    names = ("margins", "random pairs", "stage 03 continued")
     took, others = where_03_took(lines), where_03_took(lines, has_taken=False)
     for k, (rule, name) in enumerate(zip(RULES, names)):
         style = {"color": COLOURS[rule], "marker": MARKERS[rule], "markersize": 5}
         found = by_iteration(lines, rule, took)
         spans = np.array([interval(of_worlds) for of_worlds in found])
         middle = np.array([average(of_worlds) for of_worlds in found])
-        x = np.arange(len(found)) + (k - 1.5) * 0.08
+        x = np.arange(len(found)) + (k - 1) * 0.08
         bars = {"capsize": 2, "elinewidth": 0.9, "label": name}
         left.errorbar(x, middle, np.abs(spans.T - middle), **style, **bars)
         for seed in others:
@@ -437,10 +342,11 @@ def draw_worth(path, lines):
     """What a rule's choice teaches, against the number of pairs that it was given."""
     [axis] = axes((6.4, 3.6))
     took = where_03_took(newest(lines, ("worth", "all that pass")))
-    everything = ("worth", "all that pass", "margin, iteration 1")
     for k, (rule, name) in enumerate(zip(("margin", "random", "low"), WORTH)):
+        settings = [(f"{rule} {part}", rule) for part in (0.05, 0.1, 0.2, 0.4)]
         x, middle, spans = [], [], []
-        for place in [*(of_worth(rule, part) for part in (0.05, 0.1, 0.2, 0.4)), everything]:
+        for setting, judge in [*settings, ("all that pass", "margin")]:
+            place = ("worth", setting, f"{judge}, iteration 1")
             gain = only(difference(lines, place, (*place[:2], "after 03")), took)
             if gain:
                 x.append(mean_count(lines, *place[:2], "pairs kept") * (1 + 0.02 * (k - 1)))
@@ -485,31 +391,10 @@ def draw_expert(path, lines):
     save(axis, path, title, "accuracy after stage 03")
 
 
-def draw_flipped(path, lines):
-    """Of the flipped pairs: their share among what each rule keeps."""
-    [axis] = axes((6.4, 3.2))
-    columns = (  # (what is counted, of which rule's lines, label, colour)
-        ("flipped, pool", "margin", "the pool", "0.75"),
-        ("flipped, passing", "margin", "a passing critique", "0.5"),
-        ("flipped, kept", "margin", "kept by margins", COLOURS["margin"]),
-        ("flipped, kept", "random", "kept by random pairs", COLOURS["random"]),
-    )
-    for group, pool in enumerate(("findings, flipped", "no findings, flipped")):
-        for k, (count, rule, label, colour) in enumerate(columns):
-            found = of_setting(lines, "margins", f"{pool}, {rule}").values()
-            values = [100 * line["counts"][count] for line in found]
-            x = group + (k - 1.5) * 0.2
-            axis.bar(x, mean(values), width=0.18, color=colour, label=None if group else label)
-            axis.plot([x] * len(values), values, "o", color="black", markersize=3)
-    axis.set_xticks(range(2), ["with the expert's findings", "without findings"])
-    axis.legend(fontsize=8, loc="upper right")
-    title = "15 % of the labels of the pools were flipped; points: worlds"
-    save(axis, path, title, "pairs with a flipped label, %")
-
-
 def draw_best_of_n(path, lines):
     """Quality of the caption that each picker takes from N."""
-    [axis], place = axes((6.4, 3.2)), ("best", "N and votes")
+    [axis] = axes((6.4, 3.2))
+    place = ("best", [line["setting"] for line in lines if line["study"] == "best"][-1])
     sizes = (1, 2, 4, 8, 16)
     for picker, label, colour, marker in (
         ("oracle", "the truth", "black", "*"),
@@ -534,5 +419,4 @@ def draw(lines, folder):
     if any(line["study"] == "worth" for line in lines):
         draw_worth(folder / "worth.png", lines)
     draw_expert(folder / "expert_error.png", lines)
-    draw_flipped(folder / "flipped.png", lines)
     draw_best_of_n(folder / "best_of_n.png", lines)

@@ -52,24 +52,23 @@ PAIR = {"id": "p-0", "image": "0.png", "prompt": "What?", "split": "pool", "evid
 PAIR |= {"chosen": "red star.", "rejected": "red ring."}
 
 
-def test_an_altered_pool_leaves_the_source_and_the_other_splits(tmp_path):
+def test_labels_by_lot_leave_the_source_and_the_other_splits(tmp_path):
     name, source, run = "01_preferences/preferences.jsonl", tmp_path / "source", tmp_path / "run"
     (source / "01_preferences").mkdir(parents=True)
     rows = [{**PAIR, "id": f"p{i}", "split": ("pool", "train")[i % 2]} for i in range(2000)]
     common.write_jsonl(source / name, rows)
     study.give(source, run, "01_preferences")
-    study.relabel(source, run, "pool", 0, "flip", findings=True)
+    study.relabel(source, run, 0, by_lot=True)
     assert study.read_jsonl(source / name) == rows
     found = study.read_jsonl(run / name)
-    turned = [row for row, old in zip(found, rows, strict=True) if row != old]
-    assert len(turned) / 1000 == pytest.approx(study.TURNED["flip"], abs=0.04)
-    for row in turned:
-        assert (row["chosen"], row["rejected"]) == (PAIR["rejected"], PAIR["chosen"])
-        assert [x["claimed_by"] for x in row["evidence"]] == ["rejected", "chosen", "both"]
-        assert row["split"] == "pool" and study.is_turned(0, "flip", row["id"])
-    study.relabel(source, run, "pool", 0)
+    assert found[::2] == rows[::2] and not any(row["evidence"] for row in found[1::2])
+    turned = [row for row in found if row["chosen"] == PAIR["rejected"]]
+    assert len(turned) / 1000 == pytest.approx(0.5, abs=0.05)
+    claimed = [finding["claimed_by"] for finding in study.swap_label(PAIR)["evidence"]]
+    assert claimed == ["rejected", "chosen", "both"]
+    study.relabel(source, run, 0)
     for row, old in zip(study.read_jsonl(run / name), rows, strict=True):
-        assert row == (old if old["split"] == "train" else {**old, "evidence": []})
+        assert row == (old if old["split"] == "pool" else {**old, "evidence": []})
 
 
 def test_the_expert_is_held_against_the_truth():
@@ -199,7 +198,7 @@ def test_a_difference_mixes_neither_processors_nor_codes():
 
 def test_both_kinds_of_worlds_stand_in_the_table():
     """Three in which stage 03 took, two in which it did not; one of the final check."""
-    place, other = study_report.claim_rows()[0][2:4]
+    place, other = study_report.comparisons()[0][3:]
     lines = []
     for seed, follows in enumerate([0.9, 0.86, 0.95, 0.5, 0.84, 0.9]):
         seed = seed if seed < 5 else 1001
@@ -226,7 +225,7 @@ def test_every_study_has_its_table(capsys):
     measured = {line["study"] for line in study_report.read(ROOT / "assets/results.jsonl")}
     for name in measured:
         assert f"| {name} |" in printed and f"| {name}: counts |" in printed
-    assert "| 3 |  |  |  |  |  |  | error: no judge" in printed
+    assert "World 3 was refused: error: no judge" in printed
 
 
 def test_recorded_lines_are_whole():
