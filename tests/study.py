@@ -14,7 +14,7 @@ setting, seed) becomes one line of assets/results.jsonl:
 
 Rules of the tables (claims.tsv holds what is claimed), fixed before anything was run:
 a) An interval is Student's t over worlds, 95 %; images are resampled for a single world alone.
-b) A gain holds where its interval is above zero, "no effect" where all of it lies within +-.01; what
+b) A gain holds where its interval is above zero, "no effect" where it lies within +-.01; what
    neither holds nor is refuted is undecided. Below five worlds nothing holds: it points up or down.
 c) Worlds are of two kinds: 03 took where the verdict follows its checks in at least .85 after it,
    else it failed. Both are given.
@@ -205,14 +205,6 @@ def share_samples(source, run, rule):
     give(source / "04_rejection", folder_of(run, rule), "iter1/answers.jsonl")
 
 
-def swap_label(row):
-    """The pair with the worse response called the better one."""
-    other = {"chosen": "rejected", "rejected": "chosen", "both": "both"}
-    evidence = [{**f, "claimed_by": other[f["claimed_by"]]} for f in row["evidence"]]
-    texts = {"chosen": row["rejected"], "rejected": row["chosen"]}
-    return {**row, **texts, "evidence": evidence}
-
-
 def change_pairs(source, run, change):
     """Writes the source's pairs, by change(row) -> row or None to leave it out, into the run."""
     name = Path("01_preferences") / "preferences.jsonl"
@@ -220,18 +212,9 @@ def change_pairs(source, run, change):
     write_jsonl(run / name, [row for row in rows if row])
 
 
-def relabel(source, run, seed, by_lot=False):
-    """In a run of copies: the training pairs without the expert's findings, and where labels are
-    drawn by lot, half of them turned round."""
-
-    def change(row):
-        if row["split"] != "train":
-            return row
-        if by_lot and random.Random(row_seed(seed, "shuffle", row["id"])).random() < 0.5:
-            row = swap_label(row)
-        return {**row, "evidence": []}
-
-    change_pairs(source, run, change)
+def without_findings(row):
+    """A pair to train on by the expert's label alone."""
+    return {**row, "evidence": []} if row["split"] == "train" else row
 
 
 # ---- What is measured besides the judges ---------------------------------------------------------
@@ -255,25 +238,6 @@ def selection_counts(run, rule, truth):
     for kind, rows in (("kept", kept), ("passing", passing), ("pool", samples)):
         counts[f"false facts, {kind}"] = false_facts(rows, truth)
     return counts
-
-
-def captions(lab, checkpoint, n=300):
-    """Share of greedy captions of n held-out pictures that name what is absent."""
-    judge, truth = common.load_judge(f"{lab.world}/model", checkpoint), lab.truth()
-    names = sorted(name for name in truth if name.startswith("heldout/"))[:n]
-    requests = [{"id": x, "image": lab.pictures / x, "text": scenes.PROMPT} for x in names]
-    wrong = []
-    for name, [answer] in zip(names, common.sample(*judge, requests, 1, 0.0, 32)):
-        said = set(answer["text"].strip().rstrip(".").split(", ")) & set(scenes.KINDS)
-        wrong.append(bool(said - set(truth[name])))
-    return float(np.mean(wrong))
-
-
-def caption_counts(lab, run=None):
-    """Of the base model without a run."""
-    checkpoint = run and three.find_checkpoint(run / "03_ift")
-    share = call(lab.folder / "captions", captions, lab, checkpoint)
-    return {"captions hallucinate, greedy": share}
 
 
 def expert_judgements(lab, run):
@@ -350,14 +314,6 @@ def headline(lab, run):
     return judged, sizes
 
 
-def shuffled_labels(lab, run):
-    """Trained on labels drawn by lot, without findings: must fall to chance."""
-    copy_stages(lab.base, run, "01")
-    relabel(lab.base, run, lab.seed, by_lot=True)
-    lab.commands(("02", "03"), run)
-    return lab.judge(run)[0], {}
-
-
 def select(lab, run, rule="margin", retention="1"):
     """One iteration of 04 by a rule, from the base run's judge and samples, for three epochs of
     what it keeps."""
@@ -402,6 +358,63 @@ def margin_reliability(samples):
     return float(np.corrcoef(columns)[0, 1])
 
 
+def dpo_loss(gap, reference, beta=0.1):
+    """-log sigmoid(beta (gap - reference)) of each question (B,), in nats; gaps: log-likelihood of
+    c+ minus that of c- (B,), in nats, by the judge and by the one it started from."""
+    return -torch.nn.functional.logsigmoid(beta * (gap - reference))
+
+
+def gaps(model, processor, rows, image_root):
+    """Log-likelihood of each row's "response" minus that of its "worst", (B,) in nats."""
+    sums = []
+    for name in ("response", "worst"):
+        texts, critiques = [row["text"] for row in rows], [row[name] for row in rows]
+        images = [image_root / row["image"] for row in rows]
+        encoded = three.encode_supervised(processor, texts, images, critiques)
+        logits, labels = three.forward(model, *encoded)  # (B,R+1,V), (B,R+1)
+        chances, wanted = logits[:, :-1].log_softmax(2), labels[:, 1:, None]
+        of_token = chances.gather(2, wanted.clamp(min=0))[:, :, 0]  # (B,R)
+        sums.append((of_token * (wanted[:, :, 0] != -100)).sum(1))
+    return sums[0] - sums[1]
+
+
+def train_by_contrast(lab, run, rule, steps=60, lr=3e-4, size=32):
+    """DPO from the judge after 03 on c+ and c- of the questions that SFT gets at 40 %."""
+    samples = read_jsonl(folder_of(lab.base, "margin") / "iter1" / "samples.jsonl")
+    kept = four.choose(*margins_of(samples), rule, None, 0.4, lab.seed, 1)
+    questions, rows = four.critiques_by_question(samples), three.training_rows(kept)["critique"]
+    for row, old in zip(rows, kept, strict=True):
+        critiques = questions[old["pair_id"], old["order"]]
+        row["worst"] = min(critiques, key=lambda x: x["confidence_in_label"])["critique"]
+    checkpoint = three.find_checkpoint(lab.base / "03_ift")
+    judge = common.load_judge(f"{lab.world}/model", checkpoint, trainable=True)
+    with torch.no_grad():
+        for row in rows:
+            row["reference"] = gaps(*judge, [row], lab.pictures).item()
+    weights = [weight for weight in judge[0].parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    for step in range(steps):
+        batch = three.rows_of_step(rows, step, size, lab.seed)
+        reference = torch.tensor([row["reference"] for row in batch])
+        loss = dpo_loss(gaps(*judge, batch, lab.pictures), reference).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.param_groups[0]["lr"] = three.learning_rate(step, steps, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step + 1} | DPO {loss.item():.3f}", flush=True)
+    judge[0].save_pretrained(run / f"03_ift_{rule}" / "adapter")
+    write_json(run / f"03_ift_{rule}" / "adapter" / "made_with.json", {"tag": rule})
+
+
+def contrast(lab, run):
+    """DPO instead of SFT, on what margins and random pairs keep."""
+    copy_stages(lab.base, run, "01", "02", "03")
+    for rule in ("margin", "random"):
+        call(run, train_by_contrast, lab, run, rule)
+    return lab.judge(run)[0], {}
+
+
 def weighted(lab, run, weight):
     """Stage 03 and one iteration of 04 with a loss on the verdict itself."""
     copy_stages(lab.base, run, "01", "02")
@@ -434,7 +447,7 @@ def with_expert(lab, run, flags=(), expert=None, quality=None, findings=True):
     copy_stages(lab.base, run, "01")
     lab.command("01", run, *flags, expert=expert)
     if not findings:
-        relabel(run, run, lab.seed)
+        change_pairs(run, run, without_findings)
     lab.commands(("02", "03"), run)
     return lab.judge(run)[0], expert_counts(lab, run)
 
@@ -470,20 +483,12 @@ def other_colour(kind):
     return f"{colours[(colours.index(colour) + 1) % len(colours)]} {shape}"
 
 
-def untrained(lab, run):
-    return {"base": lab.judge(lab.base)[0]["base"]}, caption_counts(lab)
-
-
 def trained(lab, run, style="critique", flags=()):
     """Stage 03 with other flags, on critiques of this style."""
     copy_stages(lab.base, run, "01", "02")
     lab.command("02", run, "--style", style)
     lab.command("03", run, *flags)
-    judged, metrics = lab.judge(run)
-    measures = metrics["table"]["after 03"]
-    counts = {name: measures[name] for name in ("ece", "bradley_terry_loss", "unparseable")}
-    counts["critiques trained on"] = len(read_jsonl(run / "02_critiques" / "critiques.jsonl"))
-    return judged, counts | caption_counts(lab, run)
+    return lab.judge(run)[0], {}
 
 
 def without_checks(lab, run):
@@ -517,9 +522,8 @@ def write_strange_pictures(folder, seed):
         scenes.Image.fromarray(light.astype(np.uint8)).save(folder / name)
         for k in range(1 + i % 2):
             row_id = f"strange-{i:05d}-{k}"
-            pairs.append(
-                scenes.fair_row(rng, rng, len(pairs) % 2 == 0, row_id, name, scene.objects)
-            )
+            how = {"is_shorter": len(pairs) % 2 == 0, "image": name, "objects": scene.objects}
+            pairs.append(scenes.fair_row(rng, rng, row_id=row_id, **how))
         i += 1
     write_jsonl(folder / "strange.jsonl", pairs[:N_HELDOUT])
 
@@ -574,18 +578,16 @@ def best_of_n(lab, checkpoints, folder, n=8, n_images=200):
     asking = {"image_root": str(lab.pictures), "batch_size": 256, "seed": 0}
     rows = [{"id": x, "image": x, "prompt": scenes.PROMPT, "text": scenes.PROMPT} for x in names]
     how = {"n": n, "temperature": 1.0, "max_new_tokens": 32}
-    questions, qualities, lengths = [], [], []
+    questions, qualities = [], []
     for row, answers in zip(rows, common.ask(path, load(), rows, "captions", **how, **asking)):
         texts = [answer["text"].strip() for answer in answers]
         questions += five.games(row, texts)
-        lengths.append([len(text) for text in texts])
         qualities.append([quality(text, truth[row["id"]]) for text in texts])
     qualities = np.array(qualities)  # (pictures, n, 2)
     by_truth = qualities @ [2, 1]  # a caption with something absent is worse than all without
     sizes, picks = [2**k for k in range(n.bit_length())], {}
     for size in sizes:
         picks["random", size] = np.zeros(len(names), int)
-        picks["longest", size] = np.array(lengths)[:, :size].argmax(1)
         picks["oracle", size] = by_truth[:, :size].argmax(1)
     for judge, checkpoint in checkpoints.items():
         # two captions of 32 tokens hold up to 20 claims: their checks take more than the demo's 96
@@ -640,7 +642,7 @@ def experts():
 
 
 def trainings():
-    settings = {"nothing trained": untrained, "critique, lambda 1/3": trained}
+    settings = {"critique, lambda 1/3": trained}
     settings |= {style: partial(trained, style=style) for style in ("descriptive", "none")}
     settings["none, 300 steps"] = partial(trained, style="none", flags=("--steps", "300"))
     for name, flag, values in (
@@ -655,9 +657,9 @@ STUDIES = {
     "start": {"the demo's flags": start},
     "headline": {"pools of 600": headline},
     "worth": worths(),
+    "contrast": {"DPO": contrast},
     "verdict": {f"weight {x}": partial(weighted, weight=x) for x in ("0", "0.1", "1")},
     "verdict, more weights": {f"weight {x}": partial(weighted, weight=x) for x in ("0.03", "0.3")},
-    "leak": {"shuffled labels": shuffled_labels},
     "expert": experts(),
     "training": trainings(),
     "components": {"without checks": without_checks},
@@ -695,13 +697,8 @@ def commit_of(folder):
 
 def record(results, judged, counts, **line):
     """Appends a line to the results. judged: {condition: judgement rows}."""
-    line |= {
-        "code": CODE,
-        "commit": commit_of(demo.ROOT),
-        "processor": processor_name(),
-        "n": N_HELDOUT,
-    }
-    line |= {"accuracies": {}, "bootstrap": {}, "counts": {}}
+    line |= {"code": CODE, "commit": commit_of(demo.ROOT), "processor": processor_name()}
+    line |= {"n": N_HELDOUT, "accuracies": {}, "bootstrap": {}, "counts": {}}
     for condition, rows in judged.items():
         accuracy, draws = resampled(rows, line["seed"])
         line["accuracies"][condition] = round(float(accuracy), 4)
@@ -710,9 +707,7 @@ def record(results, judged, counts, **line):
         line["counts"][count] = round(value, 4) if isinstance(value, float) else value
     with open(results, "a") as file:
         file.write(json.dumps(line) + "\n")
-    print(
-        f"{line['study']}, {line['setting']}, seed {line['seed']}: {line['accuracies']}", flush=True
-    )
+    print(line["study"], line["setting"], line["seed"], line["accuracies"], flush=True)
 
 
 def run_setting(lab, study, setting, results):
@@ -725,10 +720,10 @@ def run_setting(lab, study, setting, results):
 def run_world(lab, studies, wanted, results):
     """The studies' settings on one world, those of `wanted` if any are named, but for what the
     results have. A world that the builder refuses is a line with a "failure", and no more."""
-    lines = [json.loads(line) for line in results.open()] if results.exists() else []
-    lines = [line for line in lines if line["seed"] == lab.seed]
-    lines = [line for line in lines if study_report.code_of(line) == CODE]
-    lines = [line for line in lines if line["processor"] == processor_name()]
+    lines = map(json.loads, results.open()) if results.exists() else []
+    here = (lab.seed, CODE, processor_name())
+    names = ("seed", "code", "processor")
+    lines = [line for line in lines if tuple(line.get(name) for name in names) == here]
     done = {(line["study"], line["setting"]) for line in lines}
     if any("failure" in line for line in lines):
         return

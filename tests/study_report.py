@@ -402,7 +402,6 @@ def draw_best_of_n(path, lines):
         ("after 03", "the judge after 03", "#009E73", "^"),
         ("base", "the base judge", "#E69F00", "D"),
         ("random", "a random one", "#D55E00", "s"),
-        ("longest", "the longest", "0.45", "v"),
     ):
         names = [f"best of {n}, {picker}: names nothing absent" for n in sizes]
         parts = [mean_count(lines, *place, name) for name in names]

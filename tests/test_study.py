@@ -1,5 +1,6 @@
 """The study's own rules, runs that it writes, intervals and tables."""
 
+import math
 import random
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import scenes
 import study
 import study_report
-from conftest import ROOT
+import torch
+from conftest import ROOT, encode, judged_rows
 
 import common
 
@@ -44,6 +46,23 @@ def test_margins_of_halves():
     assert study.margin_reliability(samples[:8]) is None
 
 
+def test_contrast_is_of_whole_critiques(trained, pictures):
+    assert study.dpo_loss(torch.tensor([1.0, 11.0]), torch.tensor([1.0, 1.0])).tolist() == (
+        pytest.approx([math.log(2), math.log(1 + math.exp(-1))])
+    )
+    rows = [
+        {**row, "worst": other["response"]}
+        for row, other in zip(judged_rows(), judged_rows()[::-1])
+    ]
+    found = study.gaps(*trained, rows, pictures)
+    for row, gap in zip(rows, found.tolist(), strict=True):
+        nll = []
+        for response in (row["response"], row["worst"]):
+            inputs, labels = encode(trained[1], pictures, [{**row, "response": response}])
+            nll.append(study.three.nll_sum(trained[0](**inputs).logits, labels)[0].item())
+        assert gap == pytest.approx(nll[1] - nll[0], abs=1e-3)
+
+
 # ---- Runs that a study writes --------------------------------------------------------------------
 CLAIMS = ("chosen", "rejected", "both")
 FOUND = (("red star", "present"), ("red ring", "absent"), ("blue star", "unsure"))
@@ -52,30 +71,23 @@ PAIR = {"id": "p-0", "image": "0.png", "prompt": "What?", "split": "pool", "evid
 PAIR |= {"chosen": "red star.", "rejected": "red ring."}
 
 
-def test_labels_by_lot_leave_the_source_and_the_other_splits(tmp_path):
+def test_changed_pairs_leave_the_source_and_the_other_splits(tmp_path):
     name, source, run = "01_preferences/preferences.jsonl", tmp_path / "source", tmp_path / "run"
     (source / "01_preferences").mkdir(parents=True)
-    rows = [{**PAIR, "id": f"p{i}", "split": ("pool", "train")[i % 2]} for i in range(2000)]
+    rows = [{**PAIR, "id": f"p{i}", "split": split} for i, split in enumerate(("pool", "train"))]
     common.write_jsonl(source / name, rows)
     study.give(source, run, "01_preferences")
-    study.relabel(source, run, 0, by_lot=True)
+    study.change_pairs(source, run, study.without_findings)
     assert study.read_jsonl(source / name) == rows
-    found = study.read_jsonl(run / name)
-    assert found[::2] == rows[::2] and not any(row["evidence"] for row in found[1::2])
-    turned = [row for row in found if row["chosen"] == PAIR["rejected"]]
-    assert len(turned) / 1000 == pytest.approx(0.5, abs=0.05)
-    claimed = [finding["claimed_by"] for finding in study.swap_label(PAIR)["evidence"]]
-    assert claimed == ["rejected", "chosen", "both"]
-    study.relabel(source, run, 0)
-    for row, old in zip(study.read_jsonl(run / name), rows, strict=True):
-        assert row == (old if old["split"] == "pool" else {**old, "evidence": []})
+    assert study.read_jsonl(run / name) == [rows[0], {**rows[1], "evidence": []}]
 
 
 def test_the_expert_is_held_against_the_truth():
     truth = {"0.png": ["red star", "blue star"]}
     absent = {**EVIDENCE[0], "status": "absent"}  # wrong: it is there
     rows = [PAIR, {**PAIR, "evidence": [absent, *EVIDENCE[1:]]}]
-    flipped = study.swap_label(PAIR)
+    others = [{**found, "claimed_by": claim} for found, claim in zip(EVIDENCE, CLAIMS[1::-1])]
+    flipped = {**PAIR, "evidence": [*others, EVIDENCE[2]]}
     contradicted, wrong, n = study.expert_against_truth([*rows, flipped], truth).values()
     assert contradicted == pytest.approx(1 / 6)  # what is unsure says nothing
     assert wrong == pytest.approx(1 / 3) and n == 3
