@@ -314,31 +314,33 @@ def headline(lab, run):
     return judged, sizes
 
 
-def select(lab, run, rule="margin", retention="1"):
+def select(lab, run, rule="margin", retention=None):
     """One iteration of 04 by a rule, from the base run's judge and samples, for three epochs of
-    what it keeps."""
+    what it keeps: of all that pass, without a retention."""
     copy_stages(lab.base, run, "01", "02", "03")
     share_samples(lab.base, run, rule)
     counts = proportionate(lab, retention)
     steps = str(counts["steps"])
     if (rule, retention, steps) == ("margin", "0.4", "60"):  # as the base run was trained
         copy_stages(lab.base, run, "04")
-    flags = ("--iterations", "1", "--retention", retention, "--steps", steps)
-    lab.command("04", run, *flags, "--select", rule)
+    how = ("--retention", retention) if retention else ("--margin", "0")
+    lab.command("04", run, "--iterations", "1", "--select", rule, "--steps", steps, *how)
     counts |= selection_counts(run, rule, lab.truth())
     return lab.judge(run)[0], counts
 
 
 def proportionate(lab, retention):
     """Counts: steps of three epochs, at least 15, on what margins keep of the base run's first
-    pool; its pairs with a passing critique in both orders."""
+    pool; its pairs with a passing critique in both orders, all of which are kept without a
+    retention."""
     samples = read_jsonl(folder_of(lab.base, "margin") / "iter1" / "samples.jsonl")
-    margins, passing = margins_of(samples)
-    kept = four.choose(margins, passing, "margin", None, float(retention), 0, 1)
-    defaults = four.parse_args([])
+    of_pool, defaults = margins_of(samples), four.parse_args([])
+    kept = everything = four.choose(*of_pool, "margin", 0, None, 0, 1)
+    if retention:
+        kept = four.choose(*of_pool, "margin", None, float(retention), 0, 1)
     rows = four.mix_in(kept, three.read_critiques(lab.base), defaults.replay, 0)
     steps = max(15, round(3 * len(rows) / defaults.train_batch))
-    return {"steps": steps, "pairs eligible": sum(value > 0 for value in margins.values())}
+    return {"steps": steps, "pairs eligible": len(everything) // 2}
 
 
 def margins_of(samples):
