@@ -38,7 +38,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +60,7 @@ one, two, three, four, five = (import_module(script) for script in SCRIPTS.value
 N_IMAGES = 4000  # enough pairs for four pools of 600
 N_HELDOUT = 1000  # pairs
 FOUR = (0, 1, 2, 4, 5, 6)  # the worlds with four iterations
+WEIGHTS = ("0", "0.1", "1", "0.03", "0.3")  # of the Bradley-Terry loss
 CODE = 2  # 1 higher with each change of the code or the pictures that changes numbers
 RESAMPLES = 100
 FORKS = multiprocessing.get_context("forkserver")  # its children have the libraries at once
@@ -168,9 +168,6 @@ class Lab:
             judged.setdefault(row["condition"], []).append(row)
         return judged, read_json(run / "05_evaluation" / "metrics.json")
 
-    def heldout(self):
-        return read_jsonl(self.pictures / "heldout.jsonl")
-
     def truth(self):
         """{image: sorted names of its objects}."""
         truth = {}
@@ -240,29 +237,6 @@ def selection_counts(run, rule, truth):
     return counts
 
 
-def expert_judgements(lab, run):
-    """The detector as judge: of each response its least sure object; the surer response wins, and
-    equal ones count half. Rows as 05 writes them."""
-    args = Namespace(expert=f"{lab.world}/expert.pt", run=str(run), device="cpu")
-    detector = one.Expert(args, run / "expert_detections.jsonl", str(lab.pictures), None)
-    vocabulary = one.build_vocabulary(detector.classes, one.SYNONYMS)
-    heldout, rows = lab.heldout(), []
-    findings = detector.find({pair["image"]: [] for pair in heldout})  # it looks for all it knows
-    for pair in heldout:
-        best = {}
-        for found in findings[pair["image"]]["detections"]:
-            best[found["object"]] = max(found["confidence"], best.get(found["object"], 0))
-        sure = {}
-        for side in ("chosen", "rejected"):
-            named = one.find_mentions(pair[side], vocabulary)
-            sure[side] = min((best.get(name, 0) for name in named), default=0)
-        gain = sure["chosen"] - sure["rejected"]
-        for question in common.both_orders(pair):
-            a_is_surer = gain >= 0 if question["label"] == "A" else gain <= 0  # equal: one is right
-            rows.append({**question, "id": pair["id"], "verdict": "A" if a_is_surer else "B"})
-    return rows
-
-
 def expert_against_truth(rows, truth):
     """Counts: shares of stage 01's findings and of its labels that the truth contradicts, pairs.
 
@@ -306,12 +280,7 @@ def headline(lab, run):
     judged, _ = lab.judge(run, "--withhold", "blank", "other")
     for how in ("blank image", "other image"):
         judged[how] = judged.pop(f"margin, iteration {n}, {how}")
-    judged["expert"] = call(run, expert_judgements, lab, run)
-    shorter = zip(judged["base"], five.heuristic_rows(lab.heldout()))  # the same questions
-    judged["shorter response"] = [{**question, **row} for question, row in shorter]
-    made = read_json(run / "04_rejection" / "meta.json")["counts"]
-    sizes = {x: made[x] for x in made if x.endswith(("pairs in the pool", "pairs kept"))}
-    return judged, sizes
+    return judged, {}
 
 
 def select(lab, run, rule="margin", retention=None):
@@ -660,8 +629,7 @@ STUDIES = {
     "headline": {"pools of 600": headline},
     "worth": worths(),
     "contrast": {"DPO": contrast},
-    "verdict": {f"weight {x}": partial(weighted, weight=x) for x in ("0", "0.1", "1")},
-    "verdict, more weights": {f"weight {x}": partial(weighted, weight=x) for x in ("0.03", "0.3")},
+    "verdict": {f"weight {x}": partial(weighted, weight=x) for x in WEIGHTS},
     "expert": experts(),
     "training": trainings(),
     "components": {"without checks": without_checks},
@@ -759,7 +727,8 @@ def main(args):
         lab = Lab(args.out.resolve(), seed)
         run_world(lab, args.studies, args.settings, args.results)
     if args.table:
-        print(study_report.tables(study_report.read(args.results)))
+        final = study_report.read(args.results, is_final=True)
+        print(study_report.tables(study_report.read(args.results), final))
     if args.plot:
         args.plot.mkdir(parents=True, exist_ok=True)
         study_report.draw(study_report.read(args.results), args.plot)

@@ -208,9 +208,9 @@ def study_tables(lines, study):
     return out
 
 
-def tables(lines):
+def tables(lines, final=()):
     """Everything as markdown: the claims, then each code's and processor's studies."""
-    out = ["# Claims", *claims(lines), "", "# All differences", *differences_table(lines)]
+    out = ["# Claims", *claims(lines, final), "", "# All differences", *differences_table(lines)]
     for code in sorted({code_of(line) for line in lines}, reverse=True):
         of_code = [line for line in lines if code_of(line) == code]
         for processor in processors(of_code):
@@ -223,18 +223,6 @@ def tables(lines):
 
 # ---- The README's table of claims ----------------------------------------------------------------
 FULL = ("headline", "pools of 600")
-RULES = ("margin", "random", "continue")
-
-
-def iterations(rule):
-    return [f"{rule}, iteration {t}" for t in range(1, 5)]
-
-
-def by_iteration(lines, rule, seeds):
-    """[cells after 03, iteration 1, 2, ...] of a rule in these worlds."""
-    names = ("after 03", *iterations(rule))
-    found = [only(cells(lines, *FULL, name), seeds) for name in names]
-    return [of_worlds for of_worlds in found if of_worlds]
 
 
 def comparisons():
@@ -288,20 +276,16 @@ def differences_table(lines):
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-COLOURS = dict(zip(RULES, ("#0072B2", "#D55E00", "#009E73")))
+COLOURS = ("#0072B2", "#D55E00", "0.45")
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": 7}
-WORTH = ("the largest margins", "any that pass", "the smallest margins")
-MARKERS = dict(zip(RULES, "os^"))
 
 
-def axes(size, n=1, **ratios):
-    """n axes on white: readable on a light and on a dark page."""
-    figure = Figure(size, layout="tight", facecolor="white")
-    found = figure.subplots(1, n, squeeze=False, **ratios)[0]
-    for axis in found:
-        axis.grid(color="0.9")
-        axis.set_axisbelow(True)
-    return found
+def axes(size):
+    """On white: readable on a light and on a dark page."""
+    axis = Figure(size, layout="tight", facecolor="white").subplots()
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+    return axis
 
 
 def save(axis, path, title, ylabel):
@@ -310,62 +294,54 @@ def save(axis, path, title, ylabel):
     axis.figure.savefig(path, dpi=130)
 
 
+def draw_gains(axis, x, gains, k, name):
+    """A line with intervals, the k-th of three; gains: cells of differences, or {}, one for each
+    of x."""
+    x, gains = zip(*[(place, gain) for place, gain in zip(x, gains) if gain])
+    middle = np.array([average(gain) for gain in gains])
+    spans = np.array([interval(gain) for gain in gains]).T  # (2, points)
+    style = {"color": COLOURS[k], "marker": "os^"[k], "markersize": 5, "label": name}
+    axis.errorbar(x, middle, np.abs(spans - middle), **style, capsize=2, elinewidth=0.9)
+    axis.axhline(0, color="0.3", linestyle=":")
+    axis.legend(fontsize=7)
+
+
 def draw_iterations(path, lines):
-    """Accuracy by iteration with controls: means and intervals where 03 took, else each world."""
-    left, right = axes((8.4, 3.8), 2, width_ratios=(3, 2))
-    names = ("margins", "random pairs", "stage 03 continued")
-    took, others = where_03_took(lines), where_03_took(lines, has_taken=False)
-    for k, (rule, name) in enumerate(zip(RULES, names)):
-        style = {"color": COLOURS[rule], "marker": MARKERS[rule], "markersize": 5}
-        found = by_iteration(lines, rule, took)
-        spans = np.array([interval(of_worlds) for of_worlds in found])
-        middle = np.array([average(of_worlds) for of_worlds in found])
-        x = np.arange(len(found)) + (k - 1) * 0.08
-        bars = {"capsize": 2, "elinewidth": 0.9, "label": name}
-        left.errorbar(x, middle, np.abs(spans.T - middle), **style, **bars)
-        for seed in others:
-            values = [of_worlds[seed][0] for of_worlds in by_iteration(lines, rule, [seed])]
-            right.plot(range(len(values)), values, **style, label=name)
-    expert = average(only(cells(lines, *FULL, "expert"), took))
-    left.axhline(expert, color="0.3", linestyle=":", label="the detector as judge")
-    left.set_title(f"where stage 03 took: {len(took)} worlds, bars 95 %", fontsize=9)
-    right.set_title("where it did not: each world a line", fontsize=9)
-    for axis in (left, right):
-        axis.set_xticks(range(5), ["after 03", "1", "2", "3", "4"])
-        axis.set_xlabel("iteration of stage 04")
-    left.set_ylabel("accuracy, share of questions")
-    right.legend(*left.get_legend_handles_labels(), fontsize=7, loc="upper left")
-    left.figure.savefig(path, dpi=120)
+    """What each iteration has gained over stage 03, with controls, where 03 took."""
+    axis, took = axes((6.4, 3.6)), where_03_took(newest(lines, FULL))
+    for k, rule in enumerate(("margin", "random", "continue")):
+        places = [(*FULL, f"{rule}, iteration {t}") for t in range(1, 5)]
+        gains = [difference(lines, place, (*FULL, "after 03")) for place in places]
+        x = [t + 0.06 * (k - 1) for t in range(1, 5)]
+        name = ("margins", "random pairs", "stage 03 continued")[k]
+        draw_gains(axis, x, [only(gain, took) for gain in gains], k, name)
+    axis.set_xticks(range(1, 5))
+    axis.set_xlabel("iteration of stage 04")
+    save(axis, path, f"{len(took)} worlds in which 03 took, bars 95 %", "accuracy gained over 03")
 
 
 def draw_worth(path, lines):
     """What a rule's choice teaches, against the number of pairs that it was given."""
-    [axis] = axes((6.4, 3.6))
-    took = where_03_took(newest(lines, ("worth", "all that pass")))
-    for k, (rule, name) in enumerate(zip(("margin", "random", "low"), WORTH)):
-        settings = [(f"{rule} {part}", rule) for part in (0.05, 0.1, 0.2, 0.4)]
-        x, middle, spans = [], [], []
-        for setting, judge in [*settings, ("all that pass", "margin")]:
+    axis, took = axes((6.4, 3.6)), where_03_took(newest(lines, ("worth", "all that pass")))
+    names = ("the largest margins", "random pairs", "the smallest margins")
+    for k, rule in enumerate(("margin", "random", "low")):
+        settings = {f"{rule} {part}": rule for part in (0.05, 0.1, 0.2, 0.4)}
+        x, gains = [], []
+        for setting, judge in {**settings, "all that pass": "margin"}.items():
             place = ("worth", setting, f"{judge}, iteration 1")
-            gain = only(difference(lines, place, (*place[:2], "after 03")), took)
-            if gain:
-                x.append(mean_count(lines, *place[:2], "pairs kept") * (1 + 0.02 * (k - 1)))
-                middle.append(average(gain))
-                spans.append(np.abs(np.subtract(interval(gain), middle[-1])))
-        style = {"color": ("#0072B2", "#D55E00", "0.45")[k], "marker": "os^"[k], "markersize": 5}
-        axis.errorbar(
-            x, middle, np.transpose(spans), **style, capsize=2, elinewidth=0.9, label=name
-        )
-    axis.axhline(0, color="0.3", linestyle=":")
-    axis.set(xlabel="pairs trained on, of a pool of 600 (right: all that pass)", xscale="log")
-    axis.legend(fontsize=7)
-    title = f"three epochs of what each rule keeps; {len(took)} worlds, bars 95 %"
-    save(axis, path, title, "accuracy gained over stage 03")
+            x.append((mean_count(lines, *place[:2], "pairs kept") or 0) * (1 + 0.02 * (k - 1)))
+            gains.append(only(difference(lines, place, (*place[:2], "after 03")), took))
+        draw_gains(axis, x, gains, k, names[k])
+    axis.set(
+        xlabel="pairs trained on for three epochs, of 600 (right: all that pass)", xscale="log"
+    )
+    title = f"{len(took)} worlds in which 03 took, bars 95 %"
+    save(axis, path, title, "accuracy gained over 03")
 
 
 def draw_expert(path, lines):
     """Judge accuracy against the share of labels that the expert gets wrong."""
-    [axis] = axes((8.4, 3.8))
+    axis = axes((8.4, 3.8))
     labels = "labels alone, YOLO's or the policy's"
     parts = (0.9, 0.7, 0.5)
     confused = [f"{k}% of the kinds always confused" for k in (10, 25, 50)]
@@ -393,7 +369,7 @@ def draw_expert(path, lines):
 
 def draw_best_of_n(path, lines):
     """Quality of the caption that each picker takes from N."""
-    [axis] = axes((6.4, 3.2))
+    axis = axes((6.4, 3.2))
     place = ("best", [line["setting"] for line in lines if line["study"] == "best"][-1])
     sizes = (1, 2, 4, 8, 16)
     for picker, label, colour, marker in (

@@ -46,6 +46,35 @@ def test_margins_of_halves():
     assert study.margin_reliability(samples[:8]) is None
 
 
+def test_training_goes_by_the_rows_that_are_kept(tmp_path, monkeypatch):
+    """Of 240 pairs 200 are eligible, 10 of them with margin 0; a fourth of the rows is replay."""
+    lab, samples = study.Lab(tmp_path, 0), []
+    for i in range(240):
+        for order in ("ab", "ba"):
+            rows = [sample(f"p{i:03d}", order, k, r) for k, r in enumerate((3, 2 + (i < 50)))]
+            samples += [{**row, "dropped": "wrong verdict" if i < 40 else None} for row in rows]
+    folder = lab.base / "04_rejection" / "iter1"
+    folder.mkdir(parents=True)
+    common.write_jsonl(folder / "samples.jsonl", samples)
+    old = [{"id": f"old{i}"} for i in range(500)]
+    monkeypatch.setattr(study.three, "read_critiques", lambda run: old)
+    for retention, steps in ((None, 50), ("0.4", 24), ("0.05", 15)):
+        assert study.proportionate(lab, retention) == {"steps": steps, "pairs eligible": 200}
+
+
+def test_a_refused_world_is_a_line_and_the_study_goes_on(tmp_path, monkeypatch):
+    def refuse(lab):
+        raise study.Refused("error: Try another --seed")
+
+    results = tmp_path / "results.jsonl"
+    monkeypatch.setattr(study.Lab, "make_base", refuse)
+    for _ in range(2):  # it is not built again
+        study.run_world(study.Lab(tmp_path, 3), ["start"], None, results)
+    [line] = study_report.read(results)
+    assert (line["seed"], line["failure"]) == (3, "error: Try another --seed")
+    assert line["accuracies"] == {} and line["code"] == study.CODE and line["commit"]
+
+
 def test_contrast_is_of_whole_critiques(trained, pictures):
     assert study.dpo_loss(torch.tensor([1.0, 11.0]), torch.tensor([1.0, 1.0])).tolist() == (
         pytest.approx([math.log(2), math.log(1 + math.exp(-1))])
