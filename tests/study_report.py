@@ -173,13 +173,13 @@ def heading(columns):
     return ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
-def table(title, rows, sign=""):
-    """rows: {name: cells}; sign: "+" of differences."""
+def table(title, rows):
+    """rows: {name: cells of accuracies}."""
     seeds = sorted(set().union(*rows.values()))
-    out = heading([title, "mean, 95 % interval", "number", *map(str, seeds)])
+    out = heading([title, "mean, 95 % interval", "worlds", *map(str, seeds)])
     for name, of_worlds in rows.items():
-        worlds = [number(of_worlds[x][0], sign) if x in of_worlds else "" for x in seeds]
-        columns = [name, shown(of_worlds, sign), str(len(of_worlds)), *worlds]
+        worlds = [number(of_worlds[x][0]) if x in of_worlds else "" for x in seeds]
+        columns = [name, shown(of_worlds, ""), str(len(of_worlds)), *worlds]
         out.append(f"| {' | '.join(columns)} |")
     return out
 

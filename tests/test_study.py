@@ -68,9 +68,10 @@ def test_a_refused_world_is_a_line_and_the_study_goes_on(tmp_path, monkeypatch):
 
     results = tmp_path / "results.jsonl"
     monkeypatch.setattr(study.Lab, "make_base", refuse)
-    for _ in range(2):  # it is not built again
-        study.run_world(study.Lab(tmp_path, 3), ["start"], None, results)
-    [line] = study_report.read(results)
+    for seed in (3, 3, 1003):  # it is not built again
+        study.run_world(study.Lab(tmp_path, seed), ["start"], None, results)
+    [line], [final] = [study_report.read(results, is_final) for is_final in (False, True)]
+    assert final["seed"] == 1003
     assert (line["seed"], line["failure"]) == (3, "error: Try another --seed")
     assert line["accuracies"] == {} and line["code"] == study.CODE and line["commit"]
 
@@ -208,11 +209,13 @@ def test_verdicts_by_the_rules(middle, spread, n, gains, no_effect):
         said, p = study_report.verdict_on(kind, found)
         assert said == verdict
         assert (p < 0.05) == (said in ("holds", "does not")) and p <= 1
+    if no_effect == "holds":  # by the bound that is nearer
+        assert p == study_report.p_value(found, 0.01)
 
 
 def test_holm_leaves_what_is_sure_for_the_number_of_claims():
-    assert study_report.survive_holm([0.04, 0.01, 0.02, 1.0]) == [False, True, False, False]
-    assert study_report.survive_holm([0.001, 0.03, 0.011]) == [True, True, True]
+    for p_values, left in (([0.04, 0.001, 0.03], [0, 1, 0]), ([0.001, 0.03, 0.011], [1, 1, 1])):
+        assert study_report.survive_holm(p_values) == left
 
 
 def lines_of(code, processor, values, **line):
