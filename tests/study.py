@@ -4,9 +4,8 @@
     python tests/study.py --table                  # all tables, from assets/results.jsonl alone
 
 A study is a list of named settings, a setting a list of ordinary command lines on the world of one
-seed. What settings share is made once: a world, its stages 01 to 03 and the critiques of the first
-pool (the study "start"). What is finished is not repeated. Give two cores two --seeds. Each (study,
-setting, seed) becomes one line of assets/results.jsonl:
+seed. What settings share is made once (the study "start"), what is finished is not repeated. Each
+(study, setting, seed) becomes one line of assets/results.jsonl:
 
     {"study", "setting", "seed", "code", "commit", "processor", "n": held-out pairs,
      "accuracies": {condition: share}, "counts",

@@ -1,6 +1,5 @@
 """Tables and pictures of study.py's results, from assets/results.jsonl alone, by the rules of
-study.py's header.
-"""
+study.py's header."""
 
 import json
 from pathlib import Path
@@ -236,42 +235,44 @@ def comparisons():
     return found
 
 
+def of_kinds(lines, place, other):
+    """A difference's cells: of all worlds, of those where 03 took, of those where it failed."""
+    found = difference(lines, place, other)
+    of_code = newest(lines, *[x for x in (place, other) if isinstance(x, tuple)])
+    return found, *[only(found, where_03_took(of_code, has_taken)) for has_taken in (True, False)]
+
+
 def claims(lines, final=()):
     """The README's table, as lines of markdown; final: the lines of the final check's worlds.
 
-    Stars mark the verdicts that Holm's correction for the number of claims leaves."""
+    Both kinds of worlds: mean, (number). Stars mark the verdicts that survive Holm's correction."""
     columns = ("claim", "paper", "here", "worlds", "where 03 took", "where it failed")
     out = heading([*columns, "final check", "verdict", "study"])[1:]
     decided, rows = [], []
     for claim, paper, kind, place, other in comparisons():
-        found = difference(lines, place, other)
-        if not claim or not found:
-            continue
-        decided.append(verdict_on(kind, found))
-        of_code = newest(lines, place)
-        kinds = [only(found, where_03_took(of_code, took)) for took in (True, False)]
-        checked = difference(final, place, other).values()
-        values = " ".join(number(value, "+") for value, _ in checked)
-        rows.append([claim, paper, shown(found), str(len(found)), *map(shown, kinds), values])
-        rows[-1].append(f"`{place[0]}`")
+        found, took, failed = of_kinds(lines, place, other)
+        if claim and found:
+            decided.append(verdict_on(kind, found))
+            checked = difference(final, place, other).values()
+            values = " ".join(number(value, "+") for value, _ in checked)
+            kinds = [f"{number(average(x), '+')} ({len(x)})" if x else "" for x in (took, failed)]
+            rows.append(([claim, paper, shown(found), str(len(found)), *kinds, values], place[0]))
     stars = survive_holm([p for _, p in decided])
-    for (*row, study), (verdict, _), star in zip(rows, decided, stars):
+    for (row, study), (verdict, _), star in zip(rows, decided, stars):
         verdict += r" \*" * star
-        out.append(f"| {' | '.join([*row, verdict, study])} |")
+        out.append(f"| {' | '.join([*row, verdict])} | `{study}` |")
     return out
 
 
 def differences_table(lines):
     out = heading(["difference", "of worlds", "mean, 95 % interval", "03 took", "it failed", "on"])
     for *_, place, other in comparisons():
-        found = difference(lines, place, other)
+        found, took, failed = of_kinds(lines, place, other)
         if found:
-            of_code = newest(lines, place)
-            kinds = [shown(only(found, where_03_took(of_code, took))) for took in (True, False)]
             name = f"{': '.join(place)} - {other if isinstance(other, float) else ': '.join(other)}"
-            columns = [name, " ".join(map(str, found)), shown(found), *kinds]
-            on = "; ".join(processors([x for x in of_code if x["study"] == place[0]]))
-            out.append(f"| {' | '.join([*columns, on])} |")
+            on = processors([x for x in newest(lines, place) if x["study"] == place[0]])
+            columns = [name, " ".join(map(str, found)), *map(shown, (found, took, failed))]
+            out.append(f"| {' | '.join([*columns, '; '.join(on)])} |")
     return out
 
 
