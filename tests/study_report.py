@@ -1,34 +1,50 @@
-"""Tables and pictures of study.py's results, from assets/results.jsonl alone.
+"""Tables and pictures of study.py's results, from assets/results.jsonl alone, by the rules of
+study.py's header."""
 
-Every interval is 95 %, over worlds and images together: worlds are drawn with replacement, and of
-each one of its recorded resamples. A difference is taken within each world and resample, so it is
-paired. It counts (marked *) where its interval leaves out zero and at least FEW worlds are in it:
-without any difference it leaves out zero in some 18-33 % of the cases over two worlds, in 8 % over
-eight; and it knows nothing of training once more, which moves a judge by about .01.
-"""
-
-import itertools
 import json
-from statistics import mean
+from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 from matplotlib.figure import Figure
 
-FEW = 5  # worlds
+START = ("start", "the demo's flags")
+FEW = 5  # worlds: below, nothing holds
+NOTHING = 0.01  # an effect whose whole interval is smaller is none
+FOLLOWS = 0.85  # share of verdicts that follow their checks from which stage 03 has taken
+# The .975 quantiles of Student's t with 1, 2, ... 11 degrees of freedom
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read(path, is_final=False):
+    """The lines of the worlds fixed beforehand, or of those kept for the final check."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if (line["seed"] > 1000) == is_final]
 
 
-# ---- Cells: of each world a mean and its resamples -----------------------------------------------
+# ---- Cells: of each world a number and its resamples ---------------------------------------------
 def of_setting(lines, study, setting):
-    """{seed: the line recorded first}, without worlds that were refused."""
+    """{seed: the line recorded first}, without worlds that were refused; of the newest code."""
     found = {}
-    for line in lines:
+    for line in newest(lines, (study, setting)):
         if (line["study"], line["setting"]) == (study, setting) and line["accuracies"]:
             found.setdefault(line["seed"], line)
     return dict(sorted(found.items()))
+
+
+def newest(lines, *places):
+    """The lines of the newest code that has measured all places, each (study, setting, ...)."""
+    for code in sorted({code_of(line) for line in lines}, reverse=True):
+        found = [line for line in lines if code_of(line) == code]
+        measured = {(line["study"], line["setting"]) for line in found}
+        if all(place[:2] in measured for place in places):
+            return found
+    return []
+
+
+def code_of(line):
+    """Which code, of those that give other numbers, has made a line: study.py's CODE."""
+    return line.get("code", 1)
 
 
 def cells(lines, study, setting, condition):
@@ -53,18 +69,89 @@ def minus(a, b):
     return {seed: (a[seed][0] - b[seed][0], a[seed][1] - b[seed][1]) for seed in a if seed in b}
 
 
-def interval(of_worlds, n=20000, seed=0):
-    """95 % (low, high) of the mean over worlds: worlds drawn, then a resample of each."""
-    draws = np.array([draws for _, draws in of_worlds.values()])  # (W, 100)
-    rng = np.random.default_rng(seed)
-    worlds = rng.integers(len(draws), size=(n, len(draws)))  # (n, W)
-    resample = rng.integers(draws.shape[1], size=(n, len(draws)))  # (n, W)
-    low, high = np.percentile(draws[worlds, resample].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+def difference(lines, place, other):
+    """Cells of one place (study, setting, condition) minus another, or minus a number. Both of a
+    world are of the same code and processor."""
+    if isinstance(other, float):
+        found = cells(lines, *place)
+        return {seed: (value - other, draws - other) for seed, (value, draws) in found.items()}
+    found, lines = {}, newest(lines, place, other)
+    for processor in processors(lines):
+        part = [line for line in lines if line["processor"] == processor]
+        found = minus(cells(part, *place), cells(part, *other)) | found
+    return dict(sorted(found.items()))
 
 
+def processors(lines):
+    return sorted({line["processor"] for line in lines})
+
+
+def only(of_worlds, seeds):
+    return {seed: cell for seed, cell in of_worlds.items() if seed in seeds}
+
+
+def where_03_took(lines, has_taken=True):
+    """The worlds in which stage 03 has taught the verdict to follow the checks, or the others."""
+    starts = of_setting(lines, *START)
+    follows = {seed: line["counts"]["after 03: verdict follows"] for seed, line in starts.items()}
+    return [seed for seed, share in follows.items() if (share >= FOLLOWS) == has_taken]
+
+
+# ---- Intervals and verdicts ----------------------------------------------------------------------
 def average(of_worlds):
     return mean(value for value, _ in of_worlds.values())
+
+
+def standard_error(of_worlds):
+    """Of the mean of two worlds or more, by their spread."""
+    return stdev(value for value, _ in of_worlds.values()) / len(of_worlds) ** 0.5
+
+
+def interval(of_worlds):
+    """95 % (low, high): Student's t over worlds; of a single one, of its resampled images."""
+    if len(of_worlds) == 1:
+        [(_, draws)] = of_worlds.values()
+        low, high = np.percentile(draws, [2.5, 97.5])
+        return float(low), float(high)
+    half = T[len(of_worlds) - 2] * standard_error(of_worlds)
+    return average(of_worlds) - half, average(of_worlds) + half
+
+
+def p_value(of_worlds, null=0.0):
+    """Two-sided, of Student's t test that the mean over worlds is `null`."""
+    degrees = len(of_worlds) - 1
+    t = abs(average(of_worlds) - null) / max(standard_error(of_worlds), 1e-9)
+    # With t = sqrt(degrees) tan(x), Student's density is that of cos(x) ** (degrees - 1).
+    x = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(x) ** (degrees - 1)
+    return float(density[x > np.arctan(t / degrees**0.5)].sum() / density.sum())
+
+
+def verdict_on(kind, of_worlds):
+    """(verdict, p value by which it was reached, 1 without a decision) on a claim that the mean
+    over worlds is above zero ("gains") or nothing ("no effect")."""
+    if len(of_worlds) < FEW:
+        return "points up" if average(of_worlds) > 0 else "points down", 1.0
+    low, high = interval(of_worlds)
+    is_nothing = low > -NOTHING and high < NOTHING
+    p_nothing = max(p_value(of_worlds, NOTHING), p_value(of_worlds, -NOTHING))
+    if kind == "no effect" and is_nothing:
+        return "holds", p_nothing
+    if low > 0:
+        return "holds" if kind == "gains" else "does not", p_value(of_worlds)
+    if high < 0:
+        return "does not", p_value(of_worlds)
+    return ("does not", p_nothing) if is_nothing else ("undecided", 1.0)
+
+
+def survive_holm(p_values, level=0.05):
+    """[is it among those that Holm's correction for their number leaves?]"""
+    order, survivors = np.argsort(p_values), []
+    for rank, i in enumerate(order):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        survivors.append(i)
+    return [i in survivors for i in range(len(p_values))]
 
 
 # ---- Lines of tables -----------------------------------------------------------------------------
@@ -72,22 +159,12 @@ def number(value, sign=""):
     return f"{round(value, 3) + 0:{sign}.3f}".replace("0.", ".", 1)  # + 0: no -.000
 
 
-def table(title, rows, sign=""):
-    """rows: {name: cells}; sign: "+" of differences."""
-    seeds = sorted(set().union(*rows.values()))
-    what = "difference" if sign else "accuracy"
-    out = heading([title, what, "95 % interval", f"worlds {' '.join(map(str, seeds))}"])
-    for name, of_worlds in rows.items():
-        if not of_worlds:
-            out.append(f"| {name} | not measured |  |  |")
-            continue
-        worlds = " ".join(number(of_worlds[x][0], sign) if x in of_worlds else "-" for x in seeds)
-        low, high = interval(of_worlds)
-        is_clear = sign and len(of_worlds) >= FEW and (low > 0 or high < 0)
-        middle = number(average(of_worlds), sign) + " *" * bool(is_clear)
-        span = f"{number(low, sign)} to {number(high, sign)}"
-        out.append(f"| {name} | {middle} | {span} | {worlds} |")
-    return out
+def shown(of_worlds, sign="+"):
+    """Mean (interval)."""
+    if not of_worlds:
+        return ""
+    low, high = interval(of_worlds)
+    return f"{number(average(of_worlds), sign)} ({number(low, sign)}, {number(high, sign)})"
 
 
 def heading(columns):
@@ -95,322 +172,121 @@ def heading(columns):
     return ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
-def counts_table(lines, title, places, names):
-    """Means over worlds of counts; places: {row: (study, setting)}, names: {count: heading}."""
-    out = heading([title, *names.values(), "worlds"])
-    for row, place in places.items():
-        values = [mean_count(lines, *place, name) for name in names]
-        shown = ["" if value is None else f"{value:.3g}" for value in values]
-        out.append(f"| {row} | {' | '.join(shown)} | {len(of_setting(lines, *place))} |")
+def table(title, rows):
+    """rows: {name: cells of accuracies}."""
+    seeds = sorted(set().union(*rows.values()))
+    out = heading([title, "mean, 95 % interval", "worlds", *map(str, seeds)])
+    for name, of_worlds in rows.items():
+        worlds = [number(of_worlds[x][0]) if x in of_worlds else "" for x in seeds]
+        columns = [name, shown(of_worlds, ""), str(len(of_worlds)), *worlds]
+        out.append(f"| {' | '.join(columns)} |")
     return out
 
 
 # ---- The tables ----------------------------------------------------------------------------------
-FULL = ("headline", "pools of 600")
-RULES = ("margin", "random", "best", "continue")
-TOOK = 0.8  # accuracy after 03 from which stage 03 has taken; the others lie below .7
+def refused(lines):
+    return [f"World {x['seed']} was refused: {x['failure']}" for x in lines if "failure" in x]
 
 
-def where_03_took(lines, has_taken=True):
-    """The worlds in which stage 03 has taught the verdict to follow the checks, or the others."""
-    after_03 = cells(lines, *FULL, "after 03")
-    return [seed for seed, (value, _) in after_03.items() if (value >= TOOK) == has_taken]
-
-
-def only(of_worlds, seeds):
-    return {seed: cell for seed, cell in of_worlds.items() if seed in seeds}
-
-
-def by_iteration(lines, rule, seeds):
-    """[cells after 03, iteration 1, 2, ...] of a rule in these worlds."""
-    names = ("after 03", *iterations(rule))
-    found = [only(cells(lines, *FULL, name), seeds) for name in names]
-    return [of_worlds for of_worlds in found if of_worlds]
-
-
-def worlds_table(lines):
-    judges = ("base", "after 03", "margin, iteration 1")
-    counts = ("after 03: checks right", "after 03: verdict follows")
-    columns = ("world", *judges[:2], "one iteration of margins", "labels wrong", *counts, "note")
-    out, starts = heading(columns), {x["seed"]: x for x in lines if x["study"] == "start"}
-    for seed, line in sorted(starts.items()):
-        values = [line["accuracies"].get(name) for name in judges]
-        values += [line["counts"].get(name) for name in ("expert: labels_wrong", *counts)]
-        found = ["" if value is None else number(value) for value in values]
-        out.append(f"| {seed} | {' | '.join(found)} | {line.get('failure', '')} |")
+def study_tables(lines, study):
+    """All that a study has measured: accuracies, then means of its counts. lines: of one code and
+    processor."""
+    lines = [line for line in lines if line["study"] == study]
+    accuracies, out = {}, []
+    counts = heading([f"{study}: counts", "mean", "worlds"])
+    for setting in dict.fromkeys(line["setting"] for line in lines):
+        found = of_setting(lines, study, setting).values()
+        for condition in dict.fromkeys(name for line in found for name in line["accuracies"]):
+            accuracies[f"{setting}: {condition}"] = cells(lines, study, setting, condition)
+        for name in dict.fromkeys(name for line in found for name in line["counts"]):
+            value = mean_count(lines, study, setting, name)
+            if value is not None:
+                counts.append(f"| {setting}: {name} | {value:.3g} | {len(found)} |")
+    if accuracies:
+        out = table(study, accuracies) + counts
     return out
 
 
-def iterations(rule):
-    return [f"{rule}, iteration {t}" for t in range(1, 5)]
-
-
-def differences_of(rows, pairs):
-    """{"a - b": paired difference} of conditions {name: cells}, where both are measured."""
-    return {f"{a} - {b}": minus(rows[a], rows[b]) for a, b in pairs if a in rows and b in rows}
-
-
-def headline_tables(lines):
-    margins, last = iterations("margin"), "margin, iteration 4"
-    judges = ["shorter response", "base", "expert", "after 03", *sum(map(iterations, RULES), [])]
-    judges += [f"{last}, blank image", f"{last}, other image"]
-    rows = {name: found for name in judges if (found := cells(lines, *FULL, name))}
-    pairs = [("after 03", "base"), ("after 03", "expert"), (last, "expert")]
-    pairs += [(name, "after 03") for name in margins[:2]] + list(zip(margins[1:], margins))
-    for rule in RULES[1:]:
-        pairs += zip(margins, iterations(rule))
-    pairs += [(f"random, iteration {t}", "after 03") for t in (2, 4)]
-    differences, took = differences_of(rows, pairs), where_03_took(lines)
-    here = {name: only(found, took) for name, found in differences.items()}
-    small = {name: cells(lines, "headline", "pools of 300", name) for name in margins}
-    rows |= {f"pools of 300: {name}": found for name, found in small.items()}
-    differences[f"{last}: pools of 600 - of 300"] = minus(rows[last], small[last])
-    kept = {f"kept of the pool, iteration {t}": f"kept {t}" for t in range(1, 5)}
-    kept |= {f"margin 0, iteration {t}": f"margin 0, {t}" for t in range(1, 5)}
-    out = table("1. headline", rows) + table("1. differences", differences, "+")
-    out += table("1. differences where 03 took", here, "+")
-    title = "1. shares of the pool, by iteration"
-    return out + counts_table(lines, title, {"margins": FULL}, kept)
-
-
-POOLS = ("findings", "findings, flipped", "no findings", "no findings, flipped")
-
-
-def margins_tables(lines):
-    rows, differences, places = {}, {}, {}
-    pools = (*POOLS, *(f"{pool}, weak start" for pool in POOLS))
-    for pool, rule in itertools.product(pools, ("margin", "random", "best", "median")):
-        name, place = f"{pool}: {rule}", ("margins", f"{pool}, {rule}")
-        if found := cells(lines, *place, f"{rule}, iteration 1"):
-            rows[name], places[name] = found, place
-            if rule != "margin":
-                differences[f"{pool}: margin - {rule}"] = minus(rows[f"{pool}: margin"], found)
-    kept = ("false facts, kept", "false facts, passing")
-    kept += ("flipped, kept", "flipped, passing", "flipped, pool", "pairs kept")
-    after_03 = cells(lines, "start", "the demo's flags", "after 03")
-    after_03 = only(after_03, set().union(*rows.values()))
-    out = table("2. margins: one iteration", {"after 03": after_03, **rows})
-    out += table("2. differences", dict(sorted(differences.items())), "+")
-    return out + counts_table(lines, "2. what is kept", places, dict(zip(kept, kept)))
-
-
-def plain_tables(lines, title, conditions, reference, counts):
-    """Every setting of a study by the first of the conditions that it has, its difference to one
-    of them, its counts."""
-    study = reference[0]
-    rows, differences = {}, {}
-    for setting in sorted({line["setting"] for line in lines if line["study"] == study}):
-        found = [cells(lines, study, setting, name) for name in conditions]
-        rows[setting] = next(filter(None, found), {})
-        if setting != reference[1] and rows[setting]:
-            gain = minus(rows[setting], cells(lines, *reference))
-            differences[f"{setting} - {reference[1]}"] = gain
-    places = {setting: (study, setting) for setting in rows}
-    out = table(f"{title}. {study}", rows) + table(f"{title}. differences", differences, "+")
-    return out + counts_table(lines, f"{title}. counts", places, counts)
-
-
-def bradley_terry_table(lines):
-    """The whole method with the verdict's own loss, beside the method without it."""
-    names = ("after 03", "margin, iteration 2", "random, iteration 2")
-    rows, differences = {}, {}
-    for name in names:
-        rows[name] = cells(lines, "training", "Bradley-Terry 1, and 04", name)
-        differences[f"{name}: with - without"] = minus(rows[name], cells(lines, *FULL, name))
-    differences |= differences_of(rows, [(names[1], names[0]), (names[1], names[2])])
-    out = table("5. --bt-weight 1 in 03 and 04", rows)
-    return out + table("5. differences, --bt-weight 1", differences, "+")
-
-
-def means_table(lines, place, title, template, rows, columns):
-    """Means of counts that the template names by row and column; rows: {name: heading}."""
-    out = heading([title, *columns])
-    for row, said in rows.items():
-        names = [template.format(row=row, column=column) for column in columns]
-        found = [number(mean_count(lines, *place, name)) for name in names]
-        out.append(f"| {said} | {' | '.join(found)} |")
-    return out
-
-
-def conditions(lines, place):
-    """{condition: cells} of all that a setting's first line has judged."""
-    line = next(line for line in lines if (line["study"], line["setting"]) == place)
-    return {name: cells(lines, *place, name) for name in line["accuracies"]}, line["counts"]
-
-
-def transfer_tables(lines):
-    place = ("transfer", "other pictures")
-    rows, counts = conditions(lines, place)
-    differences, second = {}, "margin, iteration 2"
-    for other, where in itertools.product(("after 03", "random, iteration 2"), ("", ", elsewhere")):
-        gain = minus(rows[second + where], rows[other + where])
-        differences[f"{second} - {other}{where}"] = gain
-    names = [name for name in counts if name.startswith("after 03, elsewhere: ")]
-    columns = [name.partition(": ")[2] for name in names]
-    judges, template = {x: x for x in ("base", "after 03", second)}, "{row}, elsewhere: {column}"
-    shares = means_table(lines, place, "7. elsewhere: shares", template, judges, columns)
-    return table("7. transfer", rows) + table("7. differences", differences, "+") + shares
-
-
-def best_tables(lines):
-    """Votes and Best-of-N."""
-    place = ("best", "N and votes")
-    votes, _ = conditions(lines, place)
-    more = differences_of(votes, [(name, "votes 1") for name in [*votes][1:]])
-    out = table("8. votes", votes) + table("8. differences", more, "+")
-    pickers = ("random", "longest", "base", "after 03", "margin 1", "oracle")
-    sizes = {n: f"N = {n}" for n in (1, 2, 4, 8, 16)}
-    for what in ("names nothing absent", "share of objects named"):
-        template = "best of {row}, {column}: " + what
-        out += means_table(lines, place, f"8. Best-of-N: {what}", template, sizes, pickers)
-    # of a knockout, by which Best-of-N was measured until 05 compared each with each
-    rounds = {k: f"round {k} of the knockout" for k in (1, 2, 3, 4)}
-    template = "best of 16, {column}: a true caption wins, round {row}"
-    title = "8. a true caption beats a false one"
-    return out + means_table(lines, place, title, template, rounds, pickers[2:5])
-
-
-def leak_table(lines):
-    rows = {}
-    for name in ("base", "after 03"):
-        rows[f"shuffled labels: {name}"] = cells(lines, "leak", "shuffled labels", name)
-    for name in ("blank image", "other image"):
-        rows[name] = cells(lines, *FULL, f"margin, iteration 4, {name}")
-    return table("leak checks", rows)
-
-
-def processors_table(lines):
-    """The same start, judged after one iteration of margins, on different processors."""
-    found = {}  # {(condition, seed): {processor: accuracies}}
-    after_03, first = "after 03", "margin, iteration 1"
-    places = {"the demo's flags": (after_03, first), "findings, margin": (first,)}
-    places |= {"YOLO": (after_03,), "critique, lambda 1/3": (after_03,)}
-    for line in lines:
-        for condition in places.get(line["setting"], ()):
-            if condition in line["accuracies"]:
-                of_line = found.setdefault((condition, line["seed"]), {})
-                accuracy = number(line["accuracies"][condition])
-                of_line.setdefault(line["processor"], []).append(accuracy)
-    out = heading(["made anew on", "judge", "world", "accuracy"])
-    for (condition, seed), of_processor in sorted(found.items()):
-        for processor, accuracies in of_processor.items() if len(of_processor) > 1 else ():
-            out.append(f"| {processor} | {condition} | {seed} | {' '.join(accuracies)} |")
-    return out
-
-
-# {count: its heading}
-SAID, FALSE, WORDS = "captions hallucinate, greedy", "false facts, kept", "critiques trained on"
-WRONG = {"expert: labels_wrong": "labels wrong", "expert: findings_contradicted": "findings wrong"}
-WRONG["expert: n_pairs"] = "pairs"
-KEPT = {"pairs kept": "pairs kept", "margin of the kept": "mean margin", FALSE: FALSE}
-TRAINED = {SAID: SAID, "captions hallucinate, sampled": "sampled", "ece": "ECE"}
-TRAINED |= {"bradley_terry_loss": "Bradley-Terry", "unparseable": "unparseable"}
-TRAINED |= {WORDS: "critiques", f"words of {WORDS}": f"words of {WORDS}"}
-
-
-def tables(lines):
-    """All tables as markdown."""
-    first, after = "margin, iteration 1", "after 03"
-    one_step = (first, "sometimes, iteration 1", "random, iteration 1")
-    usual, nothing = ("retention", "retention 0.4", first), ("components", "without nothing", first)
-    critique = ("training", "critique, lambda 1/3", after)
-    out = worlds_table(lines) + headline_tables(lines) + margins_tables(lines)
-    out += plain_tables(lines, "3", one_step, usual, KEPT)
-    out += plain_tables(lines, "4", [after], ("expert", "YOLO", after), WRONG)
-    out += plain_tables(lines, "5", [after], critique, TRAINED)
-    out += plain_tables(lines, "6", [first], nothing, {**WRONG, **KEPT, SAID: SAID})
-    out += bradley_terry_table(lines) + transfer_tables(lines) + best_tables(lines)
-    return "\n".join(out + leak_table(lines) + processors_table(lines))
+def tables(lines, final=()):
+    """Everything as markdown: the claims, then each code's and processor's studies."""
+    out = ["# Claims", *claims(lines, final), "", "# All differences", *differences_table(lines)]
+    for code in sorted({code_of(line) for line in lines}, reverse=True):
+        of_code = [line for line in lines if code_of(line) == code]
+        for processor in processors(of_code):
+            part = [line for line in of_code if line["processor"] == processor]
+            out += ["", f"# Measured by code {code} on {processor}", *refused(part)]
+            for study in dict.fromkeys(line["study"] for line in part):
+                out += study_tables(part, study)
+    return "\n".join(out)
 
 
 # ---- The README's table of claims ----------------------------------------------------------------
-def holds(kind, low, high):
-    """Of an interval: is the claim of this kind true?"""
-    bounds = {"gains": (0, 1), "chance": (0.45, 0.55), "above chance": (0.5, 1)}
-    if kind == "no effect":
-        return low <= 0 <= high
-    return bounds[kind][0] < low and high < bounds[kind][1]
+FULL = ("headline", "pools of 600")
 
 
-def places(study, condition, *settings):
-    return [(study, setting, condition) for setting in settings]
+def comparisons():
+    """[(claim, the paper's figure, verdict_on's kind, place, what it is compared with)] of
+    claims.tsv: a place is (study, setting, condition), it is compared with another or a number."""
+    found = []
+    for line in (Path(__file__).parent / "claims.tsv").read_text().splitlines()[1:]:
+        claim, paper, kind, place, other = line.split("\t")
+        other = tuple(other.split("; ")) if ";" in other else float(other)
+        found.append((claim, paper, kind, tuple(place.split("; ")), other))
+    return found
 
 
-def claim_rows():
-    """(claim, the paper's figure, place, the place it is compared with or None, what must be true
-    of the interval) of each; a place is (study, setting, condition)."""
-    last, after = "margin, iteration 4", "after 03"
-    names = ("base", "expert", after, "margin, iteration 2", last, f"{last}, blank image")
-    base, expert, first, second, last, blank = [(*FULL, name) for name in names]
-    random_2, continued = [(*FULL, f"{rule}, iteration 2") for rule in ("random", "continue")]
-    names = ("critique, lambda 1/3", "descriptive", "none", "Bradley-Terry 1, and 04")
-    critique, described, verdicts, bt = places("training", after, *names)
-    bt_second = (*bt[:2], "margin, iteration 2")
-    names = ("YOLO", "YOLO, labels alone", "the policy's yes or no")
-    yolo, labels, policy = places("expert", after, *names)
-    names = ("without nothing", "without checks")
-    whole, unchecked = places("components", "margin, iteration 1", *names)
-    names = ("retention 0.4", "retention 1.0", "retention 0.1")
-    some, everything, tenth = places("retention", "margin, iteration 1", *names)
-    tenth_random = ("retention", "retention 0.1, random", "random, iteration 1")
-    votes_3 = ("best", "N and votes", "votes 3")
-    elsewhere = ("transfer", "other pictures", "margin, iteration 2, elsewhere")
-    shuffled, untrained = [("leak", "shuffled labels", name) for name in (after, "base")]
-    by_lot = "Labels drawn by lot, without findings, teach it nothing"
-    strange = "It is above chance on other pictures, of unseen kinds"
-    return [
-        ("Training on checked critiques lifts the base judge", "+.12", first, base, "gains"),
-        ("04 lifts it further: two iterations of margins", "+.02-.03", second, first, "gains"),
-        ("... more than stage 03 continued", "", second, continued, "gains"),
-        ("... more than random pairs", "", second, random_2, "gains"),
-        ("... where a tenth of the pool is kept", "", tenth, tenth_random, "gains"),
-        ("A third and fourth iteration change nothing", "saturates", last, second, "no effect"),
-        ("40 % of a pool's pairs beat all that pass", "", some, everything, "gains"),
-        ("The judge exceeds the detector that taught it", "", last, expert, "gains"),
-        ("Without the picture it falls to chance", "", blank, None, "chance"),
-        (by_lot, "", shuffled, untrained, "no effect"),
-        (strange, "", elsewhere, None, "above chance"),
-        ("Critiques beat descriptions", "over +.10", critique, described, "gains"),
-        ("... and verdicts alone", "", critique, verdicts, "gains"),
-        ("02's filters beat the verdict alone", "", whole, unchecked, "gains"),
-        ("A loss on the verdict itself (`--bt-weight 1`) lifts 03", "", bt, first, "gains"),
-        ("... and 04 lifts it further", "", bt_second, bt, "gains"),
-        ("The expert's findings beat its labels alone", "+.15-.20", yolo, labels, "gains"),
-        ("... and the policy's own yes or no", "", yolo, policy, "gains"),
-        ("Three sampled votes beat one greedy critique", "", votes_3, first, "gains"),
-    ]
+def of_kinds(lines, place, other):
+    """A difference's cells: of all worlds, of those where 03 took, of those where it failed."""
+    found = difference(lines, place, other)
+    of_code = newest(lines, *[x for x in (place, other) if isinstance(x, tuple)])
+    return found, *[only(found, where_03_took(of_code, has_taken)) for has_taken in (True, False)]
 
 
-def claims(lines):
-    """The README's table, as lines of markdown."""
-    out = heading(["claim", "paper", "here", "worlds", "verdict", "study"])[1:]
-    for claim, paper, place, other, kind in claim_rows():
-        found = cells(lines, *place)
-        if other:
-            found = minus(found, cells(lines, *other))
-        verdict = "holds" if holds(kind, *interval(found)) else "does not"
-        verdict += " so far" if len(found) < FEW else ""
-        numbers = [average(found), *interval(found)]
-        ours = "{} ({}, {})".format(*(number(x, "+" if other else "") for x in numbers))
-        cells_of_row = (claim, paper, ours, str(len(found)), verdict, f"`{place[0]}`")
-        out.append(f"| {' | '.join(cells_of_row)} |")
+def claims(lines, final=()):
+    """The README's table, as lines of markdown; final: the lines of the final check's worlds.
+
+    Both kinds of worlds: mean, (number). Stars mark the verdicts that survive Holm's correction."""
+    columns = ("claim", "paper", "here", "worlds", "where 03 took", "where it failed")
+    out = heading([*columns, "final check", "verdict", "study"])[1:]
+    decided, rows = [], []
+    for claim, paper, kind, place, other in comparisons():
+        found, took, failed = of_kinds(lines, place, other)
+        if claim and found:
+            decided.append(verdict_on(kind, found))
+            checked = difference(final, place, other).values()
+            values = " ".join(number(value, "+") for value, _ in checked)
+            kinds = [f"{number(average(x), '+')} ({len(x)})" if x else "" for x in (took, failed)]
+            rows.append(([claim, paper, shown(found), str(len(found)), *kinds, values], place[0]))
+    stars = survive_holm([p for _, p in decided])
+    for (row, study), (verdict, _), star in zip(rows, decided, stars):
+        verdict += r" \*" * star
+        out.append(f"| {' | '.join([*row, verdict])} | `{study}` |")
+    return out
+
+
+def differences_table(lines):
+    out = heading(["difference", "of worlds", "mean, 95 % interval", "03 took", "it failed", "on"])
+    for *_, place, other in comparisons():
+        found, took, failed = of_kinds(lines, place, other)
+        if found:
+            name = f"{': '.join(place)} - {other if isinstance(other, float) else ': '.join(other)}"
+            on = processors([x for x in newest(lines, place) if x["study"] == place[0]])
+            columns = [name, " ".join(map(str, found)), *map(shown, (found, took, failed))]
+            out.append(f"| {' | '.join([*columns, '; '.join(on)])} |")
     return out
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-COLOURS = dict(zip(RULES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7")))
+COLOURS = ("#0072B2", "#D55E00", "0.45")
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": 7}
-MARKERS = dict(zip(RULES, "os^D"))
 
 
-def axes(size, n=1, **ratios):
-    """n axes on white: readable on a light and on a dark page."""
-    figure = Figure(size, layout="tight", facecolor="white")
-    found = figure.subplots(1, n, squeeze=False, **ratios)[0]
-    for axis in found:
-        axis.grid(color="0.9")
-        axis.set_axisbelow(True)
-    return found
+def axes(size):
+    """On white: readable on a light and on a dark page."""
+    axis = Figure(size, layout="tight", facecolor="white").subplots()
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+    return axis
 
 
 def save(axis, path, title, ylabel):
@@ -419,37 +295,54 @@ def save(axis, path, title, ylabel):
     axis.figure.savefig(path, dpi=130)
 
 
+def draw_gains(axis, x, gains, k, name):
+    """A line with intervals, the k-th of three; gains: cells of differences, or {}, one for each
+    of x."""
+    x, gains = zip(*[(place, gain) for place, gain in zip(x, gains) if gain])
+    middle = np.array([average(gain) for gain in gains])
+    spans = np.array([interval(gain) for gain in gains]).T  # (2, points)
+    style = {"color": COLOURS[k], "marker": "os^"[k], "markersize": 5, "label": name}
+    axis.errorbar(x, middle, np.abs(spans - middle), **style, capsize=2, elinewidth=0.9)
+    axis.axhline(0, color="0.3", linestyle=":")
+    axis.legend(fontsize=7)
+
+
 def draw_iterations(path, lines):
-    """Accuracy by iteration with controls: means and intervals where 03 took, else each world."""
-    left, right = axes((8.4, 3.8), 2, width_ratios=(3, 2))
-    names = ("margins", "random pairs", "best of random pairs", "stage 03 continued")
-    took, others = where_03_took(lines), where_03_took(lines, has_taken=False)
-    for k, (rule, name) in enumerate(zip(RULES, names)):
-        style = {"color": COLOURS[rule], "marker": MARKERS[rule], "markersize": 5}
-        found = by_iteration(lines, rule, took)
-        spans = np.array([interval(of_worlds) for of_worlds in found])
-        middle = np.array([average(of_worlds) for of_worlds in found])
-        x = np.arange(len(found)) + (k - 1.5) * 0.08
-        bars = {"capsize": 2, "elinewidth": 0.9, "label": name}
-        left.errorbar(x, middle, np.abs(spans.T - middle), **style, **bars)
-        for seed in others:
-            values = [of_worlds[seed][0] for of_worlds in by_iteration(lines, rule, [seed])]
-            right.plot(range(len(values)), values, **style, label=name)
-    expert = average(only(cells(lines, *FULL, "expert"), took))
-    left.axhline(expert, color="0.3", linestyle=":", label="the detector as judge")
-    left.set_title(f"where stage 03 took: {len(took)} worlds, bars 95 %", fontsize=9)
-    right.set_title("where it did not: each world a line", fontsize=9)
-    for axis in (left, right):
-        axis.set_xticks(range(5), ["after 03", "1", "2", "3", "4"])
-        axis.set_xlabel("iteration of stage 04")
-    left.set_ylabel("accuracy, share of questions")
-    right.legend(*left.get_legend_handles_labels(), fontsize=7, loc="upper left")
-    left.figure.savefig(path, dpi=120)
+    """What each iteration has gained over stage 03, with controls, where 03 took."""
+    axis, took = axes((6.4, 3.6)), where_03_took(newest(lines, FULL))
+    for k, rule in enumerate(("margin", "random", "continue")):
+        places = [(*FULL, f"{rule}, iteration {t}") for t in range(1, 5)]
+        gains = [difference(lines, place, (*FULL, "after 03")) for place in places]
+        x = [t + 0.06 * (k - 1) for t in range(1, 5)]
+        name = ("margins", "random pairs", "stage 03 continued")[k]
+        draw_gains(axis, x, [only(gain, took) for gain in gains], k, name)
+    axis.set_xticks(range(1, 5))
+    axis.set_xlabel("iteration of stage 04")
+    save(axis, path, f"{len(took)} worlds in which 03 took, bars 95 %", "accuracy gained over 03")
+
+
+def draw_worth(path, lines):
+    """What a rule's choice teaches, against the number of pairs that it was given."""
+    axis, took = axes((6.4, 3.6)), where_03_took(newest(lines, ("worth", "all that pass")))
+    names = ("the largest margins", "random pairs", "the smallest margins")
+    for k, rule in enumerate(("margin", "random", "low")):
+        settings = {f"{rule} {part}": rule for part in (0.05, 0.1, 0.2, 0.4)}
+        x, gains = [], []
+        for setting, judge in {**settings, "all that pass": "margin"}.items():
+            place = ("worth", setting, f"{judge}, iteration 1")
+            x.append((mean_count(lines, *place[:2], "pairs kept") or 0) * (1 + 0.02 * (k - 1)))
+            gains.append(only(difference(lines, place, (*place[:2], "after 03")), took))
+        draw_gains(axis, x, gains, k, names[k])
+    axis.set(
+        xlabel="pairs trained on for three epochs, of 600 (right: all that pass)", xscale="log"
+    )
+    title = f"{len(took)} worlds in which 03 took, bars 95 %"
+    save(axis, path, title, "accuracy gained over 03")
 
 
 def draw_expert(path, lines):
     """Judge accuracy against the share of labels that the expert gets wrong."""
-    [axis] = axes((8.4, 3.8))
+    axis = axes((8.4, 3.8))
     labels = "labels alone, YOLO's or the policy's"
     parts = (0.9, 0.7, 0.5)
     confused = [f"{k}% of the kinds always confused" for k in (10, 25, 50)]
@@ -475,31 +368,10 @@ def draw_expert(path, lines):
     save(axis, path, title, "accuracy after stage 03")
 
 
-def draw_flipped(path, lines):
-    """Of the flipped pairs: their share among what each rule keeps."""
-    [axis] = axes((6.4, 3.2))
-    columns = (  # (what is counted, of which rule's lines, label, colour)
-        ("flipped, pool", "margin", "the pool", "0.75"),
-        ("flipped, passing", "margin", "a passing critique", "0.5"),
-        ("flipped, kept", "margin", "kept by margins", COLOURS["margin"]),
-        ("flipped, kept", "random", "kept by random pairs", COLOURS["random"]),
-    )
-    for group, pool in enumerate(("findings, flipped", "no findings, flipped")):
-        for k, (count, rule, label, colour) in enumerate(columns):
-            found = of_setting(lines, "margins", f"{pool}, {rule}").values()
-            values = [100 * line["counts"][count] for line in found]
-            x = group + (k - 1.5) * 0.2
-            axis.bar(x, mean(values), width=0.18, color=colour, label=None if group else label)
-            axis.plot([x] * len(values), values, "o", color="black", markersize=3)
-    axis.set_xticks(range(2), ["with the expert's findings", "without findings"])
-    axis.legend(fontsize=8, loc="upper right")
-    title = "15 % of the labels of the pools were flipped; points: worlds"
-    save(axis, path, title, "pairs with a flipped label, %")
-
-
 def draw_best_of_n(path, lines):
     """Quality of the caption that each picker takes from N."""
-    [axis], place = axes((6.4, 3.2)), ("best", "N and votes")
+    axis = axes((6.4, 3.2))
+    place = ("best", [line["setting"] for line in lines if line["study"] == "best"][-1])
     sizes = (1, 2, 4, 8, 16)
     for picker, label, colour, marker in (
         ("oracle", "the truth", "black", "*"),
@@ -507,7 +379,6 @@ def draw_best_of_n(path, lines):
         ("after 03", "the judge after 03", "#009E73", "^"),
         ("base", "the base judge", "#E69F00", "D"),
         ("random", "a random one", "#D55E00", "s"),
-        ("longest", "the longest", "0.45", "v"),
     ):
         names = [f"best of {n}, {picker}: names nothing absent" for n in sizes]
         parts = [mean_count(lines, *place, name) for name in names]
@@ -521,6 +392,7 @@ def draw_best_of_n(path, lines):
 
 def draw(lines, folder):
     draw_iterations(folder / "iterations.png", lines)
+    if any(line["study"] == "worth" for line in lines):
+        draw_worth(folder / "worth.png", lines)
     draw_expert(folder / "expert_error.png", lines)
-    draw_flipped(folder / "flipped.png", lines)
     draw_best_of_n(folder / "best_of_n.png", lines)

@@ -1,5 +1,6 @@
 """The study's own rules, runs that it writes, intervals and tables."""
 
+import math
 import random
 
 import numpy as np
@@ -7,41 +8,89 @@ import pytest
 import scenes
 import study
 import study_report
-from conftest import ROOT
+import torch
+from conftest import ROOT, encode, judged_rows
 
 import common
 
 
 # ---- Rules ---------------------------------------------------------------------------------------
-def test_rules_of_a_question():
-    for confidences, passes, to_median, sometimes in (
-        ([0.9, 0.8, 0.1], [1, 1, 0], 0.1, 1),
-        ([0.9, 0.8, 0.1], [0, 1, 0], 0, 1),
-        ([0.9, 0.8], [0, 0], 0, 0),
-        ([0.6, 0.8], [1, 1], 0.1, 0),
-    ):
-        assert study.margin_to_median(confidences, passes) == pytest.approx(to_median)
-        assert study.passes_sometimes(confidences, passes) == sometimes
-
-
-def test_pairs_that_pass_sometimes():
-    """As many as the margin would keep; of each question any critique that passes."""
-    margins = {f"p{i}": float(i % 2) for i in range(20)}
-    passing = {}
-    for key in margins:
-        passing |= {(key, order): [{"pair_id": key, "id": key}] for order in ("ab", "ba")}
-    kept = study.choose_sometimes(margins, passing, "margin", None, 0.25, 3, 1)
-    assert len(kept) == 10 and len({row["id"] for row in kept}) == 5
-    assert all(margins[row["pair_id"]] == 1 for row in kept)
-    assert kept != study.choose_sometimes(margins, passing, "margin", None, 0.25, 4, 1)
-
-
 def test_the_verdict_alone_lets_false_checks_pass():
     question = {"label": "B", "response_a": "red star.", "response_b": "red ring.", "prompt": ""}
     critique = "A: red star: yes\nB: red ring: no\nVerdict: B"
     assert study.by_verdict_alone(critique, True, question, {}, {}, "critique") is None
     assert study.by_verdict_alone(critique, False, question, {}, {}, "critique")
     assert study.by_verdict_alone(critique[:-1] + "A", True, question, {}, {}, "critique")
+
+
+def sample(pair_id, order, k, log_odds):
+    row = {
+        "pair_id": pair_id,
+        "order": order,
+        "label": "A",
+        "dropped": None,
+        "id": f"{pair_id}-{order}-{k}",
+    }
+    return {**row, "log_odds": log_odds}
+
+
+def test_margins_of_halves():
+    """Every other critique says the same margins of three pairs, or the opposite ones."""
+    for second, wanted in (((3, 2, 1), 1), ((1, 2, 3), -1)):
+        samples = []
+        for i, (size, its_other) in enumerate(zip((3, 2, 1), second)):
+            for order in ("ab", "ba"):
+                odds = (0, 0, size, its_other)  # two of each half
+                samples += [sample(f"p{i}", order, k, r) for k, r in enumerate(odds)]
+        assert study.margin_reliability(samples) == pytest.approx(wanted, abs=0.1)
+    assert study.margin_reliability(samples[:8]) is None
+
+
+def test_training_goes_by_the_rows_that_are_kept(tmp_path, monkeypatch):
+    """Of 240 pairs 200 are eligible, 10 of them with margin 0; a fourth of the rows is replay."""
+    lab, samples = study.Lab(tmp_path, 0), []
+    for i in range(240):
+        for order in ("ab", "ba"):
+            rows = [sample(f"p{i:03d}", order, k, r) for k, r in enumerate((3, 2 + (i < 50)))]
+            samples += [{**row, "dropped": "wrong verdict" if i < 40 else None} for row in rows]
+    folder = lab.base / "04_rejection" / "iter1"
+    folder.mkdir(parents=True)
+    common.write_jsonl(folder / "samples.jsonl", samples)
+    old = [{"id": f"old{i}"} for i in range(500)]
+    monkeypatch.setattr(study.three, "read_critiques", lambda run: old)
+    for retention, steps in ((None, 50), ("0.4", 24), ("0.05", 15)):
+        assert study.proportionate(lab, retention) == {"steps": steps, "pairs eligible": 200}
+
+
+def test_a_refused_world_is_a_line_and_the_study_goes_on(tmp_path, monkeypatch):
+    def refuse(lab):
+        raise study.Refused("error: Try another --seed")
+
+    results = tmp_path / "results.jsonl"
+    monkeypatch.setattr(study.Lab, "make_base", refuse)
+    for seed in (3, 3, 1003):  # it is not built again
+        study.run_world(study.Lab(tmp_path, seed), ["start"], None, results)
+    [line], [final] = [study_report.read(results, is_final) for is_final in (False, True)]
+    assert final["seed"] == 1003
+    assert (line["seed"], line["failure"]) == (3, "error: Try another --seed")
+    assert line["accuracies"] == {} and line["code"] == study.CODE and line["commit"]
+
+
+def test_contrast_is_of_whole_critiques(trained, pictures):
+    assert study.dpo_loss(torch.tensor([1.0, 11.0]), torch.tensor([1.0, 1.0])).tolist() == (
+        pytest.approx([math.log(2), math.log(1 + math.exp(-1))])
+    )
+    rows = [
+        {**row, "worst": other["response"]}
+        for row, other in zip(judged_rows(), judged_rows()[::-1])
+    ]
+    found = study.gaps(*trained, rows, pictures)
+    for row, gap in zip(rows, found.tolist(), strict=True):
+        nll = []
+        for response in (row["response"], row["worst"]):
+            inputs, labels = encode(trained[1], pictures, [{**row, "response": response}])
+            nll.append(study.three.nll_sum(trained[0](**inputs).logits, labels)[0].item())
+        assert gap == pytest.approx(nll[1] - nll[0], abs=1e-3)
 
 
 # ---- Runs that a study writes --------------------------------------------------------------------
@@ -52,31 +101,23 @@ PAIR = {"id": "p-0", "image": "0.png", "prompt": "What?", "split": "pool", "evid
 PAIR |= {"chosen": "red star.", "rejected": "red ring."}
 
 
-def test_an_altered_pool_leaves_the_source_and_the_other_splits(tmp_path):
+def test_changed_pairs_leave_the_source_and_the_other_splits(tmp_path):
     name, source, run = "01_preferences/preferences.jsonl", tmp_path / "source", tmp_path / "run"
     (source / "01_preferences").mkdir(parents=True)
-    rows = [{**PAIR, "id": f"p{i}", "split": ("pool", "train")[i % 2]} for i in range(2000)]
+    rows = [{**PAIR, "id": f"p{i}", "split": split} for i, split in enumerate(("pool", "train"))]
     common.write_jsonl(source / name, rows)
     study.give(source, run, "01_preferences")
-    study.relabel(source, run, "pool", 0, "flip", findings=True)
+    study.change_pairs(source, run, study.without_findings)
     assert study.read_jsonl(source / name) == rows
-    found = study.read_jsonl(run / name)
-    turned = [row for row, old in zip(found, rows, strict=True) if row != old]
-    assert len(turned) / 1000 == pytest.approx(study.TURNED["flip"], abs=0.04)
-    for row in turned:
-        assert (row["chosen"], row["rejected"]) == (PAIR["rejected"], PAIR["chosen"])
-        assert [x["claimed_by"] for x in row["evidence"]] == ["rejected", "chosen", "both"]
-        assert row["split"] == "pool" and study.is_turned(0, "flip", row["id"])
-    study.relabel(source, run, "pool", 0)
-    for row, old in zip(study.read_jsonl(run / name), rows, strict=True):
-        assert row == (old if old["split"] == "train" else {**old, "evidence": []})
+    assert study.read_jsonl(run / name) == [rows[0], {**rows[1], "evidence": []}]
 
 
 def test_the_expert_is_held_against_the_truth():
     truth = {"0.png": ["red star", "blue star"]}
     absent = {**EVIDENCE[0], "status": "absent"}  # wrong: it is there
     rows = [PAIR, {**PAIR, "evidence": [absent, *EVIDENCE[1:]]}]
-    flipped = study.swap_label(PAIR)
+    others = [{**found, "claimed_by": claim} for found, claim in zip(EVIDENCE, CLAIMS[1::-1])]
+    flipped = {**PAIR, "evidence": [*others, EVIDENCE[2]]}
     contradicted, wrong, n = study.expert_against_truth([*rows, flipped], truth).values()
     assert contradicted == pytest.approx(1 / 6)  # what is unsure says nothing
     assert wrong == pytest.approx(1 / 3) and n == 3
@@ -131,36 +172,109 @@ def test_resamples_draw_the_same_images_for_all_conditions():
     assert np.percentile(draws, [2.5, 97.5]) == pytest.approx([low, high], abs=0.015)
 
 
-def test_intervals_are_over_worlds_and_images():
+def test_an_interval_is_students_over_worlds_or_one_worlds_images():
     one = {0: (0.5, np.linspace(0.4, 0.6, 100))}
     assert study_report.interval(one) == pytest.approx((0.405, 0.595), abs=0.003)
-    rng, many = np.random.default_rng(0), {}
-    for seed, value in enumerate(rng.normal(0, 0.03, 50)):
-        many[seed] = (value, value + rng.normal(0, 0.02, 100))
-    low, high = study_report.interval(many)
-    error = np.hypot(0.03, 0.02) / 50**0.5
-    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.25)
+    values = [0.1, 0.2, 0.3, 0.4, 0.5]  # scipy's t.interval(0.95, 4, 0.3, sem(values))
+    many = cells_of(values)
+    assert study_report.interval(many) == pytest.approx((0.10368, 0.49632), abs=1e-4)
+    assert study_report.p_value(many) == pytest.approx(0.013236, abs=1e-4)  # ttest_1samp
+    for n, quantile in enumerate(study_report.T, 2):  # a mean that is so many errors from zero
+        shape = np.arange(n) - (n - 1) / 2
+        error = shape.std(ddof=1) / n**0.5
+        assert study_report.p_value(cells_of(shape + quantile * error)) == pytest.approx(
+            0.05, abs=1e-4
+        )
 
 
-def test_differences_are_taken_within_worlds():
-    a = {0: (0.9, np.array([0.8, 1.0])), 1: (0.7, np.array([0.7, 0.7]))}
-    b = {0: (0.8, np.array([0.7, 0.9])), 2: (0.1, np.array([0.1, 0.1]))}
-    [(value, draws)] = study_report.minus(a, b).values()
-    assert (value, draws.tolist()) == (pytest.approx(0.1), pytest.approx([0.1, 0.1]))
+def cells_of(values):
+    return {seed: (value, np.full(100, value)) for seed, value in enumerate(values)}
+
+
+@pytest.mark.parametrize(
+    "middle, spread, n, gains, no_effect",
+    [
+        (0.03, 0.01, 8, "holds", "does not"),
+        (-0.03, 0.01, 8, "does not", "does not"),
+        (0.004, 0.001, 8, "holds", "holds"),
+        (0.0, 0.004, 8, "does not", "holds"),
+        (0.0, 0.03, 8, "undecided", "undecided"),
+        (0.03, 0.001, 4, "points up", "points up"),
+        (-0.03, 0.001, 4, "points down", "points down"),
+    ],
+)
+def test_verdicts_by_the_rules(middle, spread, n, gains, no_effect):
+    found = cells_of(middle + spread * np.linspace(-1, 1, n))
+    for kind, verdict in (("gains", gains), ("no effect", no_effect)):
+        said, p = study_report.verdict_on(kind, found)
+        assert said == verdict
+        assert (p < 0.05) == (said in ("holds", "does not")) and p <= 1
+    if no_effect == "holds":  # by the bound that is nearer
+        assert p == study_report.p_value(found, 0.01)
+
+
+def test_holm_leaves_what_is_sure_for_the_number_of_claims():
+    for p_values, left in (([0.04, 0.001, 0.03], [0, 1, 0]), ([0.001, 0.03, 0.011], [1, 1, 1])):
+        assert study_report.survive_holm(p_values) == left
+
+
+def lines_of(code, processor, values, **line):
+    """Lines of results with one condition "x" in settings "a" and "b" of a world each."""
+    for setting, value in values.items():
+        found = {"study": "s", "setting": setting, "seed": 0, "processor": processor, "counts": {}}
+        found |= {"accuracies": {"x": value}, "bootstrap": {"x": [round(1e4 * value)] * 100}}
+        yield {**found, "code": code, **line}
+
+
+def test_a_difference_mixes_neither_processors_nor_codes():
+    a, b = ("s", "a", "x"), ("s", "b", "x")
+    lines = [*lines_of(1, "p", {"a": 0.9, "b": 0.8})]
+    lines += [*lines_of(2, "p", {"a": 0.7}), *lines_of(2, "q", {"b": 0.1})]
+    assert study_report.difference(lines, a, b) == {}
+    del lines[0]["code"]  # as the first lines are
+    lines += [*lines_of(2, "q", {"a": 0.4}), *lines_of(2, "q", {"a": 0.5}, seed=1)]
+    [(value, draws)] = study_report.difference(lines, a, b).values()
+    assert value == pytest.approx(0.3) and draws == pytest.approx(np.full(100, 0.3))
+    [(value, _), _] = study_report.difference(lines, a, 0.5).values()
+    assert value == pytest.approx(0.2)
+    assert study_report.difference(lines[:2], a, b)[0][0] == pytest.approx(0.1)
+
+
+def test_both_kinds_of_worlds_stand_in_the_table():
+    """Three in which stage 03 took, two in which it did not; one of the final check."""
+    place, other = study_report.comparisons()[1][3:]
+    lines = []
+    for seed, follows in enumerate([0.9, 0.86, 0.95, 0.5, 0.84, 0.9]):
+        seed = seed if seed < 5 else 1001
+        values = {place[2]: 0.6 + 0.01 * (seed % 500), other[2]: 0.5}
+        [line] = lines_of(2, "p", {"a": 0.0}, seed=seed)
+        for name, value in values.items():
+            line["accuracies"][name] = value
+            line["bootstrap"][name] = [round(1e4 * value)] * 100
+        lines.append({**line, "study": place[0], "setting": place[1]})
+        counts = {"after 03: verdict follows": follows}
+        start = {"study": "start", "setting": study_report.START[1], "counts": counts}
+        lines.append({**line, **start})
+    *_, row = study_report.claims(lines[:10], lines[10:])
+    columns = [column.strip() for column in row.split("|")]
+    assert columns[3].startswith("+.120 (") and columns[4] == "5"
+    assert columns[5:9] == ["+.110 (3)", "+.135 (2)", "+.110", "holds \\*"]
 
 
 def test_every_study_has_its_table(capsys):
-    """As anyone gets it, from the file alone."""
+    """As anyone gets it, from the file alone, refused worlds with it."""
     study.main(study.parse_args(["--table"]))
     printed = capsys.readouterr().out
-    titles = {"start": "| world", "best": "| 8. votes", "leak": "| leak checks"}
-    for name in study.STUDIES:
-        assert titles.get(name, f". {name} ") in printed or f". {name}:" in printed
+    measured = {line["study"] for line in study_report.read(ROOT / "assets/results.jsonl")}
+    for name in measured:
+        assert f"| {name} |" in printed and f"| {name}: counts |" in printed
+    assert "World 3 was refused: error: no judge" in printed
 
 
 def test_recorded_lines_are_whole():
     for line in study_report.read(ROOT / "assets/results.jsonl"):
-        assert line["setting"] in study.STUDIES[line["study"]]
+        if study_report.code_of(line) == study.CODE:
+            assert line["setting"] in study.STUDIES[line["study"]]
         assert line["accuracies"].keys() == line["bootstrap"].keys()
         assert line["accuracies"] or line["failure"]
         for name, accuracy in line["accuracies"].items():
