@@ -760,7 +760,7 @@ def draw_contact_sheet(path, rows, image_root):
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2))
                 x = min(max((x1 + x2) / 2, 0.2 * picture.width), 0.8 * picture.width)
                 axis.text(x, y1, label, ha="center", backgroundcolor=colour, **style)
-        text = "\n".join(textwrap.fill(line, 42, max_lines=6) for line in lines)
+        text = "\n".join(textwrap.fill(line, 48, max_lines=6) for line in lines)
         axis.text(0, -0.03, text, transform=axis.transAxes, **style)
     figure.savefig(path, dpi=80)
 
