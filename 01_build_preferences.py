@@ -745,7 +745,7 @@ STATUS_COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange
 def draw_contact_sheet(path, rows, image_root):
     """The first 12 pairs: boxes in the colours of their status, both responses, each object."""
     figure = Figure((14, 16), layout="constrained")
-    nothing = {"frame_on": False, "xticks": (), "yticks": ()}
+    nothing = {"frame_on": False, "xticks": (), "yticks": (), "anchor": "N"}
     style = {"va": "top", "fontsize": 8, "parse_math": False}
     for axis, row in zip(figure.subplots(3, 4, subplot_kw=nothing).flat, rows):
         picture = common.load_image(Path(image_root) / row["image"])
