@@ -385,8 +385,7 @@ def pair_of(row):
     if name is None:
         raise Skip(f"columns of no known format ({', '.join(FORMATS)})", "?")
     try:
-        mapping = FORMATS[name][1]
-        pair = mapping(row)
+        pair = FORMATS[name][1](row)
         pair["prompt"] = re.sub(r"<image>\n?|\n<image>", "", pair["prompt"])
         if pair["chosen"].strip() == pair["rejected"].strip():
             raise Skip("identical responses", "rejected")
@@ -482,6 +481,7 @@ def read_pairs(source, image_root, folder, limit=None):
             rows[pair["id"]] = pair
         except Skip as skip:
             count_skip(counts, skip, origin)
+    common.gather(None)  # the first process has written all pictures
     if not rows:
         why = dict(counts) or "there is no row"
         stop(f"{source} holds no usable row: {why}; --image-root is {image_root}")
@@ -576,7 +576,7 @@ class OwnAnswers:
         first = [ids[0] for ids in words]
         p = logits[:, first].float().softmax(-1)  # (names, 4), of these answers alone
         confidences = [round(p_yes, 4) for p_yes in p[:, :2].sum(-1).tolist()]
-        return [{"object": n, "confidence": p, "box": None} for n, p in zip(names, confidences)]
+        return [{"object": n, "confidence": c, "box": None} for n, c in zip(names, confidences)]
 
 
 class Detection(TypedDict):
@@ -628,7 +628,7 @@ class Expert:
         batches = [chunk[start : start + 32] for start in range(0, len(chunk), 32)]
         found = common.share_out(batches, self.find_batch)
         bar.update(len(chunk))
-        return [{"image": image, "detections": of} for (image, _), of in zip(chunk, found)]
+        return [{"image": image, "detections": seen} for (image, _), seen in zip(chunk, found)]
 
     def find_batch(self, batch):
         images, questions = zip(*batch)
@@ -745,7 +745,7 @@ STATUS_COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange
 def draw_contact_sheet(path, rows, image_root):
     """The first 12 pairs: boxes in the colours of their status, both responses, each object."""
     figure = Figure((14, 16), layout="constrained")
-    nothing = {"frame_on": False, "xticks": (), "yticks": ()}
+    nothing = {"frame_on": False, "xticks": (), "yticks": (), "anchor": "N"}
     style = {"va": "top", "fontsize": 8, "parse_math": False}
     for axis, row in zip(figure.subplots(3, 4, subplot_kw=nothing).flat, rows):
         picture = common.load_image(Path(image_root) / row["image"])
@@ -760,7 +760,7 @@ def draw_contact_sheet(path, rows, image_root):
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2))
                 x = min(max((x1 + x2) / 2, 0.2 * picture.width), 0.8 * picture.width)
                 axis.text(x, y1, label, ha="center", backgroundcolor=colour, **style)
-        text = "\n".join(textwrap.fill(line, 42, max_lines=6) for line in lines)
+        text = "\n".join(textwrap.fill(line, 48, max_lines=6) for line in lines)
         axis.text(0, -0.03, text, transform=axis.transAxes, **style)
     figure.savefig(path, dpi=80)
 
