@@ -185,21 +185,21 @@ def split_sizes(n, validation, heldout, train):
 
     sizes = {"validation": number(validation, min(200, n // 10))}
     sizes["heldout"] = number(heldout, min(500, n // 10))
-    left = max(0, n - sizes["validation"] - sizes["heldout"])
-    sizes["train"] = number(train, min(5000, left // 2))  # the other half is for 04
+    sizes["train"] = number(train, min(5000, max(0, n - sum(sizes.values())) // 2))
+    sizes["pool"] = max(0, n - sum(sizes.values()))
     return sizes
 
 
 def assign_splits(rows, sizes, seed):
     """Rows with "split": whole images in a random order fill validation (for 03 and 04 to watch),
     heldout (for 05) and train (for 02's critiques); the rest is the pool of 04.
-    sizes: {split: pairs}, in this order; each ends with the image that fills it. Needs: row_seed"""
+    sizes: {split: pairs}, in order; each ends with the image that fills it. Needs: row_seed"""
     of_image = {}
     for row in rows:
         of_image.setdefault(row["image"], []).append(row)
     images = sorted(of_image, key=lambda image: row_seed(seed, "split", image))
     placed = []
-    for split, size in [*sizes.items(), ("pool", len(rows))]:
+    for split, size in sizes.items():
         start = len(placed)
         while images and len(placed) < start + size:
             image = images.pop(0)
@@ -707,8 +707,7 @@ def load_items(args, folder):
 
 
 def write_candidates(args, items, judge, image_root, path, counts):
-    """{item id: the policy's texts that are finished and not too long}; counts all; path: where
-    they are kept."""
+    """{item id: the policy's finished texts}; counts all; path: where they are kept."""
     requests = [{**item, "text": item["prompt"]} for item in items]
     sampling = {"n": args.candidates, "temperature": args.temperature, "seed": args.seed}
     sampling |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
@@ -716,9 +715,9 @@ def write_candidates(args, items, judge, image_root, path, counts):
     texts = {}
     for item, samples in zip(items, answers):
         finished = [answer["text"].strip() for answer in samples if answer["complete"]]
-        texts[item["id"]] = [text for text in finished if len(text) <= LONGEST]
+        texts[item["id"]] = finished
         counts["candidates written"] += len(samples)
-        counts["  dropped: unfinished or too long"] += len(samples) - len(texts[item["id"]])
+        counts["  dropped: unfinished"] += len(samples) - len(finished)
     return texts
 
 
@@ -802,11 +801,11 @@ def parse_args(argv=None):
     return args
 
 
-def warn_of_small_splits(counts, args):
-    for split, least in {"validation": 1, "heldout": 1, "train": 1, "pool": 2}.items():
-        if counts[f"  in split {split}"] < least and getattr(args, split, None) != 0:
-            flag = "lower --train" if split == "pool" else f"raise --{split}"
-            print(f"warning: too few pairs in split {split} for a later stage: {flag}")
+def warn_of_small_splits(sizes, args, when):
+    for split, size in sizes.items():
+        if size < 2 and getattr(args, split, None) != 0:
+            flag = "lower the others" if split == "pool" else f"raise --{split}"
+            print(f"warning: {when} too few pairs in split {split} for a later stage: {flag}")
 
 
 def main(args):
@@ -814,6 +813,8 @@ def main(args):
 
     # 1. What to verify, who writes, who verifies --------------------------------------------------
     image_root, items, counts = load_items(args, folder)
+    sizes = split_sizes(len(items), args.validation, args.heldout, args.train)
+    warn_of_small_splits(sizes, args, f"of {len(items)} rows:")
     if Path(args.model).exists():  # else it is a hub id
         args.model = str(Path(args.model).resolve())
     judge = common.Judge(args.model, device=args.device, max_image_tokens=args.max_image_tokens)
@@ -831,10 +832,9 @@ def main(args):
     # 2. Candidates, mentions, findings ------------------------------------------------------------
     if args.images:
         texts = write_candidates(args, items, judge, image_root, folder / "answers.jsonl", counts)
-        may_swap = sorted(set(vocabulary.values()))
     else:
         texts = {item["id"]: [item["chosen"], item["rejected"]] for item in items}
-        may_swap = []  # given pairs stay as they are
+    may_swap = sorted(set(vocabulary.values())) if args.images else []  # given pairs stay as given
     mentions = {}  # {id: list of mentions for each text}
     for key, of_item in texts.items():
         mentions[key] = [find_mentions(text, vocabulary) for text in of_item]
@@ -869,7 +869,7 @@ def main(args):
     draw_contact_sheet(folder / "contact_sheet.png", rows, image_root)
     counts.update(f"  {row['source']} pairs" for row in rows)
     counts.update(f"  in split {row['split']}" for row in rows)
-    warn_of_small_splits(counts, args)
+    warn_of_small_splits(sizes, args, "there are")
     run = Path(args.run).resolve()
     is_inside = image_root.is_relative_to(run)  # then the run can be moved
     args.image_root = str(image_root.relative_to(run) if is_inside else image_root)
