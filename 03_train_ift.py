@@ -93,15 +93,20 @@ def training_rows(critiques):
 
 def rows_of_step(rows, step, size, seed):
     """The rows of optimizer step `step` (from 0): shuffled epochs, one after another, cut."""
-    of_step, shuffled_for = [], None
-    for position in range(step * size, (step + 1) * size):
-        epoch, k = divmod(position, len(rows))
-        if epoch != shuffled_for:
-            shuffled = list(rows)
-            random.Random(row_seed(seed, "epoch", epoch)).shuffle(shuffled)
-            shuffled_for = epoch
-        of_step.append(shuffled[k])
-    return of_step
+    epoch, start = divmod(step * size, len(rows))  # the step starts in this epoch, at this row
+    epochs = []
+    while len(epochs) < start + size:  # a step may end in a later one
+        shuffled = list(rows)
+        random.Random(row_seed(seed, "epoch", epoch)).shuffle(shuffled)
+        epochs += shuffled
+        epoch += 1
+    return epochs[start : start + size]
+
+
+def response_ids(response, tokenizer):
+    """A response's token ids, without a stop token; nothing in it becomes a special token."""
+    text = common.as_words(response, tokenizer)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode_supervised(processor, texts, images, responses, max_response_tokens=None):
@@ -109,24 +114,20 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
 
     labels (B,P+R) are -100 except on a response and its stop token. A response that is cut at
     max_response_tokens has no stop token: it does not end there."""
-    inputs, tokenizer = common.encode_prompts(processor, texts, images), processor.tokenizer
+    inputs = common.encode_prompts(processor, texts, images)
+    tokenizer = processor.tokenizer
     rows = []
     for response in responses:
-        response = common.as_words(response, tokenizer)
-        ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        ids = [*response_ids(response, tokenizer), tokenizer.eos_token_id]
         rows.append(torch.tensor(ids[:max_response_tokens]))
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B,R)
-    # By length, not by token: a stop token that is the padding token as well stays supervised.
+    # Padded anew, not masked where ids hold the padding token: it may be the stop token as well.
     targets = pad(rows, batch_first=True, padding_value=-100)  # (B,R)
     masked = torch.full_like(inputs["input_ids"], -100)  # (B,P): prompt and image tokens
-    added = {
-        "input_ids": ids,
-        "attention_mask": (targets != -100).long(),
-        "mm_token_type_ids": torch.zeros_like(ids),  # 0 = text
-    }
-    for name, columns in added.items():
-        inputs[name] = torch.cat([inputs[name], columns], 1)  # (B,P+R)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)  # (B,P+R), and so the next two
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], (targets != -100).long()], 1)
+    inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, ids.shape[1]))  # 0 = text
     return inputs, torch.cat([masked, targets], 1)
 
 
@@ -142,37 +143,38 @@ def micro_batches(rows_of_kind, processor, image_root, settings, seed, micro_bat
         rows.sort(key=lambda row: len(row["text"]) + len(row["response"]))  # little padding
         for start in range(0, len(rows), micro_batch):
             part = rows[start : start + micro_batch]
-            texts, responses = [row["text"] for row in part], [row["response"] for row in part]
+            texts = [row["text"] for row in part]
             images = [Path(image_root) / row["image"] for row in part]
-            how = (responses, settings["max_response_tokens"])
-            encoded.append((kind, part, *encode_supervised(processor, texts, images, *how)))
+            responses = [row["response"] for row in part]
+            longest = settings["max_response_tokens"]
+            inputs, labels = encode_supervised(processor, texts, images, responses, longest)
+            encoded.append((kind, part, inputs, labels))
     return encoded
 
 
 # ---- The loop: rows, count, forward, loss, backward, step, log -----------------------------------
 def forward(model, inputs, labels):
-    """(logits (B,R+1,V), labels (B,R+1)): the language head sees only the last R+1 positions, those
-    of the supervised tokens and the one before, which predicts the first."""
-    first = int((labels != -100).any(0).nonzero()[0])  # index of the first response token
-    n_last = labels.shape[1] - first + 1  # R+1
+    """(logits (B,R+1,V), labels (B,R+1)) of the last R+1 positions, which spares the language head
+    the rest: the R response tokens, and the prompt's last one, which predicts the first of them."""
+    R = int((labels != -100).sum(1).max())  # tokens of the longest response
     inputs = inputs.to(common.unwrap(model).device)
-    logits = model(**inputs, logits_to_keep=n_last, use_cache=False).logits
-    return logits, labels[:, -n_last:].to(logits.device)
+    logits = model(**inputs, logits_to_keep=R + 1, use_cache=False).logits
+    return logits, labels[:, -R - 1 :].to(logits.device)
 
 
 def bradley_terry_sum(logits, labels, rows, tokenizer):
     """Summed Bradley-Terry loss () of critiques, at each one's verdict, teacher-forced.
 
     logits (B,R+1,V) and labels (B,R+1) as forward gives them; rows: {"label", ...}, B of them."""
-    verdict_ids = common.verdict_token_ids(tokenizer)
-    r = []
+    at_verdict = []
     for row_logits, row_labels in zip(logits, labels):  # (R+1,V), (R+1,)
-        ids = row_labels[row_labels != -100].tolist()
-        _, _, k = common.find_verdict_token(tokenizer, ids)
-        # logits[0] are at the last prompt token, so logits[k] predict ids[k]
-        r.append(common.verdict_log_odds(row_logits[k][None], *verdict_ids))  # (1,)
-    label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
-    return bradley_terry_loss(torch.cat(r), label_is_a).sum()
+        ids = row_labels[row_labels != -100].tolist()  # of the response
+        _, _, k = common.find_verdict_token(tokenizer, ids)  # ids[k] is the verdict's letter
+        # Position 0, the prompt's last, predicts the first of ids: so position k predicts ids[k].
+        at_verdict.append(row_logits[k])
+    r = common.verdict_log_odds(torch.stack(at_verdict), *common.verdict_token_ids(tokenizer))
+    label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=r.device)  # (B,)
+    return bradley_terry_loss(r, label_is_a).sum()
 
 
 def make_trainable(model, rank):
@@ -184,7 +186,7 @@ def make_trainable(model, rank):
         from peft import LoraConfig, get_peft_model  # slow to import
 
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
-        return get_peft_model(model, config)
+        return get_peft_model(model, config)  # PEFT makes them float32, beside bf16 weights, too
     for name, weight in model.named_parameters():
         if "language_model" in name or name.startswith("lm_head"):
             weight.data = weight.data.float()
