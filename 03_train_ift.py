@@ -196,8 +196,11 @@ def make_trainable(model, rank):
 
 def total(numbers):
     """{name: number}, each summed over all processes."""
-    columns = zip(*[part.values() for part in common.gather(numbers)])
-    return {name: sum(column) for name, column in zip(numbers, columns)}
+    of_processes = common.gather(numbers)
+    sums = {}
+    for name in numbers:
+        sums[name] = sum(of_process[name] for of_process in of_processes)
+    return sums
 
 
 def sum_gradients(weights):
@@ -210,16 +213,9 @@ def sum_gradients(weights):
 def learning_rate(step, steps, lr):
     """Of a step from 0: linear warm-up in a twentieth of the steps, linear decay to a tenth."""
     warmup = max(1, steps // 20)
-    fallen = 0.9 * max(0, step - warmup) / max(1, steps - warmup)
-    return lr * min((step + 1) / warmup, 1 - fallen)
-
-
-def count_supervised(batches):
-    """{"critique": supervised tokens, "correct": supervised tokens} of a step's micro-batches."""
-    n_tokens = {"critique": 0, "correct": 0}
-    for kind, _, _, labels in batches:
-        n_tokens[kind] += int((labels != -100).sum())
-    return n_tokens
+    if step < warmup:
+        return lr * ((step + 1) / warmup)
+    return lr * (1 - 0.9 * (step - warmup) / (steps - warmup))
 
 
 def prepared_ahead(prepare, steps):
@@ -240,42 +236,46 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
     steps, lam, bt_weight = settings["steps"], settings["lam"], settings["bt_weight"]
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
-    done = resume_training(folder / "training.pt", weights, optimizer, settings)
-    lines = common.read_rows(folder / "metrics.jsonl", dict)[:done] if done else []
-    bar = common.progress_bar(total=steps, desc="train", unit="step", initial=done)
-    started, n_trained = time.time(), 0
+    lines = resume_training(folder / "training.pt", weights, optimizer, settings)
+    bar = common.progress_bar(total=steps, desc="train", unit="step", initial=len(lines))
+    started = time.time()
+    n_trained = 0
     model.train()
-    for step, batches in prepared_ahead(prepare, range(done, steps)):
+    for step, batches in prepared_ahead(prepare, range(len(lines), steps)):
         # Every token of the step weighs the same, so they are counted before the first backward.
-        n_tokens = total(count_supervised(batches))
+        n_tokens = {"critique": 0, "correct": 0}
+        for kind, _, _, labels in batches:
+            n_tokens[kind] += int((labels != -100).sum())
+        n_critique, n_correct = total(n_tokens).values()
         sums = {"critique": 0.0, "correct": 0.0, "bradley_terry": 0.0}  # in nats, for the log
         for kind, rows, inputs, labels in batches:
             logits, labels = forward(model, inputs, labels)  # (B,R+1,V), (B,R+1)
             nll, _ = nll_sum(logits, labels)  # ()
             sums[kind] += nll.item()
-            # This micro-batch's part of ift_loss: the parts of a step add up to it.
+            # Divided by the whole step's tokens: its micro-batches' losses add up to ift_loss.
             if kind == "correct":
-                loss = lam * nll / n_tokens["correct"]
+                loss = lam * nll / n_correct
             else:
-                loss = nll / n_tokens["critique"]
-            if kind == "critique" and bt_weight:
-                bt = bradley_terry_sum(logits, labels, rows, tokenizer)  # ()
-                sums["bradley_terry"] += bt.item()
-                loss = loss + bt_weight * bt / settings["train_batch"]
+                loss = nll / n_critique
+                if bt_weight:
+                    bt = bradley_terry_sum(logits, labels, rows, tokenizer)  # ()
+                    sums["bradley_terry"] += bt.item()
+                    loss = loss + bt_weight * bt / settings["train_batch"]
             loss.backward()
         sum_gradients(weights.values())
         grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).item()
+        done = step + 1
         if not math.isfinite(grad_norm):
-            stop(f"step {step + 1}: gradient norm {grad_norm}, first row {batches[0][1][0]['id']}")
+            _, rows, _, _ = batches[0]
+            stop(f"step {done}: gradient norm {grad_norm}, first row {rows[0]['id']}")
         lr = learning_rate(step, steps, settings["lr"])
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         sums = total(sums)
-        n_trained += sum(n_tokens.values())
-        n_critique, n_correct = n_tokens["critique"], n_tokens["correct"]
+        n_trained += n_critique + n_correct
         line = {
-            "step": step + 1,
+            "step": done,
             # L_IFT, without the Bradley-Terry part, which has a column of its own
             "loss": ift_loss(sums["critique"], n_critique, sums["correct"], n_correct, lam),
             "loss_critique": sums["critique"] / n_critique,  # nats per token
@@ -287,19 +287,19 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
         }
         lines.append(line)
         bar.update()
-        if (step + 1) % max(1, steps // 10) == 0:  # leaves ten lines on the screen
-            bar.write(f"step {step + 1:>5} of {steps} | loss {line['loss']:.4g}")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if done % max(1, steps // 10) == 0:  # leaves ten lines on the screen
+            bar.write(f"step {done:>5} of {steps} | loss {line['loss']:.4g}")
+        if done % save_every == 0 or done == steps:
             common.write_jsonl(folder / "metrics.jsonl", lines)
-            save_training(folder / "training.pt", step + 1, weights, optimizer, settings)
+            save_training(folder / "training.pt", lines, weights, optimizer, settings)
     bar.close()
     model.eval()
 
 
 # ---- What is trained is kept, with what it was made with -----------------------------------------
-def save_training(path, done, weights, optimizer, settings):
-    """All that training changes, after `done` steps; whole or not at all."""
-    state = {"done": done, "settings": settings, "optimizer": optimizer.state_dict()}
+def save_training(path, lines, weights, optimizer, settings):
+    """All that training changes, and its log's lines, one a step; whole or not at all."""
+    state = {"lines": lines, "settings": settings, "optimizer": optimizer.state_dict()}
     state["weights"] = {name: weight.data for name, weight in weights.items()}
     if RANK == 0:
         try:
@@ -320,16 +320,16 @@ def read_training(path, settings):
 
 
 def resume_training(path, weights, optimizer, settings):
-    """Set weights and optimizer, in place, to what save_training has saved; returns the number of
-    steps that are done, 0 where there is no such file."""
+    """Set weights and optimizer, in place, to what save_training has saved; returns the log's lines
+    of the steps that are done, none where there is no such file."""
     if not path.exists():
-        return 0
+        return []
     state = read_training(path, settings)
     for name, weight in weights.items():
         weight.data.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
-    print(f"training goes on after step {state['done']}")
-    return state["done"]
+    print(f"training goes on after step {len(state['lines'])}")
+    return state["lines"]
 
 
 def check_settings(path, saved, settings):
@@ -344,16 +344,14 @@ def check_settings(path, saved, settings):
 
 
 def find_checkpoint(folder, settings=None):
-    """The folder's adapter/ or model/; None without either. It stops where settings are given, and
-    it, or what an interrupted training has left, was made with others."""
-    for path in (folder / "adapter", folder / "model"):
-        if path.exists():
-            if settings:
-                check_settings(path, common.read_json(path / "made_with.json"), settings)
-            return path
-    if settings and (folder / "training.pt").exists():
+    """The folder's adapter/ or model/, None without either. Who is about to train there gives its
+    settings: it stops where what lies there, trained or interrupted, was made with others."""
+    trained = [path for path in (folder / "adapter", folder / "model") if path.exists()]
+    if settings and trained:
+        check_settings(trained[0], common.read_json(trained[0] / "made_with.json"), settings)
+    elif settings and (folder / "training.pt").exists():
         read_training(folder / "training.pt", settings)
-    return None
+    return trained[0] if trained else None
 
 
 def save_checkpoint(model, processor, folder, made_with):
