@@ -33,7 +33,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, stdev
 
 import torch
 import torch.distributed as dist
@@ -424,23 +424,22 @@ def accuracy_by_order(rows):
         is_correct = row["verdict"] == row["label"]
         of_order.setdefault(row["order"], []).append(is_correct)
         of_pair.setdefault(row["id"], []).append(None if row["verdict"] is None else is_correct)
-    both = [all(outcomes) for outcomes in of_pair.values()]
-    same = [None not in outcomes and len(set(outcomes)) == 1 for outcomes in of_pair.values()]
-    return {
-        "accuracy": sum(row["verdict"] == row["label"] for row in rows) / len(rows),
-        **{f"accuracy_{order}": mean(map(float, of_order[order])) for order in sorted(of_order)},
-        "both": sum(both) / len(both),
-        "agreement": sum(same) / len(same),
-        "unparseable": sum(row["verdict"] is None for row in rows) / len(rows),
-        "n_pairs": len(of_pair),
-    }
+    measures = {"accuracy": fmean(row["verdict"] == row["label"] for row in rows)}
+    for order in sorted(of_order):
+        measures[f"accuracy_{order}"] = fmean(of_order[order])
+    measures["both"] = fmean(all(outcomes) for outcomes in of_pair.values())
+    measures["agreement"] = fmean(set(x) in ({True}, {False}) for x in of_pair.values())
+    measures["unparseable"] = fmean(row["verdict"] is None for row in rows)
+    measures["n_pairs"] = len(of_pair)
+    return measures
 
 
 def mean_bradley_terry(rows):
     """Mean Bradley-Terry loss in nats of judgement rows {"probability_a", "label"}."""
-    p = torch.tensor([row["probability_a"] for row in rows]).clamp(1e-6, 1 - 1e-6)  # (B,)
+    p = torch.tensor([row["probability_a"] for row in rows])  # (B,)
     label_is_a = torch.tensor([row["label"] == "A" for row in rows])  # (B,)
-    return bradley_terry_loss(p.logit(), label_is_a).mean().item()
+    r = p.logit(eps=1e-6)  # (B,); certain and wrong is a number, too
+    return bradley_terry_loss(r, label_is_a).mean().item()
 
 
 def validate(path, judge, pairs, condition, **asking):
@@ -458,7 +457,8 @@ def validate(path, judge, pairs, condition, **asking):
     numbers = [f"{name} {measures[name]:.3f}" for name in names]
     print(f"validation, {condition}: {' | '.join(numbers[:3])}")
     print(f"    {' | '.join(numbers[3:])} | {len(pairs)} pairs")
-    print(f"{rows[0]['image']}, label {rows[0]['label']}:\n{rows[0]['critique']}\n")
+    first = rows[0]
+    print(f"{first['image']}, label {first['label']}:\n{first['critique']}\n")
     return rows, measures
 
 
@@ -467,15 +467,17 @@ def paired_gain(earlier, later):
 
     earlier, later: judgement rows {"question", "image", "label", "verdict"} of the same questions.
     Interval: 1.96 standard errors over images, whose questions succeed and fail together. Needs:
-    mean, stdev (of statistics)"""
+    fmean, stdev (of statistics)"""
     was_correct = {row["question"]: row["verdict"] == row["label"] for row in earlier}
     gains_of = {}  # {image: of each of its questions -1, 0 or 1}
     for row in later:
         gain = (row["verdict"] == row["label"]) - was_correct[row["question"]]
         gains_of.setdefault(row["image"], []).append(gain)
-    gains = [mean(of_image) for of_image in gains_of.values()]
-    half = 1.96 * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    return float(mean(gains)), half
+    gains = [fmean(of_image) for of_image in gains_of.values()]
+    half = 0.0
+    if len(gains) > 1:
+        half = 1.96 * stdev(gains) / len(gains) ** 0.5
+    return fmean(gains), half
 
 
 def verdict_follows(rows):
@@ -486,7 +488,7 @@ def verdict_follows(rows):
         better = common.verdict_of_checks(common.parse_checks(row["critique"]))
         if better is not None:
             follows.append(row["verdict"] == better)
-    return (float(mean(follows)), len(follows)) if follows else (None, 0)
+    return (fmean(follows), len(follows)) if follows else (None, 0)
 
 
 def report_gain(earlier, later, why_none):
@@ -550,25 +552,22 @@ def fit(judge, critiques, folder, settings, image_root, seed, args):
     model, processor = judge.loaded
     torch.manual_seed(seed)  # of an adapter's first weights
     model = make_trainable(model, settings.get("lora_rank", 0))
-    limit, tokenizer = args.max_response_tokens, processor.tokenizer
-
-    def is_long(text):
-        text = common.as_words(text, tokenizer)
-        return len(tokenizer(text, add_special_tokens=False).input_ids) >= limit
-
-    short = [row for row in critiques if not is_long(row["critique"])]
+    tokenizer = processor.tokenizer
+    limit = args.max_response_tokens
+    short = [row for row in critiques if len(response_ids(row["critique"], tokenizer)) < limit]
     if not short:
         stop(f"all critiques are longer than --max-response-tokens {limit}: raise it")
     rows_of_kind = training_rows(short)
     if not args.lam:
         del rows_of_kind["correct"]
+    n = len(short)
     counts = {
-        "dropped: critique of --max-response-tokens or more": len(critiques) - len(short),
-        "trained on, critiques": len(short),
+        "dropped: critique of --max-response-tokens or more": len(critiques) - n,
+        "trained on, critiques": n,
         "trained on, correct responses": len(rows_of_kind.get("correct", ())),
     }
-    n, per_step = len(short), f"{args.steps} steps of {args.train_batch}"
-    print(f"{per_step}: {args.steps * args.train_batch / n:.1f} epochs of {n} critiques")
+    epochs = args.steps * args.train_batch / n
+    print(f"{args.steps} steps of {args.train_batch}: {epochs:.1f} epochs of {n} critiques")
     if args.checkpoint_activations:
         language_model = common.unwrap(model).model.language_model
         language_model.activation_checkpointing_enable()
@@ -592,7 +591,8 @@ def parse_args(argv=None):
 def main(args):
     first = common.stage_args(args.run, "01_preferences")
     style = common.stage_args(args.run, "02_critiques")["style"]
-    folder = common.start_stage(args, f"03_ift{args.tag and '_' + args.tag}")
+    tag = f"_{args.tag}" if args.tag else ""
+    folder = common.start_stage(args, f"03_ift{tag}")
 
     # 1. read, and compare with what is trained already --------------------------------------------
     critiques = read_critiques(args.run)
@@ -621,7 +621,8 @@ def main(args):
     counts = {"critiques read": len(critiques), "validation pairs": len(validation)}
     counts |= common.read_json(trained / "made_with.json")["counts"]
     measures = {"before": measures_before, "after": measures_after}
-    next_script = f"python 04_rejection_sampling.py{args.tag and f' --tag {args.tag}'}"
+    flag = f" --tag {args.tag}" if args.tag else ""
+    next_script = f"python 04_rejection_sampling.py{flag}"
     common.finish_stage(folder, args, counts, next_script, validation=measures)
 
 
