@@ -84,10 +84,12 @@ def select_random(ids, n, seed):
 # ---- Pools, margins of pairs, the rules ----------------------------------------------------------
 def cut_pools(pairs, size, iterations):
     """Disjoint pools of about `size` pairs, all pairs of an image in one of them."""
-    pools, start = [], 0
+    images = [pair["image"] for pair in pairs]
+    pools = []
+    start = 0
     for t in range(iterations):
         end = min(start + size, len(pairs))
-        while end < len(pairs) and pairs[end]["image"] == pairs[end - 1]["image"]:
+        while end < len(pairs) and images[end] == images[end - 1]:
             end += 1  # 01 has left the pairs of an image together
         if end - start < 2:
             stop(f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool")
@@ -103,29 +105,32 @@ def critiques_by_question(samples):
     decided = [row for row in samples if row["log_odds"] is not None]
     log_odds = torch.tensor([row["log_odds"] for row in decided])  # (B,) in nats
     label_is_a = torch.tensor([row["label"] == "A" for row in decided], dtype=torch.bool)  # (B,)
+    confidences = confidence_in_label(log_odds, label_is_a).tolist()
     questions = {}
-    for row, s in zip(decided, confidence_in_label(log_odds, label_is_a).tolist()):
-        question = questions.setdefault((row["pair_id"], row["order"]), [])
-        question.append({**row, "confidence_in_label": s})
+    for row, confidence in zip(decided, confidences):
+        key = (row["pair_id"], row["order"])
+        questions.setdefault(key, []).append({**row, "confidence_in_label": confidence})
     return questions
 
 
 def margins_of_pairs(pair_ids, questions):
-    """{pair id: mean margin of its two orders} of the eligible pairs, 0 of the others, and
-    {(pair id, order): passing critiques} of the eligible: those with a passing one in both orders.
-    """
+    """({pair id: margin}, {(pair id, order): passing critiques of an eligible pair}).
+
+    A pair is eligible if both orders have a passing critique. Its margin is the mean of its two
+    orders; that of the others is 0."""
     margins, passing = {}, {}
     for pair_id in pair_ids:
-        margin_of_order, passing_of_order = [], []
+        margin_of_order, passing_of_order = [], {}
         for order in ("ab", "ba"):
             rows = questions.get((pair_id, order), [])
+            confidences = [row["confidence_in_label"] for row in rows]
             passes = [row["dropped"] is None for row in rows]
-            margin_of_order.append(margin([row["confidence_in_label"] for row in rows], passes))
-            passing_of_order.append([row for row in rows if row["dropped"] is None])
+            margin_of_order.append(margin(confidences, passes))
+            passing_of_order[pair_id, order] = [row for row in rows if row["dropped"] is None]
         margins[pair_id] = 0.0
-        if all(passing_of_order):
+        if all(passing_of_order.values()):
             margins[pair_id] = mean(margin_of_order)
-            passing[pair_id, "ab"], passing[pair_id, "ba"] = passing_of_order
+            passing |= passing_of_order
     return margins, passing
 
 
@@ -135,22 +140,23 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
     select: "margin", the pairs with the largest margins and the critique with the largest S of each
     question. The controls take as many eligible pairs: "low" those with the smallest margins, and
     the same critiques; "best" pairs drawn by lot, and the same critiques; "random" both by lot."""
-    eligible = [key for key in margins if (key, "ab") in passing]
-    if threshold is None:  # a share of the whole pool; pairs that are not eligible have margin 0
+    eligible = {key: value for key, value in margins.items() if (key, "ab") in passing}
+    if threshold is None:  # a share of the whole pool; its other pairs, of margin 0, are never kept
         pair_ids = select_by_margin(margins, retention=retention)
-    else:  # with threshold 0 they would pass
-        pair_ids = select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
+    else:
+        pair_ids = select_by_margin(eligible, threshold=threshold)
+    n = len(pair_ids)
     if select == "low":
-        pair_ids = sorted(eligible, key=lambda key: (margins[key], key))[: len(pair_ids)]
-    elif select != "margin":
-        pair_ids = select_random(eligible, len(pair_ids), row_seed(seed, "select", iteration))
+        pair_ids = sorted(eligible, key=lambda key: (eligible[key], key))[:n]
+    elif select in ("best", "random"):
+        pair_ids = select_random(eligible, n, row_seed(seed, "select", iteration))
     selected = []
     for pair_id in pair_ids:
         for order in ("ab", "ba"):
             rows = passing[pair_id, order]
             if select == "random":
-                name = row_seed(seed, "critique", iteration, pair_id, order)
-                row = random.Random(name).choice(rows)
+                lot = random.Random(row_seed(seed, "critique", iteration, pair_id, order))
+                row = lot.choice(rows)
             else:
                 row = max(rows, key=lambda row: row["confidence_in_label"])
             selected.append({**row, "margin": margins[pair_id], "iteration": iteration})
@@ -159,7 +165,7 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
 
 def mix_in(selected, old, replay, seed):
     """The selected rows and as many old ones as make up the part `replay` of an epoch."""
-    n = round(len(selected) * replay / (1 - replay))  # n / (n + selected) = replay
+    n = round(len(selected) * replay / (1 - replay))  # old to selected as replay to 1 - replay
     old_ids = [row["id"] for row in old]
     replayed = set(select_random(old_ids, n, seed))
     return selected + [row for row in old if row["id"] in replayed]
@@ -194,13 +200,15 @@ def choose_from(samples, pool, folder, t, args):
         stop(f"iteration {t} keeps nothing: read {folder}/samples.jsonl, raise --retention")
     common.write_jsonl(folder / "kept.jsonl", selected)
 
-    kept_ids = list(dict.fromkeys(row["pair_id"] for row in selected))
-    part = len(kept_ids) / len(pool)
-    middle = median(margins[key] for key in kept_ids)
+    kept_ids = {row["pair_id"] for row in selected}
+    n_kept = len(kept_ids)
+    part = n_kept / len(pool)
     title = f"iteration {t}, {args.select}: {part:.0%} kept"
     draw_margins(folder / "margins.png", margins, kept_ids, title)
-    print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {part:.1%}")
-    print(f"margins of the kept: median {middle:.3f}, of the pool {median(margins.values()):.3f}")
+    print(f"iteration {t}: kept {n_kept} of {len(pool)} pairs = {part:.1%}")
+    middle = median(margins[key] for key in kept_ids)
+    of_pool = median(margins.values())
+    print(f"margins of the kept: median {middle:.3f}, of the pool {of_pool:.3f}")
     if args.select == "margin" and middle < 0.05:
         print("warning: margins are narrow, the choice is near to chance: try more --samples")
     if not 0.3 <= part <= 0.5:
@@ -209,8 +217,9 @@ def choose_from(samples, pool, folder, t, args):
     for reason, n in Counter(row["dropped"] for row in samples).most_common():
         if reason:
             counts[f"dropped: {reason}"] = n
-    counts["pairs with margin 0"] = sum(value == 0 for value in margins.values())
-    return selected, {**counts, "pairs kept": len(kept_ids)}
+    counts["pairs with margin 0"] = list(margins.values()).count(0)
+    counts["pairs kept"] = n_kept
+    return selected, counts
 
 
 def parse_args(argv=None):
