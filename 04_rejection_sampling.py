@@ -249,7 +249,7 @@ def main(args):
     run = Path(args.run)
     first = common.stage_args(run, "01_preferences")
     style = common.stage_args(run, "02_critiques")["style"]
-    tag = args.tag and f"_{args.tag}"
+    tag = f"_{args.tag}" if args.tag else ""
     common.stage_args(run, f"03_ift{tag}")  # stops where it is not complete
     control = "" if args.select == "margin" else f"_{args.select}"
     folder = common.start_stage(args, f"04_rejection{tag}{control}")
@@ -261,51 +261,56 @@ def main(args):
     pools = [[]] * args.iterations
     if args.select != "continue":  # which needs none
         pairs = common.read_preferences(run, "pool")
-        size = args.pool or min(5000, len(pairs) // max(3, args.iterations))
-        pools = cut_pools(pairs, size, args.iterations)
+        equal_part = len(pairs) // max(3, args.iterations)
+        pools = cut_pools(pairs, args.pool or min(5000, equal_part), args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
     trained = three.find_checkpoint(run / f"03_ift{tag}")
     judge = common.Judge(first["model"], trained, **load)
-    sampling = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
-    sampling["max_new_tokens"] = args.max_new_tokens
-    asking = {**sampling, "seed": args.seed}  # of the validation
-    sampling |= {"n": args.samples, "temperature": args.temperature, "is_guided": False}
+    root = first["image_root"]
     names = (*three.TRAINED_WITH, *SAMPLED_BY, *CHOSEN_BY)
     settings = {"style": style, **{name: getattr(args, name) for name in names}}
+    asking = {"style": style, "image_root": root, "batch_size": args.batch_size}
+    asking["max_new_tokens"] = args.max_new_tokens
+    sampling = {**asking, "is_guided": False, "n": args.samples, "temperature": args.temperature}
+    validating = {**asking, "seed": args.seed}  # sampling has a seed of each iteration
 
     # 2. iterate -----------------------------------------------------------------------------------
     counts, results = {}, {}
     for t, pool in enumerate(pools, 1):
-        here, seed = folder / f"iter{t}", row_seed(args.seed, t)
+        here = folder / f"iter{t}"
         here.mkdir(exist_ok=True)
         answers = here / "answers.jsonl"
-        of_t = {**settings, "iteration": t, "start": judge.weights}
-        of_t["rows"] = common.digest([pool, old])
-        trained = three.find_checkpoint(here, of_t)  # stops here, before the hours of sampling
-        if t == 1:
+        seed = row_seed(args.seed, t)
+        made_with = {**settings, "iteration": t, "start": judge.weights}
+        made_with["rows"] = common.digest([pool, old])
+        trained = three.find_checkpoint(here, made_with)  # stops here, before any work
+        if t == 1:  # of the later ones, the judge was validated at the end of the one before
             (folder / "meta.json").unlink(missing_ok=True)
-            earlier, _ = three.validate(answers, judge, validation, "after 03", **asking)
+            earlier, _ = three.validate(answers, judge, validation, "after 03", **validating)
 
-        critiques, of_choice = old, {}
-        if args.select != "continue":
+        if args.select == "continue":
+            critiques, of_choice = old, {}
+        else:
             samples = two.write_critiques(answers, judge, pool, vocabulary, seed=seed, **sampling)
             selected, of_choice = choose_from(samples, pool, here, t, args)
             critiques = mix_in(selected, old, args.replay, row_seed(args.seed, "replay", t))
         if trained is None:
-            how = (here, of_t, first["image_root"], seed, args)
-            trained = three.fit(judge, critiques, *how)
+            trained = three.fit(judge, critiques, here, made_with, root, seed, args)
         judge = common.Judge(first["model"], trained, **load)
 
-        later, measures = three.validate(answers, judge, validation, f"iteration {t}", **asking)
+        later, measures = three.validate(answers, judge, validation, f"iteration {t}", **validating)
         three.write_card(trained, first, measures)
         common.write_jsonl(here / "validation.jsonl", later)
         three.report_gain(earlier, later, "saturation, or too few pairs")
-        earlier, results[f"iteration {t}"] = later, measures
+        earlier = later
+        results[f"iteration {t}"] = measures
         of_choice |= common.read_json(trained / "made_with.json")["counts"]
-        counts |= {f"iteration {t}, {line}": n for line, n in of_choice.items()}
+        for line, n in of_choice.items():
+            counts[f"iteration {t}, {line}"] = n
 
     # 3. report ------------------------------------------------------------------------------------
-    next_script = f"python 05_evaluate.py{args.tag and f' --tag {args.tag}'}"
+    flag = f" --tag {args.tag}" if args.tag else ""
+    next_script = f"python 05_evaluate.py{flag}"
     common.finish_stage(folder, args, counts, next_script, validation=results)
 
 
