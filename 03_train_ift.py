@@ -186,7 +186,7 @@ def make_trainable(model, rank):
         from peft import LoraConfig, get_peft_model  # slow to import
 
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
-        return get_peft_model(model, config)  # PEFT makes them float32, beside bf16 weights, too
+        return get_peft_model(model, config)  # PEFT's are float32, beside bf16 weights, too
     for name, weight in model.named_parameters():
         if "language_model" in name or name.startswith("lm_head"):
             weight.data = weight.data.float()
@@ -424,14 +424,14 @@ def accuracy_by_order(rows):
         is_correct = row["verdict"] == row["label"]
         of_order.setdefault(row["order"], []).append(is_correct)
         of_pair.setdefault(row["id"], []).append(None if row["verdict"] is None else is_correct)
-    measures = {"accuracy": fmean(row["verdict"] == row["label"] for row in rows)}
+    measures = {"accuracy": sum(row["verdict"] == row["label"] for row in rows) / len(rows)}
     for order in sorted(of_order):
-        measures[f"accuracy_{order}"] = fmean(of_order[order])
-    measures["both"] = fmean(all(outcomes) for outcomes in of_pair.values())
-    measures["agreement"] = fmean(set(x) in ({True}, {False}) for x in of_pair.values())
-    measures["unparseable"] = fmean(row["verdict"] is None for row in rows)
-    measures["n_pairs"] = len(of_pair)
-    return measures
+        measures[f"accuracy_{order}"] = sum(of_order[order]) / len(of_order[order])
+    both = [all(outcomes) for outcomes in of_pair.values()]
+    same = [set(outcomes) in ({True}, {False}) for outcomes in of_pair.values()]
+    measures |= {"both": sum(both) / len(both), "agreement": sum(same) / len(same)}
+    measures["unparseable"] = sum(row["verdict"] is None for row in rows) / len(rows)
+    return {**measures, "n_pairs": len(of_pair)}
 
 
 def mean_bradley_terry(rows):

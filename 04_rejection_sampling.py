@@ -284,7 +284,7 @@ def main(args):
         made_with = {**settings, "iteration": t, "start": judge.weights}
         made_with["rows"] = common.digest([pool, old])
         trained = three.find_checkpoint(here, made_with)  # stops here, before any work
-        if t == 1:  # of the later ones, the judge was validated at the end of the one before
+        if t == 1:  # a later one starts from the judge that was validated last
             (folder / "meta.json").unlink(missing_ok=True)
             earlier, _ = three.validate(answers, judge, validation, "after 03", **validating)
 
