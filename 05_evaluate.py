@@ -52,20 +52,20 @@ def macro_bootstrap(values, clusters, groups, n=10000, seed=0):
 
     Pairs of one image succeed and fail together: they are no independent draws. So each of n
     resamples draws whole clusters, with replacement, as many as there are. Needs: numpy as np"""
-    clusters, cluster = np.unique(np.asarray(clusters), return_inverse=True)  # cluster: (N,)
-    groups, group = np.unique(np.asarray(groups), return_inverse=True)  # group: (N,)
-    sums = np.zeros((len(clusters), len(groups)))  # (C, G)
-    sizes = np.zeros((len(clusters), len(groups)))  # (C, G)
+    names, cluster = np.unique(clusters, return_inverse=True)  # (C,); (N,): which of the names
+    kinds, group = np.unique(groups, return_inverse=True)  # (G,); (N,)
+    sums = np.zeros((len(names), len(kinds)))  # (C, G): of a cluster's values in a group
+    sizes = np.zeros_like(sums)  # (C, G): how many these are
     np.add.at(sums, (cluster, group), values)
     np.add.at(sizes, (cluster, group), 1)
     rng = np.random.default_rng(seed)
     means = []
-    for start in range(0, n, 100):  # 100 resamples at a time bound the memory
-        shape = (min(100, n - start), len(clusters))
-        drawn = rng.integers(len(clusters), size=shape)  # (100, C)
-        with np.errstate(invalid="ignore"):  # 0 / 0: a group that was not drawn has no mean
-            of_groups = sums[drawn].sum(1) / sizes[drawn].sum(1)  # (100, G)
-        means += np.nanmean(of_groups, 1).tolist()
+    for _ in range(n):
+        drawn = rng.integers(len(names), size=len(names))  # (C,)
+        times = np.bincount(drawn, minlength=len(names))  # (C,): how often each cluster is drawn
+        total = times @ sums  # (G,)
+        size = times @ sizes  # (G,); a group of which nothing is drawn has no mean
+        means.append(np.mean(total[size > 0] / size[size > 0]))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -80,12 +80,10 @@ def expected_calibration_error(probability, correct, bins=10):
 
     probability: P(the verdict given) per row; correct: bool per row. Bins of equal width on [0,1],
     closed on the right, the first on both sides. Needs: numpy as np"""
-    probability = np.asarray(probability, dtype=float)  # (N,)
-    correct = np.asarray(correct, dtype=float)  # (N,)
     inner_edges = np.arange(1, bins) / bins
     index = np.digitize(probability, inner_edges, right=True)  # (N,) in 0..bins-1
-    gaps = np.zeros(bins)
-    np.add.at(gaps, index, probability - correct)  # of each bin: rows in it * difference of means
+    differences = np.subtract(probability, correct)  # (N,)
+    gaps = np.bincount(index, differences)  # (bins,): rows in a bin * difference of its means
     return float(np.abs(gaps).sum() / max(1, len(index)))
 
 
