@@ -25,11 +25,11 @@ Writes  05_evaluation[_BENCHMARK[_official]]/: answers.jsonl, kept for the next 
 import shlex
 import sys
 import textwrap
-from collections import Counter
 from functools import partial
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -105,30 +105,30 @@ def accuracy_per_pair(rows):
     for row in rows:
         is_correct = row["verdict"] == row["label"]
         of_pair.setdefault(row["id"], []).append(is_correct)
-    return {key: sum(orders) / len(orders) for key, orders in of_pair.items()}
+    return {key: fmean(outcomes) for key, outcomes in of_pair.items()}
 
 
 def check_rates(rows, pairs, vocabulary):
     """How the judge's checks stand to the pairs' evidence; {} without any of both kinds."""
     says_yes = {"present": [], "absent": []}  # what is unsure has no true answer
     for row in rows:
-        status = {}
-        for finding in pairs[row["id"]].get("evidence") or ():
-            status[finding["object"]] = finding["status"]
+        evidence = pairs[row["id"]].get("evidence") or ()
+        status = {finding["object"]: finding["status"] for finding in evidence}
         for _, claim, supported in common.parse_checks(row["critique"]):
             for name in one.claimed_objects(claim, supported, vocabulary):
                 if status.get(name) in says_yes:
                     says_yes[status[name]].append(supported)
-    if not says_yes["present"] or not says_yes["absent"]:
+    of_present, of_absent = says_yes.values()
+    if not of_present or not of_absent:
         return {}
-    present_said_yes = float(np.mean(says_yes["present"]))
-    absent_said_no = 1 - float(np.mean(says_yes["absent"]))
+    present_said_yes = fmean(of_present)
+    absent_said_no = 1 - fmean(of_absent)
     return {
         "present_said_yes": present_said_yes,
         "absent_said_no": absent_said_no,
         "balanced": (present_said_yes + absent_said_no) / 2,
         "verdict_follows": three.verdict_follows(rows)[0],
-        "n_checks": len(says_yes["present"]) + len(says_yes["absent"]),
+        "n_checks": len(of_present) + len(of_absent),
     }
 
 
@@ -153,37 +153,36 @@ def majority_per_pair(rows):
 def measures_of(rows, accuracies, pairs, vocabulary):
     """All measures of one condition; rows: its judgements, accuracies: {pair id: accuracy} by one
     of the two functions above, pairs: {id: pair}."""
+    values = list(accuracies.values())
+    judged = [pairs[key] for key in accuracies]
+    images = [pair["image"] for pair in judged]
+    categories = [pair.get("category") or "all" for pair in judged]
     by_category = {}
     where = {"hallucination": [], "shorter_is_better": [], "longer_is_better": []}
-    for key, accuracy in accuracies.items():
-        pair = pairs[key]
-        by_category.setdefault(pair.get("category") or "all", []).append(accuracy)
+    for pair, category, accuracy in zip(judged, categories, values):
+        by_category.setdefault(category, []).append(accuracy)
         n_more = len(pair["chosen"]) - len(pair["rejected"])
         if pair.get("hallucinated"):
             where["hallucination"].append(accuracy)
-        if n_more:
-            where["shorter_is_better" if n_more < 0 else "longer_is_better"].append(accuracy)
-    values = list(accuracies.values())
-    images = [pairs[key]["image"] for key in accuracies]
-    categories = [pairs[key].get("category") or "all" for key in accuracies]
-    means, measures = {}, {}
-    for name, of_name in sorted(by_category.items()):
-        means[name] = float(np.mean(of_name))
-    for name, part in where.items():
-        measures[name] = float(np.mean(part)) if part else None
-    return {
+        if n_more < 0:
+            where["shorter_is_better"].append(accuracy)
+        elif n_more > 0:
+            where["longer_is_better"].append(accuracy)
+    means = {name: fmean(by_category[name]) for name in sorted(by_category)}
+    measures = {
         **three.accuracy_by_order(rows),
-        "accuracy": float(np.mean(values)),
+        "accuracy": fmean(values),
         "interval": cluster_bootstrap(values, images),
         "by_category": means,
-        "macro": float(np.mean(list(means.values()))),
+        "macro": fmean(means.values()),
         "macro_interval": macro_bootstrap(values, images, categories),
         "undecided": len({row["id"] for row in rows}) - len(values),
         "ece": expected_calibration_error(*verdict_probabilities(rows)),
         "bradley_terry_loss": three.mean_bradley_terry(rows),
-        **measures,
-        **check_rates(rows, pairs, vocabulary),
     }
+    for name, part in where.items():
+        measures[name] = fmean(part) if part else None
+    return measures | check_rates(rows, pairs, vocabulary)
 
 
 def paired_differences(accuracies, last, pairs):
@@ -200,7 +199,7 @@ def paired_differences(accuracies, last, pairs):
                 gains.append(accuracy - of_other[key])
                 images.append(pairs[key]["image"])
         low, high = cluster_bootstrap(gains, images)
-        differences[f"{last} - {name}"] = (float(np.mean(gains)), low, high)
+        differences[f"{last} - {name}"] = (fmean(gains), low, high)
     return differences
 
 
@@ -210,9 +209,9 @@ def heuristic_rows(pairs):
     for pair in pairs:
         for question in both_orders(pair):
             a_is_longer = len(question["response_a"]) > len(question["response_b"])
-            row = {"id": pair["id"], "order": question["order"], "label": question["label"]}
-            row |= {"verdict": "B" if a_is_longer else "A", "probability_a": 0.5, "critique": ""}
-            rows.append(row)
+            verdict = "B" if a_is_longer else "A"
+            row = {**question, "id": pair["id"], "verdict": verdict}
+            rows.append({**row, "probability_a": 0.5, "critique": ""})
     return rows
 
 
@@ -221,14 +220,13 @@ def questions_about(pairs, protocol, seed):
     """The questions of all pairs: each in both orders, or VL-RewardBench's calls for each."""
     questions = []
     for pair in pairs:
-        of_pair = list(both_orders(pair))  # "ab", "ba"
+        orders = [{**question, "category": pair.get("category")} for question in both_orders(pair)]
         if protocol == "official":
-            orders, of_pair = of_pair, []
             for call in range(OFFICIAL_CALLS):  # each in an order that is drawn for it
                 question = orders[row_seed(seed, "order", pair["id"], call) % 2]
-                of_pair.append({**question, "id": f"{question['id']}-{call}"})
-        for question in of_pair:
-            questions.append({**question, "category": pair.get("category")})
+                questions.append({**question, "id": f"{question['id']}-{call}"})
+        else:
+            questions += orders
     return questions
 
 
@@ -254,14 +252,14 @@ def withheld(questions, how, image_root, seed):
 def find_judges(run):
     """Records {name, checkpoint, tag, select, iteration, ...}: the base model, and all that 03 and
     04 trained with what it was made with, in this order, those with a tag last."""
-    base = {"name": "base", "checkpoint": None, "tag": "", "select": "", "iteration": 0}
+    default = {"tag": "", "select": "", "iteration": 0}  # 03 neither selects nor iterates
     judges = []
     for folder in [*run.glob("03_ift*"), *run.glob("04_rejection*/iter*")]:
         checkpoint = three.find_checkpoint(folder)
         if checkpoint is None:
             continue
-        made_with = common.read_json(checkpoint / "made_with.json")
-        judge = {**base, **made_with, "name": "after 03", "checkpoint": checkpoint}
+        judge = default | common.read_json(checkpoint / "made_with.json")
+        judge |= {"name": "after 03", "checkpoint": checkpoint}
         if judge["select"]:
             judge["name"] = f"{judge['select']}, iteration {judge['iteration']}"
         if judge["tag"]:
@@ -273,7 +271,8 @@ def find_judges(run):
         return judge["tag"], is_control, judge["select"], judge["iteration"]
 
     judges.sort(key=order)
-    base["style"] = judges[-1]["style"] if judges else "critique"  # as it is compared
+    style = judges[-1]["style"] if judges else "critique"  # the base model is asked as they are
+    base = {**default, "name": "base", "checkpoint": None, "style": style}
     return [base, *judges]
 
 
@@ -292,21 +291,22 @@ def games(row, responses):
     first with a as A, then with b. Needs: combinations (of itertools), both_orders"""
     questions = []
     for a, b in combinations(range(len(responses)), 2):
-        # no claim that a is the better one: in order "ab" the "chosen" stands first
+        # Which is the better one is asked here; both_orders shows the one called "chosen" first.
         pair = {**row, "chosen": responses[a], "rejected": responses[b]}
-        questions += both_orders({**pair, "id": f"{row['id']}/{a}-{b}"})
+        pair["id"] = f"{row['id']}/{a}-{b}"
+        questions += both_orders(pair)
     return questions
 
 
 def preference_matrix(n, probability_a):
     """P(a beats b) of n responses, (n, n) in [0, 1], the mean over both orders; 0 on the diagonal.
 
-    probability_a: P(A) of their games, in order. Needs: numpy as np, combinations (of itertools)"""
+    probability_a: P(A) of their games, in order. Needs: numpy as np"""
+    p_ab, p_ba = np.reshape(probability_a, (-1, 2)).T  # one for each two responses a < b
+    a, b = np.triu_indices(n, 1)  # these, in the order of the games
     matrix = np.zeros((n, n))
-    pairs = combinations(range(n), 2)
-    for (a, b), p_ab, p_ba in zip(pairs, probability_a[::2], probability_a[1::2]):
-        matrix[a, b] = (p_ab + 1 - p_ba) / 2
-        matrix[b, a] = 1 - matrix[a, b]
+    matrix[a, b] = (p_ab + 1 - p_ba) / 2
+    matrix[b, a] = 1 - matrix[a, b]
     return matrix
 
 
@@ -316,10 +316,8 @@ def win_rates(matrix, n):
     return matrix[:n, :n].sum(1) / max(1, n - 1)  # the diagonal is 0
 
 
-class WildQuestion(TypedDict):  # a row of LLaVA-Bench's questions.jsonl
-    question_id: int
-    image: str  # in images/
-    text: str
+# A row of LLaVA-Bench's questions.jsonl; its image lies in images/.
+WildQuestion = TypedDict("WildQuestion", {"question_id": int, "image": str, "text": str})
 
 
 def answer_in_the_wild(args, folder, judges, last, model_of, asking):
@@ -328,24 +326,21 @@ def answer_in_the_wild(args, folder, judges, last, model_of, asking):
     source = Path(args.pairs) / "questions.jsonl"
     if not source.is_file():
         stop(f"--pairs {args.pairs}: a folder with questions.jsonl and images/ is expected")
-    rows = []
-    for k, question in enumerate(common.read_rows(source, WildQuestion)):
-        image = f"images/{question['image']}"
-        row = {"id": str(k), "image": image, "prompt": question["text"], "text": question["text"]}
-        rows.append({**row, "question_id": question["question_id"]})
+    rows = common.read_rows(source, WildQuestion)
+    for k, row in enumerate(rows):
+        row |= {"id": str(k), "image": f"images/{row['image']}", "prompt": row["text"]}
     path = folder / "answers.jsonl"
     n = args.best_of
-    how = {"n": n, "temperature": 1.0, **asking}
-    answers = common.ask(path, model_of(None), rows, "responses", **how)
-    counts = Counter({"questions": len(rows)})
+    answers = common.ask(path, model_of(None), rows, "responses", n=n, temperature=1.0, **asking)
     questions = []
+    n_cut = 0
     for row, of_row in zip(rows, answers):
-        counts["responses cut at --max-new-tokens"] += sum(not a["complete"] for a in of_row)
+        n_cut += sum(not answer["complete"] for answer in of_row)
         row["responses"] = [answer["text"].strip() for answer in of_row]
         questions += games(row, row["responses"])
+    name = last["name"]
     judge = model_of(last["checkpoint"])
-    how = {"style": last["style"], **asking}
-    judgements = three.judge_pairs(path, judge, questions, last["name"], **how)
+    judgements = three.judge_pairs(path, judge, questions, name, style=last["style"], **asking)
 
     reviewed = {"first": [], "judge": []}  # in the order of the questions: the review goes by line
     size = n * (n - 1)  # questions of a row: n (n - 1) / 2 games in both orders
@@ -363,14 +358,15 @@ def answer_in_the_wild(args, folder, judges, last, model_of, asking):
         common.write_jsonl(folder / f"answers_{picker}.jsonl", of_picker)
     lines = ["", "No score here: the official review (eval_gpt_review_bench.py) reads answers_*"]
     picks = np.bincount([row["pick"] for row in rows], minlength=n).tolist()
-    lines += ["", f"{last['name']} has picked the first, second, ... of {n} so often: {picks}"]
+    lines += ["", f"{name} has picked the first, second, ... of {n} so often: {picks}"]
     for row in rows[:3]:
-        responses = [row["prompt"]]
-        for response, rate in zip(row["responses"], row["win_rates"]):
-            responses.append(f"{rate:.3f} {response}")
         lines += ["", f"Question {row['question_id']}, and each response's win rate", ""]
-        lines.append(textwrap.indent("\n\n".join(responses), "    "))
-    finish(args, folder, counts, judges, {last["name"]: judgements}, lines)
+        text = row["prompt"]
+        for response, rate in zip(row["responses"], row["win_rates"]):
+            text += f"\n\n{rate:.3f} {response}"
+        lines.append(textwrap.indent(text, "    "))
+    counts = {"questions": len(rows), "responses cut at --max-new-tokens": n_cut}
+    finish(args, folder, counts, judges, {name: judgements}, lines)
 
 
 # ---- Report --------------------------------------------------------------------------------------
