@@ -375,7 +375,7 @@ ACCURACY = ("accuracy", "interval", "both", "macro", "macro_interval")
 BEYOND = ("agreement", "unparseable", "ece", "bradley_terry_loss")
 WHERE = ("hallucination", "shorter_is_better", "longer_is_better")
 CHECKS = ("present_said_yes", "absent_said_no", "balanced", "verdict_follows")
-CHANCE = {"accuracy": 0.5, "both": 0.25, "agreement": 0.5, "bradley_terry_loss": float(np.log(2))}
+CHANCE = {"accuracy": 0.5, "both": 0.25, "agreement": 0.5, "bradley_terry_loss": np.log(2)}
 CHANCE |= dict.fromkeys([*WHERE, "balanced"], 0.5)
 
 
@@ -391,11 +391,13 @@ def cell(value):
 def markdown(title, columns, rows):
     """Lines of a table of {name: {column: value}}, and what its columns are."""
     headings = [column.replace("_", " ").replace("|", "\\|") for column in columns]
-    lines = ["", f"| {' | '.join([title, *headings])} |"]
-    lines.append("|" + " --- |" * (1 + len(columns)))
+    table = [[title, *headings], ["---"] * (1 + len(columns))]
     for name, of_row in rows.items():
         cells = [cell(of_row.get(column)) for column in columns]
-        lines.append(f"| {' | '.join([name, *cells])} |")
+        table.append([name, *cells])
+    lines = [""]
+    for cells in table:
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for column, heading in zip(columns, headings):
         if column in WORDS["measures"]:
@@ -425,10 +427,9 @@ def draw_accuracy(path, table):
     """Accuracy of every judge, and without its picture, with 95 % intervals."""
     axis = Figure((7, 1 + 0.3 * len(table)), layout="tight").subplots()
     axis.axvline(0.5, color="grey", linestyle="--")
-    for row, measures in enumerate(table.values()):
-        axis.plot(measures["interval"], [row, row], color="C0")
-        axis.plot(measures["accuracy"], row, "o", color="C0")
-    axis.set_yticks(range(len(table)), list(table))
+    for name, measures in table.items():
+        axis.plot(measures["interval"], [name, name], color="C0")
+        axis.plot(measures["accuracy"], name, "o", color="C0")
     axis.invert_yaxis()
     axis.set(xlabel="accuracy with its 95 % interval; dashed: chance", xlim=(None, 1))
     axis.figure.savefig(path, dpi=140)
@@ -441,14 +442,17 @@ def draw_reliability(path, rows_of):
     for marker, (name, rows) in zip("os", rows_of.items()):
         probability, correct = verdict_probabilities(rows)  # (N,), (N,)
         of_bin = np.digitize(probability, np.arange(1, 10) / 10, right=True)  # (N,)
-        n = np.bincount(of_bin)  # (bins,), and so the sums of P and of right verdicts
-        x, y = np.bincount(of_bin, probability), np.bincount(of_bin, correct)
-        n_or_nan = np.where(n > 0, n, np.nan)  # an empty bin has no point
-        size = 10 + 200 * n / n.sum()
-        axis.scatter(x / n_or_nan, y / n_or_nan, s=size, marker=marker, label=name)
+        bins, n = np.unique(of_bin, return_counts=True)  # the bins that hold any, and how many
+        x = np.bincount(of_bin, probability)[bins] / n  # the mean in each
+        y = np.bincount(of_bin, correct)[bins] / n
+        axis.scatter(x, y, 10 + 200 * n / len(of_bin), marker=marker, label=name)
     axis.set(xlabel="mean P(verdict given) of a bin", ylabel="accuracy", xlim=(None, 1.02))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="area: judgements")
     axis.figure.savefig(path, dpi=140)
+
+
+JUDGEMENT = "{prompt}\n\nResponse A: {response_a}\nResponse B: {response_b}\n\n{critique}\n\n"
+JUDGEMENT += "P(A) = {probability_a:.3f}; the better response is {label}"
 
 
 def judgement_lines(folder, rows, questions, image_root, n=5):
@@ -458,40 +462,43 @@ def judgement_lines(folder, rows, questions, image_root, n=5):
     (folder / "pictures").mkdir(exist_ok=True)
     for row, question in zip(rows, questions):
         kind = "right" if row["verdict"] == row["label"] else "wrong"
-        if row["id"] in shown[kind] or len(shown[kind]) == n:
+        of_kind = shown[kind]
+        if row["id"] in of_kind or len(of_kind) == n:
             continue
-        shown[kind].add(row["id"])
-        file = f"pictures/{kind}-{len(shown[kind])}.png"
+        of_kind.add(row["id"])
+        file = f"pictures/{kind}-{len(of_kind)}.png"
         picture = common.load_image(Path(image_root) / question["image"])
         picture.thumbnail((320, 320))
         picture.save(folder / file)
-        text = f"{question['prompt']}\n\nResponse A: {question['response_a']}\n"
-        text += f"Response B: {question['response_b']}\n\n{row['critique']}\n\n"
-        text += f"P(A) = {row['probability_a']:.3f}; the better response is {row['label']}"
-        lines += ["", f"Judged {kind}: `{row['question']}`", "", f"![]({file})", ""]
-        lines.append(textwrap.indent(text, "    "))  # so markdown shows it as it is
+        text = textwrap.indent(JUDGEMENT.format_map(question | row), "    ")  # shown as it is
+        lines += ["", f"Judged {kind}: `{row['question']}`", "", f"![]({file})", "", text]
     return lines
 
 
+BUILT = """- base: {model}
+- data: {n_rows} rows of {data}
+- expert: {expert}, present from {present}, absent below {absent}
+- pairs that it made or confirmed: {n_pairs}"""
+TRAINED = "- {name}: {steps} steps of {train_batch} critiques, drawn from {n}; "
+TRAINED += "training loss at the end {loss:.3f}"
+
+
 def run_lines(run, judges):
-    """How the judges came about, a line for each step."""
+    """What is judged, and how the judges came about, a line for each step."""
     first = common.read_json(run / "01_preferences" / "meta.json")
     args, counts = first["args"], first["counts"]
-    expert = args["detections"] or args["expert"]
-    pairs = f"{counts['pairs made']}"
+    n_pairs = str(counts["pairs made"])
     for split in ("train", "pool", "validation", "heldout"):
-        pairs += f", {split} {counts.get(f'  in split {split}', 0)}"
-    lines = [f"- base: {args['model']}"]
-    lines.append(f"- data: {counts['rows read']} rows of {args['images'] or args['pairs']}")
-    lines.append(
-        f"- expert: {expert}, present from {args['present']}, absent below {args['absent']}"
-    )
-    lines.append(f"- pairs that it made or confirmed: {pairs}")
+        n_pairs += f", {split} {counts.get(f'  in split {split}', 0)}"
+    facts = {**args, "n_rows": counts["rows read"], "n_pairs": n_pairs}
+    facts["data"] = args["images"] or args["pairs"]
+    facts["expert"] = args["detections"] or args["expert"]
+    lines = [WORDS["about"], BUILT.format_map(facts)]
     for judge in judges[1:]:
         n = judge["counts"]["trained on, critiques"]
         of_steps = common.read_rows(judge["checkpoint"].parent / "metrics.jsonl", dict)
-        line = f"- {judge['name']}: {judge['steps']} steps of {judge['train_batch']} critiques"
-        lines.append(f"{line}, drawn from {n}; training loss at the end {of_steps[-1]['loss']:.3f}")
+        facts = {**judge, "n": n, "loss": of_steps[-1]["loss"]}
+        lines.append(TRAINED.format_map(facts))
     return lines
 
 
@@ -499,9 +506,9 @@ def warnings_of(rows_of, table):
     """What a reader must know first; rows_of: {condition: judgements}, table: {judge: measures}."""
     warnings = []
     for name, rows in rows_of.items():
-        missing = sum(row["verdict"] is None for row in rows)
-        if missing > 0.05 * len(rows):
-            text = f"warning: {missing / len(rows):.0%} of {name}'s judgements have no verdict: "
+        missing = fmean(row["verdict"] is None for row in rows)
+        if missing > 0.05:
+            text = f"warning: {missing:.0%} of {name}'s judgements have no verdict: "
             warnings += ["", f"{text}it may need a higher --max-new-tokens"]
     best = max(table.values(), key=lambda measures: measures["accuracy"])
     low, high = best["interval"]
@@ -514,13 +521,14 @@ def finish(args, folder, counts, judges, rows_of, lines, more=()):
     """Prints the lines, and writes them and more as report.md; rows_of: {condition: judgements}."""
     print("\n".join(lines))
     report = [f"# {args.pairs or 'Held-out pairs'}, by the judges of {args.run}", ""]
-    report += [WORDS["about"], *run_lines(Path(args.run), judges), *lines, *more]
+    report += [*run_lines(Path(args.run), judges), *lines, *more]
     report += ["", "Made by", "", f"    python {shlex.join(sys.argv)}", ""]
     common.write_text(folder / "report.md", "\n".join(report))
     judgements = sum(rows_of.values(), [])
     common.write_jsonl(folder / "judgements.jsonl", judgements)
-    counts["judgements"] = len(judgements)
-    counts["without a verdict"] = sum(row["verdict"] is None for row in judgements)
+    verdicts = [row["verdict"] for row in judgements]
+    counts["judgements"] = len(verdicts)
+    counts["without a verdict"] = verdicts.count(None)
     common.finish_stage(folder, args, counts, f"read {folder}/report.md")
 
 
@@ -530,10 +538,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is judged").add_argument
     benchmarks = ("pairs", "vl-rewardbench", "llava-wild")
     add("--benchmark", choices=benchmarks, default="pairs", help="pairs: any (%(default)s)")
-    add(
-        "--pairs",
-        help="file, folder or hub id as 01 reads; llava-wild: questions.jsonl and images/",
-    )
+    pairs = "file, folder or hub id as 01 reads; llava-wild: questions.jsonl and images/"
+    add("--pairs", help=pairs)
     protocols = ("both-orders", "official")
     add("--protocol", choices=protocols, default="both-orders", help="official: VL-RewardBench's")
     add("--image-root", help="folder that image paths start from; else that of --pairs")
@@ -574,8 +580,8 @@ def closer_look(args, name, pairs, questions):
     """{condition: questions} of the judge that is looked at closely."""
     conditions = {}
     for how in args.withhold:
-        changed = withheld(questions, how, args.image_root, args.seed)
-        conditions[f"{name}, {how} image"] = changed
+        key = f"{name}, {how} image"
+        conditions[key] = withheld(questions, how, args.image_root, args.seed)
     if args.attack:  # the worse response also says that it is the better one
         attacked = [{**pair, "rejected": f"{pair['rejected']} {ATTACK}"} for pair in pairs]
         conditions[f"{name}, attack"] = questions_about(attacked, args.protocol, args.seed)
@@ -589,17 +595,16 @@ def main(args):
     args.image_root = args.image_root or str(root)
     judges = find_judges(Path(args.run))
     last = last_judge(judges, args.tag)
-    name = "05_evaluation" if args.benchmark == "pairs" else f"05_evaluation_{args.benchmark}"
-    temperature = 0.0
-    if args.protocol == "official":
-        name, temperature = f"{name}_official", 0.2
-    folder = common.start_stage(args, name)
+    name = last["name"]
+    is_official = args.protocol == "official"
+    benchmark = "" if args.benchmark == "pairs" else f"_{args.benchmark}"
+    protocol = "_official" if is_official else ""
+    folder = common.start_stage(args, f"05_evaluation{benchmark}{protocol}")
     (folder / "meta.json").unlink(missing_ok=True)  # not complete until the end
     loading = {"device": args.device, "max_image_tokens": first["max_image_tokens"]}
     model_of = partial(common.Judge, first["model"], **loading)  # (loads nothing yet)
     asking = {"image_root": args.image_root, "max_new_tokens": args.max_new_tokens}
     asking |= {"seed": args.seed, "batch_size": args.batch_size}
-    answers = folder / "answers.jsonl"
     if args.benchmark == "llava-wild":
         return answer_in_the_wild(args, folder, judges, last, model_of, asking)
 
@@ -607,36 +612,37 @@ def main(args):
     pairs, counts = load_pairs(args, folder, judges)
     by_id = {pair["id"]: pair for pair in pairs}
     questions = questions_about(pairs, args.protocol, args.seed)
-    closer = closer_look(args, last["name"], pairs, questions)
+    closer = closer_look(args, name, pairs, questions)
     print(f"{len(pairs)} pairs, {len(questions)} questions to each of {len(judges)} judges")
 
     # 3. Judge ------------------------------------------------------------------------------------
     rows_of = {}  # {condition: judgements, in the order of its questions}
+    answers = folder / "answers.jsonl"
+    asking["temperature"] = 0.2 if is_official else 0.0
     for judge in judges:
         model = model_of(judge["checkpoint"])  # the one before is freed
-        conditions = {judge["name"]: questions} | (closer if judge is last else {})
+        asking["style"] = judge["style"]
+        conditions = {judge["name"]: questions}
+        if judge is last:
+            conditions |= closer
         for condition, asked in conditions.items():
-            how = {"style": judge["style"], "temperature": temperature, **asking}
-            rows_of[condition] = three.judge_pairs(answers, model, asked, condition, **how)
+            rows_of[condition] = three.judge_pairs(answers, model, asked, condition, **asking)
 
     # 4. Measure ----------------------------------------------------------------------------------
     vocabulary = common.read_json(Path(args.run) / "01_preferences" / "vocabulary.json")
+    accuracy_of = majority_per_pair if is_official else accuracy_per_pair
     accuracies, table = {}, {}
     for condition, rows in {"shorter response": heuristic_rows(pairs), **rows_of}.items():
-        of_pair = (
-            majority_per_pair(rows) if args.protocol == "official" else accuracy_per_pair(rows)
-        )
-        accuracies[condition] = of_pair
-        table[condition] = measures_of(rows, of_pair, by_id, vocabulary)
-    differences = paired_differences(accuracies, last["name"], by_id)
+        accuracies[condition] = accuracy_of(rows)
+        table[condition] = measures_of(rows, accuracies[condition], by_id, vocabulary)
+    differences = paired_differences(accuracies, name, by_id)
 
     # 5. Report -----------------------------------------------------------------------------------
     common.write_json(folder / "metrics.json", {"table": table, "differences": differences})
     draw_accuracy(folder / "accuracy.png", table)
-    of_last = rows_of[last["name"]]
-    draw_reliability(folder / "reliability.png", {"base": rows_of["base"], last["name"]: of_last})
-    more = ["", "![](accuracy.png)", "![](reliability.png)", f"\n## Judgements of {last['name']}"]
-    more += judgement_lines(folder, of_last, questions, args.image_root)
+    draw_reliability(folder / "reliability.png", {"base": rows_of["base"], name: rows_of[name]})
+    more = ["", "![](accuracy.png)", "![](reliability.png)", f"\n## Judgements of {name}"]
+    more += judgement_lines(folder, rows_of[name], questions, args.image_root)
     lines = warnings_of(rows_of, table) + table_lines(table, differences)
     counts["pairs"] = len(pairs)
     finish(args, folder, counts, judges, rows_of, lines, more)
