@@ -92,7 +92,7 @@ def cut_pools(pairs, size, iterations):
         while end < len(pairs) and images[end] == images[end - 1]:
             end += 1  # 01 has left the pairs of an image together
         if end - start < 2:
-            stop(f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool")
+            stop(f"the pool of {len(pairs)} pairs is used up in iteration {t + 1} of {iterations}")
         pools.append(pairs[start:end])
         start = end
     return pools
@@ -197,7 +197,7 @@ def choose_from(samples, pool, folder, t, args):
     rule = (args.select, args.margin, args.retention)
     selected = choose(margins, passing, *rule, args.seed, t)
     if not selected:
-        stop(f"iteration {t} keeps nothing: read {folder}/samples.jsonl, raise --retention")
+        stop(f"iteration {t} keeps nothing (--retention, --margin): read {folder}/samples.jsonl")
     common.write_jsonl(folder / "kept.jsonl", selected)
 
     kept_ids = {row["pair_id"] for row in selected}
