@@ -41,9 +41,9 @@ from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 from pyarrow.parquet import ParquetFile
 from pydantic import Field, FiniteFloat, TypeAdapter
@@ -103,14 +103,14 @@ def propose_swaps(mentions, co_occurrence, classes, rng, n=8):
     They are drawn without repeats, with weight 1 + how often they are mentioned together with the
     scene's objects in this corpus: the plausible errors, which a language prior makes.
     co_occurrence: Counter {frozenset of two classes: texts}; rng: random.Random of this row."""
-    # With u uniform in [0, 1), u ** (1 / weight) is the nearer to 1 the heavier the class: the n
-    # largest are exactly n weighted draws without replacement (Efraimidis and Spirakis, 2006).
-    scores = {}
+    # Each class throws a number in [0, 1), which a weight pulls towards 1: u ** (1 / weight). The n
+    # largest are distributed as n weighted draws without repeats (Efraimidis and Spirakis, 2006).
+    throws = {}
     for name in classes:
         if name not in mentions:
-            weight = 1 + sum(co_occurrence[frozenset((name, other))] for other in mentions)
-            scores[name] = rng.random() ** (1 / weight)
-    return sorted(scores, key=scores.get, reverse=True)[:n]
+            n_together = sum(co_occurrence[frozenset((name, other))] for other in mentions)
+            throws[name] = rng.random() ** (1 / (1 + n_together))
+    return sorted(throws, key=throws.get, reverse=True)[:n]
 
 
 def gather_evidence(chosen, rejected, detections, status):
@@ -120,10 +120,9 @@ def gather_evidence(chosen, rejected, detections, status):
         claimed_by = "chosen" if name in chosen else "rejected"
         if name in chosen and name in rejected:
             claimed_by = "both"
-        found = [detection for detection in detections if detection["object"] == name]
-        nothing = {"confidence": 0.0, "box": None}
-        best = max(found, key=lambda detection: detection["confidence"], default=nothing)
         row = {"object": name, "claimed_by": claimed_by, "status": status.get(name, "unsure")}
+        of_name = [found for found in detections if found["object"] == name]
+        best = max(of_name, key=lambda found: found["confidence"], default={"confidence": 0.0})
         evidence.append({**row, "confidence": best["confidence"], "box": best.get("box")})
     return evidence
 
@@ -136,30 +135,31 @@ def build_pair(item, candidates, swaps, finding, status, vocabulary, seed):
     """The preference row; raises Skip.
     item: {id, image, prompt}, of a given pair also chosen and rejected; candidates: list of (text,
     mentions), of a given pair these two; swaps: classes that may be swapped in; finding: what the
-    expert says of the image, {classes, detections}; status: of all mentions and swaps."""
+    expert says of the image, {classes, detections}; status: of all that it was asked about."""
     if not candidates:
         raise Skip("no candidate is finished")
     mentions = [named for _, named in candidates]
     if set(chain(*mentions)).isdisjoint(finding["classes"]):
         raise Skip("names no object of the vocabulary")
     if "chosen" in item:
-        chosen, rejected, source = item["chosen"], item["rejected"], "given"
-        if reason := check_given_pair(*mentions, status):
+        source = "given"
+        chosen, rejected = item["chosen"], item["rejected"]
+        reason = check_given_pair(*mentions, status)
+        if reason:
             raise Skip(reason)
     else:
-        chosen, rejected = pair_candidates(candidates, status)
         source = "sampled"
+        chosen, rejected = pair_candidates(candidates, status)
         if chosen is None:
             raise Skip("no candidate without hallucination")
         if rejected is None:
+            source = "swapped"
             rng = random.Random(row_seed(seed, "pair", item["id"]))
             rejected = make_swap(chosen, swaps, status, vocabulary, rng)
-            source = "swapped"
     named = find_mentions(chosen, vocabulary), find_mentions(rejected, vocabulary)
     evidence = gather_evidence(*named, finding["detections"], status)
     hallucinated = [found["object"] for found in evidence if found["status"] == "absent"]
-    # "dog" swapped in behind "hot" is a hot dog, of which the expert has said nothing
-    if not hallucinated:
+    if not hallucinated:  # "a hot cat" with a dog for its cat is a hot dog: nobody looked for one
         raise Skip("the swap names nothing absent")
     row = {"id": item["id"], "image": item["image"], "prompt": item["prompt"]}
     row |= {"chosen": chosen, "rejected": rejected, "source": source}
@@ -177,30 +177,33 @@ def make_swap(text, swaps, status, vocabulary, rng):
 
 def split_sizes(n, validation, heldout, train):
     """{split: pairs} of n pairs; an argument is a number, a share below 1, or None: the default."""
-    sizes = {"validation": validation, "heldout": heldout, "train": train}
-    for split, most, part in (("validation", 200, 10), ("heldout", 500, 10), ("train", 5000, 2)):
-        if sizes[split] is None:
-            left = n if split != "train" else n - sizes["validation"] - sizes["heldout"]
-            sizes[split] = min(most, max(0, left) // part)
-        elif sizes[split] < 1:
-            sizes[split] *= n
-        sizes[split] = round(sizes[split])
+
+    def number(size, default):
+        if size is None:
+            return default
+        return round(size * n if size < 1 else size)
+
+    sizes = {"validation": number(validation, min(200, n // 10))}
+    sizes["heldout"] = number(heldout, min(500, n // 10))
+    left = max(0, n - sizes["validation"] - sizes["heldout"])
+    sizes["train"] = number(train, min(5000, left // 2))  # the other half is for 04
     return sizes
 
 
 def assign_splits(rows, sizes, seed):
     """Rows with "split": whole images in a random order fill validation (for 03 and 04 to watch),
     heldout (for 05) and train (for 02's critiques); the rest is the pool of 04.
-    sizes: {split: pairs}; a split ends with the image that fills it. Needs: row_seed, hashlib"""
+    sizes: {split: pairs}, in this order; each ends with the image that fills it. Needs: row_seed"""
     of_image = {}
     for row in rows:
         of_image.setdefault(row["image"], []).append(row)
     images = sorted(of_image, key=lambda image: row_seed(seed, "split", image))
-    placed, end = [], 0  # the rows of splits so far; how many there are when this one is full
-    for split in ("validation", "heldout", "train", "pool"):
-        end += sizes.get(split, len(rows))
-        while images and len(placed) < end:
-            placed += [{**row, "split": split} for row in of_image[images.pop(0)]]
+    placed = []
+    for split, size in [*sizes.items(), ("pool", len(rows))]:
+        start = len(placed)
+        while images and len(placed) < start + size:
+            image = images.pop(0)
+            placed += [{**row, "split": split} for row in of_image[image]]
     return placed
 
 
@@ -213,9 +216,9 @@ def spaced(phrase):
 def plural(phrase):
     """'red circle' -> 'red circles', 'glass of wine' -> 'glasses of wine', 'skis' -> 'skis'."""
     noun, of, rest = phrase.partition(" of ")
-    rules = WORDS["plurals"]  # pairs of what a singular ends in and its plural; the first that fits
-    ending, new = next(rule for rule in rules if re.search(rule[0], noun))
-    return re.sub(ending, new, noun) + of + rest
+    for ending, new in WORDS["plurals"]:  # the first that fits; the last, "$", always does
+        if re.search(ending, noun):
+            return re.sub(ending, new, noun) + of + rest
 
 
 def build_vocabulary(class_names, synonyms=None):
@@ -243,12 +246,11 @@ def read_vocabulary(path):
 SYNONYMS = WORDS["coco"]  # {class: [phrases]}
 COCO_VOCABULARY = build_vocabulary(SYNONYMS, SYNONYMS)  # {phrase: one of the 80 class names}
 NOT_OBJECTS = build_vocabulary(WORDS["nothing"])  # "dog park", which names no dog
-# A cue, and all words and signs after it up to a comma, the sentence's end, or a word that ends the
-# denial. ("Not in any car" goes on, in spite of "in".)
-DENIED = re.compile(
-    rf"\b(?:{'|'.join(WORDS['denials'])})\b"
-    rf"(?:(?!\b(?:{'|'.join(WORDS['denial_ends'])})\b(?! any\b))(?:\w+|[^\w,.;:!?\n()—]))*"
-)
+# A cue, and then words and spaces up to a comma, a full stop or the like, or a word that ends the
+# denial; but "not in any car" goes on, in spite of "in".
+CUE = rf"\b(?:{'|'.join(WORDS['denials'])})\b"
+DENIAL_ENDS = rf"\b(?:{'|'.join(WORDS['denial_ends'])})\b(?! any\b)"
+DENIED = re.compile(rf"{CUE}(?:(?!{DENIAL_ENDS})(?:\w+|[^\w,.;:!?\n()—]))*")
 
 
 def find_mentions(text, vocabulary):
@@ -266,17 +268,16 @@ def mention_spans(text, vocabulary):
     text = DENIED.sub(lambda denied: "." * len(denied.group()), text)
     longest_first = sorted(NOT_OBJECTS | vocabulary, key=len, reverse=True)
     pattern = rf"\b(?:{'|'.join(longest_first)})\b"  # of spaced phrases, so without signs
-    found = list(re.finditer(pattern, re.sub(r"[\s_'-]", " ", text)))
-    nouns = {match.start(): match.group() for match in found}
+    matches = list(re.finditer(pattern, re.sub(r"[\s_'-]", " ", text)))
+    one_word = {match.start() for match in matches if " " not in match.group()}
     mentions = []
-    for match in found:
+    for match in matches:
         start, end = match.span()
-        # Of two nouns in a row the last is the thing: "baby elephant", "hot dog vendor". One of two
-        # words begins anew: "a cup dining table" is a list without its comma.
-        follower = nouns.get(end + 1, "") if text[end : end + 1] == " " else ""
-        qualifies = follower and " " not in follower
+        # Of two nouns in a row the second is the thing: "baby elephant", "hot dog vendor". If that
+        # has two words itself, "a cup dining table", it is a list without its comma.
+        qualifies = text.startswith(" ", end) and end + 1 in one_word
+        is_hyphened = re.match(r"-\w", text[end:])  # "dog-friendly"
         is_object = match.group() in vocabulary  # which wins over NOT_OBJECTS
-        is_hyphened = re.match(r"-\w", text[end : end + 2])  # "dog-friendly"
         if is_object and not qualifies and not is_hyphened:
             mentions.append((start, end, vocabulary[match.group()]))
     return mentions
@@ -297,25 +298,21 @@ def swap_object(text, old, new, vocabulary):
     mention is, with "a" or "an" and a capital as needed."""
     # surely plural: "skis" is both, and counts as singular
     plurals = {plural(phrase) for phrase in vocabulary if plural(phrase) != phrase}
+    article = r"\1n " if new[0] in "aeiou" else r"\1 "
     for start, end, name in reversed(mention_spans(text, vocabulary)):
-        if name != old:
-            continue
-        opening = text[:start]
-        word = new
-        if spaced(text[start:end]) in plurals:
-            word = plural(new)
-        elif article := re.search(r"\b(an?) $", opening, re.IGNORECASE):
-            n = "n" if new[0] in "aeiou" else ""
-            opening = opening[: article.start()] + article[1][0] + n + " "
-        if text[start].isupper():
-            word = word[0].upper() + word[1:]
-        text = opening + word + text[end:]
+        if name == old:
+            word = plural(new) if spaced(text[start:end]) in plurals else new
+            if text[start].isupper():
+                word = word[0].upper() + word[1:]
+            opening = re.sub(r"\b(a)n? $", article, text[:start], flags=re.IGNORECASE)
+            text = opening + word + text[end:]
     return text
 
 
 # ---- Readers: preference pairs as others publish them --------------------------------------------
 SUFFIXES = (".parquet", ".json", ".jsonl")
 LONGEST = 10_000  # characters of a text: some 2,500 tokens of English
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's words: TRL's
 
 
 def turns_of(messages, role):
@@ -329,14 +326,14 @@ def turns_of(messages, role):
         content = message.get("content") or message.get("value") or ""
         if not isinstance(content, str):  # in parquet the picture's block has a "text" too: None
             content = "\n".join(block["text"] for block in content if block.get("text"))
-        turns.append(({"human": "user", "gpt": "assistant"}.get(speaker, speaker), content))
+        turns.append((ROLES.get(speaker, speaker), content))
     return turns
 
 
 def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
     """Pairs the last assistant turns; the prompt is what comes before, with roles if it is more
     than one turn."""
-    contexts, responses = {}, {}
+    contexts, pair = [], {}
     for side, field in (("chosen", chosen), ("rejected", rejected)):
         turns = turns_of(row[field], "assistant")
         while turns and turns[-1][0] != "assistant":  # nobody has answered these
@@ -345,13 +342,14 @@ def from_messages(row, prompt="prompt", chosen="chosen", rejected="rejected"):
             raise Skip("no response", field)
         if turns[0][0] == "assistant":  # else it is the whole conversation
             turns = turns_of(row.get(prompt), "user") + turns
-        *contexts[side], (_, responses[side]) = turns
-    if contexts["chosen"] != contexts["rejected"]:
+        contexts.append(turns[:-1])
+        pair[side] = turns[-1][1]
+    if contexts[0] != contexts[1]:
         raise Skip("chosen and rejected answer different questions", rejected)
-    lines = [text for _, text in contexts["chosen"]]
-    if len(lines) > 1:
-        lines = [f"{role}: {text}" for role, text in contexts["chosen"]]
-    return {"prompt": "\n".join(lines), **responses}
+    lines = [f"{role}: {text}" for role, text in contexts[0]]
+    if len(lines) == 1:
+        lines = [contexts[0][0][1]]
+    return {"prompt": "\n".join(lines), **pair}
 
 
 def from_own(row):
@@ -362,9 +360,9 @@ def from_own(row):
 def from_vl_rewardbench(row):
     # Rank 0 is the better one; anything but these two is a ValueError, which skips the row.
     best = [[0, 1], [1, 0]].index(row["human_ranking"])
-    prefix = re.split("[_-]", row["id"])[0]  # by which the publishers tell the categories
     groups = {"RLAIF": "hallucination", "RLHF": "hallucination", "hallucination": "hallucination"}
     groups |= {"mathverse": "reasoning", "mmmu": "reasoning"}
+    prefix = re.split("[_-]", row["id"])[0]  # by which the publishers tell the categories
     pair = {"prompt": row["query"], "category": groups.get(prefix, "general")}
     return {**pair, "chosen": row["response"][best], "rejected": row["response"][1 - best]}
 
@@ -382,11 +380,13 @@ FORMATS = {  # name: (the columns it is known by, its mapping); the first that f
 
 def pair_of(row):
     """(format name, {id or None, image as it stands there, prompt, chosen, rejected, ...})."""
-    fitting = [name for name in FORMATS if isinstance(row, dict) and FORMATS[name][0] <= set(row)]
-    if not fitting:
+    columns = set(row) if isinstance(row, dict) else set()
+    name = next((name for name in FORMATS if FORMATS[name][0] <= columns), None)
+    if name is None:
         raise Skip(f"columns of no known format ({', '.join(FORMATS)})", "?")
     try:
-        pair = FORMATS[fitting[0]][1](row)
+        mapping = FORMATS[name][1]
+        pair = mapping(row)
         pair["prompt"] = re.sub(r"<image>\n?|\n<image>", "", pair["prompt"])
         if pair["chosen"].strip() == pair["rejected"].strip():
             raise Skip("identical responses", "rejected")
@@ -395,8 +395,9 @@ def pair_of(row):
             if len(pair[field]) > LONGEST:
                 raise Skip(f"more than {LONGEST:,} characters", field)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # of other kinds of data
-        raise Skip(f"not a row of {fitting[0]}", f"? ({common.one_line(error)})") from None
-    return fitting[0], {"id": row.get("id"), "image": row.get("image") or row.get("images"), **pair}
+        raise Skip(f"not a row of {name}", f"? ({common.one_line(error)})") from None
+    image = row.get("image") or row.get("images")
+    return name, {"id": row.get("id"), "image": image, **pair}
 
 
 def rows_of(file):
@@ -420,10 +421,9 @@ def rows_of(file):
 def read_rows(source):
     """((file, number from 1), row) of a file, of a folder's files, or of a hub id: see rows_of.
     Stops at what cannot be read."""
-    files = [Path(source)]
-    if files[0].is_dir():
-        files = sorted(file for file in files[0].rglob("*") if file.suffix in SUFFIXES)
-    for file in files:
+    path = Path(source)
+    in_folder = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    for file in in_folder or [path]:
         number = 0
         try:
             for number, row in enumerate(rows_of(file), 1):
@@ -442,27 +442,26 @@ def place_image(image, image_root, folder):
         image = next(iter(image), None)
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    root, file = Path(image_root).resolve(), None
+    root = Path(image_root).resolve()
+    file = None
     if isinstance(image, bytes):
         file = io.BytesIO(image)
-    with suppress(OSError, ValueError, TypeError):  # a name that no file can have, or no name
-        names = [image] if isinstance(image, Path) else [image, Path(image).name]
-        file = next((root / name for name in names if (root / name).is_file()), None)
+    elif isinstance(image, (str, Path)):  # where the row says, or else right under the root
+        places = root / image, root / Path(image).name
+        file = next(filter(os.path.isfile, places), None)
     if file is None:
         raise Skip("missing image", "image")
     try:
         with Image.open(file) as picture:
-            suffix = f".{picture.format.lower().replace('jpeg', 'jpg')}"
+            suffix = picture.format.lower().replace("jpeg", "jpg")
             picture.draft("RGB", (64, 64))  # JPEG is decoded at an eighth: fast, to its last byte
             common.as_seen(picture)
     except Exception:  # each decoder has its own kind
         raise Skip("picture that does not decode", "image") from None
     if isinstance(image, bytes):
-        file = Path(folder).resolve() / "images" / (hashlib.sha256(image).hexdigest()[:32] + suffix)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")  # of several processes each its own
-        unfinished.write_bytes(image)
-        unfinished.replace(file)  # whole or not at all
+        name = hashlib.sha256(image).hexdigest()[:32]
+        file = Path(folder).resolve() / "images" / f"{name}.{suffix}"
+        common.write_bytes(file, image)
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
@@ -478,12 +477,11 @@ def read_pairs(source, image_root, folder, limit=None):
             name, pair = pair_of(row)
             pair["image"] = place_image(pair["image"], image_root, folder)
             pair["id"] = str(pair["id"] or f"{Path(pair['image']).stem}-{k}")
+            while pair["id"] in rows:
+                pair["id"] += f"-{k}"
+            rows[pair["id"]] = pair
         except Skip as skip:
             count_skip(counts, skip, origin)
-            continue
-        while pair["id"] in rows:
-            pair["id"] += f"-{k}"
-        rows[pair["id"]] = pair
     if not rows:
         why = dict(counts) or "there is no row"
         stop(f"{source} holds no usable row: {why}; --image-root is {image_root}")
@@ -500,18 +498,18 @@ def count_skip(counts, skip, origin):
 
 
 def without_overlap(items, source, counts):
-    """The items none of whose responses occurs in the evaluation set `source`, compared by words
-    without case. Below 20 characters ("Yes, there is.") they recur by chance and do not count."""
-
-    def texts(row):
-        words = [re.findall(r"\w+", row[side].lower()) for side in ("chosen", "rejected")]
-        return {" ".join(of_side) for of_side in words}
-
-    in_source = set()
+    """The items none of whose responses occurs in the evaluation set `source`, whatever their case
+    and signs. Below 20 characters ("Yes, there is.") they recur by chance and do not count."""
+    texts = set()
     for _, row in read_rows(source):
         with suppress(Skip):  # what is no pair has no responses
-            in_source |= {text for text in texts(pair_of(row)[1]) if len(text) >= 20}
-    others = [item for item in items if not texts(item) & in_source]
+            _, pair = pair_of(row)
+            texts |= {spaced(pair["chosen"]), spaced(pair["rejected"])}
+    texts = {text for text in texts if len(text) >= 20}
+    others = []
+    for item in items:
+        if texts.isdisjoint([spaced(item["chosen"]), spaced(item["rejected"])]):
+            others.append(item)
     counts[f"excluded: text in {source}"] += len(items) - len(others)
     return others
 
@@ -544,17 +542,12 @@ class Detector:
         self.classes = list(self.model.names.values())
 
     def find(self, images, questions):
-        # Arrays, as OpenCV has them (BGR): PIL images would be turned by their EXIF tag.
-        arrays = [np.asarray(image)[:, :, ::-1].copy() for image in images]
         settings = {"conf": FLOOR, "device": self.device, "verbose": False}
         found = []
-        for result in self.model.predict(arrays, batch=len(arrays), **settings):
-            boxes = result.boxes
+        for result in self.model.predict(images, batch=len(images), **settings):
             detections = []
-            for label, score, box in zip(
-                boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist()
-            ):
-                detection = {"object": result.names[int(label)], "confidence": round(score, 4)}
+            for *box, confidence, label in result.boxes.data.tolist():  # (boxes, 6)
+                detection = {"object": result.names[int(label)], "confidence": round(confidence, 4)}
                 detections.append({**detection, "box": [round(x, 1) for x in box]})
             found.append(detections)
         return found
@@ -569,18 +562,20 @@ class OwnAnswers:
         self.judge = judge
 
     def find(self, images, questions):
-        return [self.look(image, names) if names else [] for image, names in zip(images, questions)]
+        return [self.look(image, names) for image, names in zip(images, questions)]
 
     @torch.inference_mode()
     def look(self, image, names):
+        if not names:
+            return []
         model, processor = self.judge.loaded
         texts = [f"Is there a {name} in the image? Answer yes or no." for name in names]
-        inputs = common.encode_prompts(processor, texts, [image] * len(texts))
-        logits = model(**inputs.to(model.device), logits_to_keep=1).logits[:, -1].float()
+        inputs = common.encode_prompts(processor, texts, [image] * len(texts)).to(model.device)
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1]  # (names, V)
         words = processor.tokenizer(["yes", "Yes", "no", "No"], add_special_tokens=False).input_ids
-        logits = logits[:, [ids[0] for ids in words]]  # (names, V) -> (names, 4)
-        log_odds = logits[:, :2].logsumexp(-1) - logits[:, 2:].logsumexp(-1)  # (names,) in nats
-        confidences = [round(p, 4) for p in log_odds.sigmoid().tolist()]
+        first = [ids[0] for ids in words]
+        p = logits[:, first].float().softmax(-1)  # (names, 4), of these answers alone
+        confidences = [round(p_yes, 4) for p_yes in p[:, :2].sum(-1).tolist()]
         return [{"object": n, "confidence": p, "box": None} for n, p in zip(names, confidences)]
 
 
@@ -598,47 +593,47 @@ class Finding(TypedDict):  # what an expert found: rows of detections.jsonl and 
 
 
 class Expert:
-    """What --expert names, with all that it has found in earlier starts, kept in path. It is loaded
-    when it is to find more. classes: those of its own, None for an open one."""
+    """What --expert names, and what it has found in earlier starts; loaded when more is asked."""
 
-    def __init__(self, args, path, image_root, judge):
-        # Without "/" it is a name, of which ultralytics leaves a file here.
-        name = common.remembered(args.expert, args.run) if "/" in args.expert else args.expert
-        weights = judge.weights if name == "none" else None
-        self.identity = {"expert": name, "weights": weights, "floor": FLOOR}
-        self.path, self.image_root = path, image_root
-        self.load = cache(partial(OwnAnswers, judge))
-        if name != "none":
-            self.load = cache(partial(Detector, args.expert, args.device))
-        task = {**self.identity, "image": ""}, None  # kept like a finding, but without a picture
-        (row,) = common.kept(path, Finding, [task], self.tell_classes, 1, "expert")
-        self.classes = row.get("classes")
-
-    def tell_classes(self, _, bar):
-        own = {"classes": self.load().classes} if self.load().classes else {}
-        return [{"image": "", **own, "detections": []}]
+    def __init__(self, args, folder, image_root, judge):
+        self.path = folder / "detections.jsonl"
+        self.image_root = Path(image_root)
+        self.classes = None
+        if args.expert == "none":
+            self.load = cache(partial(OwnAnswers, judge))  # cache: once
+            self.identity = {"expert": "none", "weights": judge.weights, "floor": FLOOR}
+            return
+        self.load = cache(partial(Detector, args.expert, args.device))
+        # without "/" it is a name that ultralytics knows, and leaves a file here
+        name = str(Path(args.expert).resolve()) if "/" in args.expert else args.expert
+        self.identity = {"expert": name, "floor": FLOOR}
+        path = folder / "classes.json"  # or it would be loaded each time, just to say its classes
+        classes_of = common.read_json(path) if path.exists() else {}
+        if name not in classes_of:
+            classes_of[name] = self.load().classes
+            common.write_json(path, classes_of)
+        self.classes = classes_of[name]
 
     def find(self, questions):
         """{image: finding {classes, detections}} for {image: classes to ask about}."""
+        if self.classes:  # it looks for all of them, whatever it is asked
+            questions = dict.fromkeys(questions, self.classes)
         tasks = []
         for image, names in questions.items():
-            names = self.classes or names  # who has classes of his own looks for them all
             tasks.append(({**self.identity, "image": image, "names": names}, (image, names)))
         rows = common.kept(self.path, Finding, tasks, self.find_chunk, 256, "detections")
-        return {row["image"]: {"classes": self.classes, **row} for row in rows}
+        return {row["image"]: {**row, "classes": questions[row["image"]]} for row in rows}
 
     def find_chunk(self, chunk, bar):
         batches = [chunk[start : start + 32] for start in range(0, len(chunk), 32)]
-        rows = []
-        for (image, names), found in zip(chunk, common.share_out(batches, self.find_batch)):
-            asked_about = {} if self.classes else {"classes": names}
-            rows.append({"image": image, **asked_about, "detections": found})
+        found = common.share_out(batches, self.find_batch)
         bar.update(len(chunk))
-        return rows
+        return [{"image": image, "detections": of} for (image, _), of in zip(chunk, found)]
 
     def find_batch(self, batch):
-        pictures = [common.load_image(Path(self.image_root) / image) for image, _ in batch]
-        return self.load().find(pictures, [names for _, names in batch])
+        images, questions = zip(*batch)
+        pictures = [common.load_image(self.image_root / image) for image in images]
+        return self.load().find(pictures, questions)
 
 
 def read_detections(path, vocabulary):
@@ -660,22 +655,28 @@ def read_images(images, image_root, prompts, limit, seed, folder):
     images = Path(images).resolve()
     if not images.is_dir():
         stop(f"--images {images} is no folder")
-    kinds = {kind for kind, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files = sorted(path for path in images.rglob("*") if not path.is_dir())
-    paths = [path for path in files if path.suffix.lower() in kinds]
-    rows, counts, of_stem = [], Counter(), Counter()
-    counts["skipped: not a picture by its suffix"] = len(files) - len(paths)
+    paths, counts = [], Counter()
+    for path in sorted(path for path in images.rglob("*") if not path.is_dir()):
+        suffix = path.suffix.lower()
+        if any(part.startswith(".") for part in path.relative_to(images).parts):
+            counts["skipped: hidden file"] += 1
+        elif suffix in Image.registered_extensions():
+            paths.append(path)
+        else:
+            counts[f"skipped: no decoder for {suffix or 'files without a suffix'}"] += 1
+    rows, of_stem = [], Counter()
     for number, path in enumerate(paths[:limit], 1):
         counts["rows read"] += 1
         try:
+            if not path.is_file():  # a link to nowhere, in whose place its namesake might be found
+                raise Skip("missing image", "image")
             image = place_image(path, image_root, folder)
+            prompt = prompts[row_seed(seed, "prompt", path.name) % len(prompts)]
+            stem = path.relative_to(images).with_suffix("").as_posix()
+            rows.append({"id": f"{stem}-{of_stem[stem]}", "image": image, "prompt": prompt})
+            of_stem[stem] += 1  # a.jpg and a.png have one stem
         except Skip as skip:
             count_skip(counts, skip, (path, number))
-            continue
-        stem = path.relative_to(images).with_suffix("").as_posix()
-        prompt = prompts[row_seed(seed, "prompt", path.name) % len(prompts)]
-        rows.append({"id": f"{stem}-{of_stem[stem]}", "image": image, "prompt": prompt})
-        of_stem[stem] += 1  # a.jpg and a.png have one stem
     return rows, counts
 
 
@@ -691,7 +692,7 @@ def default_image_root(source, run):
 def load_items(args, folder):
     """(image root, rows {id, image, prompt[, chosen, rejected]}, Counter of what was read)."""
     root = args.image_root or default_image_root(args.images or args.pairs, args.run)
-    root = str(Path(root).resolve())
+    root = Path(root).resolve()
     if args.pairs:
         _, items, counts = read_pairs(args.pairs, root, folder, args.limit)
     else:
@@ -700,7 +701,7 @@ def load_items(args, folder):
             lines = Path(args.prompts).read_text("utf-8-sig").split("\n")
             prompts = [line.strip() for line in lines if line.strip()] or prompts
         items, counts = read_images(args.images, root, prompts, args.limit, args.seed, folder)
-    for source in args.exclude or ():
+    for source in args.exclude:
         items = without_overlap(items, source, counts)
     return root, items, counts
 
@@ -726,7 +727,7 @@ def plan_questions(items, mentions, may_swap, seed):
     mentions: {id: list of mentions for each text}; may_swap: the classes to propose."""
     co_occurrence = Counter()  # {frozenset of two classes: texts that mention both}
     for of_text in chain(*mentions.values()):
-        co_occurrence.update(frozenset(pair) for pair in combinations(of_text, 2))
+        co_occurrence.update(map(frozenset, combinations(of_text, 2)))
     swaps, questions = {}, {}
     for item in items:
         key, image = item["id"], item["image"]
@@ -744,21 +745,23 @@ STATUS_COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange
 def draw_contact_sheet(path, rows, image_root):
     """The first 12 pairs: boxes in the colours of their status, both responses, each object."""
     figure = Figure((14, 16), layout="constrained")
-    for axis, row in zip(figure.subplots(3, 4).flat, rows):
-        axis.imshow(common.load_image(Path(image_root) / row["image"]))
-        axis.axis("off")
-        lines = [f"+ {row['chosen']}", f"- {row['rejected']}"]
+    nothing = {"frame_on": False, "xticks": (), "yticks": ()}
+    style = {"va": "top", "fontsize": 8, "parse_math": False}
+    for axis, row in zip(figure.subplots(3, 4, subplot_kw=nothing).flat, rows):
+        picture = common.load_image(Path(image_root) / row["image"])
+        axis.imshow(picture)
+        lines = [row["image"][-40:], f"+ {row['chosen']}", f"- {row['rejected']}"]
         for found in row["evidence"]:
             colour = STATUS_COLOURS[found["status"]]
             label = f"{found['object']} {found['confidence']:.2f}"
             lines.append(f"{found['status']}: {label}")
-            if found["box"] is not None:
+            if found["box"] is not None and found["status"] != "absent":
                 x1, y1, x2, y2 = found["box"]
-                axis.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, lw=2)
-                axis.text(x1, y1, label, fontsize=8, parse_math=False, backgroundcolor=colour)
+                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2))
+                x = min(max((x1 + x2) / 2, 0.2 * picture.width), 0.8 * picture.width)
+                axis.text(x, y1, label, ha="center", backgroundcolor=colour, **style)
         text = "\n".join(textwrap.fill(line, 42, max_lines=6) for line in lines)
-        style = {"fontsize": 9, "parse_math": False, "transform": axis.transAxes}
-        axis.text(0, -0.03, text, va="top", **style)
+        axis.text(0, -0.03, text, transform=axis.transAxes, **style)
     figure.savefig(path, dpi=80)
 
 
@@ -771,7 +774,7 @@ def parse_args(argv=None):
     add("--pairs", help="published pairs instead: file, folder, or hub id[:config]")
     add = data.add_argument
     add("--image-root", help="where image paths start; else --images, or the folder of --pairs")
-    add("--exclude", nargs="+", help="evaluation sets whose responses must not be in --pairs")
+    add("--exclude", nargs="+", default=[], help="evaluation sets whose responses are left out")
     add("--prompts", help="text file, one prompt per line, instead of those of assets/words.toml")
     add("--limit", type=common.whole(1), help="read only the first so many images or rows")
     splits = parser.add_argument_group("splits: a number of pairs, or a share of them below 1")
@@ -811,16 +814,17 @@ def main(args):
 
     # 1. What to verify, who writes, who verifies --------------------------------------------------
     image_root, items, counts = load_items(args, folder)
-    settings = {"device": args.device, "max_image_tokens": args.max_image_tokens}
-    judge = common.Judge(args.run, args.model, **settings)
+    if Path(args.model).exists():  # else it is a hub id
+        args.model = str(Path(args.model).resolve())
+    judge = common.Judge(args.model, device=args.device, max_image_tokens=args.max_image_tokens)
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else COCO_VOCABULARY
     if args.detections:
         findings = read_detections(args.detections, vocabulary)
-        n_read = len(items)
+        unseen = [item for item in items if item["image"] not in findings]
+        counts["skipped: image without a row in --detections"] = len(unseen)
         items = [item for item in items if item["image"] in findings]
-        counts["skipped: image without a row in --detections"] = n_read - len(items)
     else:
-        expert = Expert(args, folder / "detections.jsonl", image_root, judge)
+        expert = Expert(args, folder, image_root, judge)
         if expert.classes and not args.vocabulary:
             vocabulary = build_vocabulary(expert.classes, SYNONYMS)
 
@@ -839,23 +843,22 @@ def main(args):
         findings = expert.find(questions)
 
     # 3. Pairs -------------------------------------------------------------------------------------
-    rows, statuses = [], Counter()
+    rows = []
     for item in items:
-        key, finding = item["id"], findings[item["image"]]
+        key, image = item["id"], item["image"]
+        finding = findings[image]
         detections, classes = finding["detections"], finding["classes"]
-        named = list(dict.fromkeys(chain(*mentions[key])))
-        status = verify(named + swaps[key], detections, args.present, args.absent, classes)
-        statuses.update(f"mentions {status[name]}" for name in named)
+        status = verify(questions[image], detections, args.present, args.absent, classes)
+        counts.update(f"mentions {status[name]}" for name in dict.fromkeys(chain(*mentions[key])))
         candidates = list(zip(texts[key], mentions[key]))
         try:
-            row = build_pair(item, candidates, swaps[key], finding, status, vocabulary, args.seed)
-            rows.append(row)
+            pair = build_pair(item, candidates, swaps[key], finding, status, vocabulary, args.seed)
+            rows.append(pair)
         except Skip as skip:
             counts[f"dropped: {skip}"] += 1
     counts["pairs made"] = len(rows)
     if not rows:
-        why = dict(counts + statuses)
-        stop(f"no pair could be made: {why}; try another --vocabulary, --expert or --image-root")
+        stop(f"no pair could be made: {dict(counts)}; try another --vocabulary or --expert")
     sizes = split_sizes(len(rows), args.validation, args.heldout, args.train)
     rows = assign_splits(rows, sizes, args.seed)
 
@@ -866,9 +869,10 @@ def main(args):
     draw_contact_sheet(folder / "contact_sheet.png", rows, image_root)
     counts.update(f"  {row['source']} pairs" for row in rows)
     counts.update(f"  in split {row['split']}" for row in rows)
-    counts.update(statuses)
     warn_of_small_splits(counts, args)
-    args.image_root = image_root  # which meta.json keeps for the later stages
+    run = Path(args.run).resolve()
+    is_inside = image_root.is_relative_to(run)  # then the run can be moved
+    args.image_root = str(image_root.relative_to(run) if is_inside else image_root)
     common.finish_stage(folder, args, counts, "python 02_generate_critiques.py")
 
 

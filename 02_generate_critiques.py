@@ -31,7 +31,6 @@ import re
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
-from statistics import median
 
 import common
 from common import both_orders, find_verdict, parse_checks, real, stop, verdict_of_checks, whole
@@ -167,12 +166,9 @@ def count(samples, critiques):
         counts[f"dropped: {reason}"] = number
     counts["repeated"] = n_passing - len(critiques)
     counts["kept"] = len(critiques)
-    for order in ("ab", "ba"):
-        counts[f"  kept in order {order}"] = sum(row["order"] == order for row in critiques)
     counts["  kept without checks"] = sum(not parse_checks(row["critique"]) for row in critiques)
     questions = {(row["pair_id"], row["order"]) for row in critiques}
     counts["  questions with a kept critique"] = len(questions)
-    counts["  median length in words"] = median(len(row["critique"].split()) for row in critiques)
     return counts
 
 
@@ -215,7 +211,7 @@ def main(args):
         stop(f"{args.run}/01_preferences has no pair in split 'train': see --train of stage 01")
     print(f"{len(pairs)} pairs x 2 orders x {args.critiques} critiques, style {args.style}")
     bound = first["max_image_tokens"]
-    judge = common.Judge(args.run, first["model"], device=args.device, max_image_tokens=bound)
+    judge = common.Judge(first["model"], device=args.device, max_image_tokens=bound)
 
     # 2. write, filter -----------------------------------------------------------------------------
     samples = write_critiques(

@@ -144,10 +144,8 @@ def micro_batches(rows_of_kind, processor, image_root, settings, seed, micro_bat
             part = rows[start : start + micro_batch]
             texts, responses = [row["text"] for row in part], [row["response"] for row in part]
             images = [Path(image_root) / row["image"] for row in part]
-            limit = settings["max_response_tokens"]
-            encoded.append(
-                (kind, part, *encode_supervised(processor, texts, images, responses, limit))
-            )
+            how = (responses, settings["max_response_tokens"])
+            encoded.append((kind, part, *encode_supervised(processor, texts, images, *how)))
     return encoded
 
 
@@ -180,6 +178,8 @@ def bradley_terry_sum(logits, labels, rows, tokenizer):
 def make_trainable(model, rank):
     """PEFT model with fresh rank-r adapters on the language model's linear layers; rank 0: the same
     model, with all weights of its language model trainable. float32 in both cases."""
+    if hasattr(model, "get_base_model"):  # it has an adapter, which 04 trains further
+        return model
     if rank:
         from peft import LoraConfig, get_peft_model  # slow to import
 
@@ -284,21 +284,14 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
             "tokens_per_s": n_trained / (time.time() - started),
         }
         lines.append(line)
-        show(bar, line, steps)
+        bar.update()
+        if (step + 1) % max(1, steps // 10) == 0:  # leaves ten lines on the screen
+            bar.write(f"step {step + 1:>5} of {steps} | loss {line['loss']:.4g}")
         if (step + 1) % save_every == 0 or step + 1 == steps:
             common.write_jsonl(folder / "metrics.jsonl", lines)
             save_training(folder / "training.pt", step + 1, weights, optimizer, settings)
     bar.close()
     model.eval()
-
-
-def show(bar, line, steps):
-    """Move the bar by a step; every tenth part of them leaves its line on the screen."""
-    bar.update()
-    if line["step"] % max(1, steps // 10) == 0:
-        names = ("loss", "loss_critique", "loss_correct", "bradley_terry")
-        numbers = [f"{name} {line[name]:.4g}" for name in names if line[name] is not None]
-        bar.write(f"step {line['step']:>5}/{steps} | {' | '.join(numbers)}")
 
 
 # ---- What is trained is kept, with what it was made with -----------------------------------------
@@ -339,12 +332,13 @@ def resume_training(path, weights, optimizer, settings):
 
 def check_settings(path, saved, settings):
     """Stop where what lies there was made with something else: no program replaces weights."""
-    other = [name for name, value in settings.items() if saved.get(name) != value]
-    changes = [f"{name} was {saved.get(name)}, is {settings[name]}" for name in other]
+    changes = []
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            changes.append(f"{name} was {saved.get(name)}, is {value}")
     if changes:
-        stop(
-            f"{path} was trained otherwise ({'; '.join(changes)}): give another --tag, or delete it"
-        )
+        why = "; ".join(changes)
+        stop(f"{path} was trained otherwise ({why}): give another --tag, or delete it")
 
 
 def find_checkpoint(folder, settings=None):
@@ -369,6 +363,7 @@ def save_checkpoint(model, processor, folder, made_with):
         unfinished = target.with_suffix(".partial")
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(str(unfinished))
+        (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's form, which nobody has filled
         if not is_adapter:
             processor.save_pretrained(str(unfinished))
         common.write_json(unfinished / "made_with.json", made_with)
@@ -378,25 +373,26 @@ def save_checkpoint(model, processor, folder, made_with):
     return target
 
 
+def write_card(checkpoint, first, measures):
+    """README.md of a trained judge, where it has none yet: what it is, for those who get it.
+
+    first: stage 01's arguments; measures: of the validation."""
+    card = checkpoint / "README.md"
+    facts = {"data": first["images"] or first["pairs"]}
+    facts |= {"expert": first["detections"] or first["expert"], **measures}
+    facts |= common.read_json(checkpoint / "made_with.json")
+    del facts["images"]
+    text = f"---\nbase_model: {first['model']}\n---\n# A judge that writes (VL-GenRM)\n\n"
+    for name, value in facts.items():
+        text += f"- {name}: {value}\n"
+    if not card.exists():
+        common.write_text(card, text)
+
+
 # ---- Judging and validation ----------------------------------------------------------------------
-def decide(answers):
-    """(verdict, probability_a in [0,1]) of K Answers to a question: their majority, mean P(A).
-
-    An answer without a verdict counts .5 in the mean and nothing in the majority. The verdict is
-    None where no answer has one; where the votes are even, the mean decides."""
-    log_odds = torch.tensor([answer["log_odds"] or 0.0 for answer in answers])  # (K,)
-    probability_a = log_odds.sigmoid().mean().item()
-    n_a = sum(answer["verdict"] == "A" for answer in answers)
-    n_b = sum(answer["verdict"] == "B" for answer in answers)
-    if n_a == n_b == 0:
-        return None, probability_a
-    if n_a == n_b:
-        return "A" if probability_a > 0.5 else "B", probability_a
-    return "A" if n_a > n_b else "B", probability_a
-
-
-def judge_pairs(path, judge, questions, condition, *, style, votes=1, temperature=0.0, **asking):
-    """Judgement rows of questions (from both_orders), in their order, by `votes` critiques each.
+def judge_pairs(path, judge, questions, condition, *, style, temperature=0.0, **asking):
+    """Judgement rows of questions (from both_orders), in their order: by one critique each, with
+    probability_a = P(A) in [0,1] after it, .5 where it has no verdict.
 
     Their answers are kept in path. A question's "picture" (PIL, or a name from image_root), if
     there is one, is shown instead of its image. asking: image_root, batch_size, max_new_tokens and
@@ -405,19 +401,20 @@ def judge_pairs(path, judge, questions, condition, *, style, votes=1, temperatur
     for q in questions:
         text = build_judge_prompt(q["prompt"], q["response_a"], q["response_b"], style)
         requests.append({"id": q["id"], "image": q.get("picture", q["image"]), "text": text})
-    asking |= {"n": votes, "temperature": temperature}
+    asking |= {"n": 1, "temperature": temperature}
     rows = []
     answers = common.ask(path, judge, requests, f"judge, {condition}", **asking)
-    for q, of_question in zip(questions, answers):
+    for q, (answer,) in zip(questions, answers):
         row = {"id": q["pair_id"], "question": q["id"], "condition": condition}
         row |= {name: q.get(name) for name in ("order", "image", "category", "label")}
-        row["verdict"], row["probability_a"] = decide(of_question)
-        rows.append({**row, "critique": of_question[0]["text"]})
+        row["verdict"], row["critique"] = answer["verdict"], answer["text"]
+        row["probability_a"] = torch.tensor(answer["log_odds"] or 0.0).sigmoid().item()
+        rows.append(row)
     return rows
 
 
 def accuracy_by_order(rows):
-    """{"accuracy": mean over orders, "accuracy_<order>", "both": right in both orders, "agreement":
+    """{"accuracy": of all rows, "accuracy_<order>", "both": right in both orders, "agreement":
     the same response wins in both, "unparseable": no verdict, "n_pairs"}; shares in [0,1].
 
     rows: {"id" of the pair, "order", "label", "verdict": "A" | "B" | None}, one per pair and order.
@@ -427,15 +424,16 @@ def accuracy_by_order(rows):
         is_correct = row["verdict"] == row["label"]
         of_order.setdefault(row["order"], []).append(is_correct)
         of_pair.setdefault(row["id"], []).append(None if row["verdict"] is None else is_correct)
-    result = {"accuracy": 0.0}
-    for order in sorted(of_order):
-        result[f"accuracy_{order}"] = sum(of_order[order]) / len(of_order[order])
-        result["accuracy"] += result[f"accuracy_{order}"] / len(of_order)
-    both = [all(found) for found in of_pair.values()]
-    same = [None not in found and len(set(found)) == 1 for found in of_pair.values()]
-    missing = [row["verdict"] is None for row in rows]
-    result["both"], result["agreement"] = sum(both) / len(both), sum(same) / len(same)
-    return {**result, "unparseable": sum(missing) / len(missing), "n_pairs": len(of_pair)}
+    both = [all(outcomes) for outcomes in of_pair.values()]
+    same = [None not in outcomes and len(set(outcomes)) == 1 for outcomes in of_pair.values()]
+    return {
+        "accuracy": sum(row["verdict"] == row["label"] for row in rows) / len(rows),
+        **{f"accuracy_{order}": mean(map(float, of_order[order])) for order in sorted(of_order)},
+        "both": sum(both) / len(both),
+        "agreement": sum(same) / len(same),
+        "unparseable": sum(row["verdict"] is None for row in rows) / len(rows),
+        "n_pairs": len(of_pair),
+    }
 
 
 def mean_bradley_terry(rows):
@@ -531,7 +529,7 @@ def add_training_arguments(parser, steps, lr):
     add("--lam", type=real(0, 100), default=1 / 3, help="lambda of the correct responses (1/3)")
     add("--bt-weight", type=real(0, 100), default=0.0, help="of the verdicts' Bradley-Terry loss")
     per_step = "critiques, and correct responses, per step (%(default)s)"
-    add("--train-batch", type=whole(1), default=32, help=per_step)
+    add("--train-batch", type=whole(WORLD), default=32, help=per_step)
     add("--micro-batch", type=whole(1), default=8, help="rows at a time (%(default)s)")
     add("--save-every", type=whole(1), default=50, help="steps between two saves (%(default)s)")
     switch = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
@@ -545,11 +543,13 @@ def add_training_arguments(parser, steps, lr):
 TRAINED_WITH = ("tag", "steps", "lr", "lam", "bt_weight", "train_batch", "max_response_tokens")
 
 
-def fit(loaded, critiques, folder, settings, image_root, seed, args):
-    """Train the loaded (model, processor) on critique rows by settings, save it -> its path.
+def fit(judge, critiques, folder, settings, image_root, seed, args):
+    """Train the judge's model on critique rows by settings, and save it -> its path.
 
     A critique cut before its verdict teaches nothing: too long ones are dropped, and counted."""
-    model, processor = loaded
+    model, processor = judge.loaded
+    torch.manual_seed(seed)  # of an adapter's first weights
+    model = make_trainable(model, settings.get("lora_rank", 0))
     limit, tokenizer = args.max_response_tokens, processor.tokenizer
 
     def is_long(text):
@@ -562,17 +562,13 @@ def fit(loaded, critiques, folder, settings, image_root, seed, args):
     rows_of_kind = training_rows(short)
     if not args.lam:
         del rows_of_kind["correct"]
-    correct = rows_of_kind.get("correct", [])
     counts = {
         "dropped: critique of --max-response-tokens or more": len(critiques) - len(short),
         "trained on, critiques": len(short),
-        "trained on, correct responses": len(correct),
-        "  cut at --max-response-tokens": sum(is_long(row["response"]) for row in correct),
+        "trained on, correct responses": len(rows_of_kind.get("correct", ())),
     }
-    epochs = args.steps * args.train_batch / len(short)
-    print(
-        f"{args.steps} steps of {args.train_batch}: {epochs:.1f} epochs of {len(short)} critiques"
-    )
+    n, per_step = len(short), f"{args.steps} steps of {args.train_batch}"
+    print(f"{per_step}: {args.steps * args.train_batch / n:.1f} epochs of {n} critiques")
     if args.checkpoint_activations:
         language_model = common.unwrap(model).model.language_model
         language_model.activation_checkpointing_enable()
@@ -602,25 +598,21 @@ def main(args):
     critiques = read_critiques(args.run)
     validation = common.read_preferences(args.run, "validation")
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"]}
-    base = common.Judge(args.run, first["model"], **load)
+    judge = common.Judge(first["model"], **load)
     settings = {name: getattr(args, name) for name in (*TRAINED_WITH, "seed", "lora_rank")}
-    settings |= {"style": style, "start": base.weights, "rows": common.digest(critiques)}
+    settings |= {"style": style, "start": judge.weights, "rows": common.digest(critiques)}
     trained = find_checkpoint(folder, settings)
 
     # 2. train -------------------------------------------------------------------------------------
     asking = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
     asking |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    answers, loaded = folder / "answers.jsonl", None
-    earlier, measures_before = validate(answers, base, validation, "before", **asking)
+    answers = folder / "answers.jsonl"
+    earlier, measures_before = validate(answers, judge, validation, "before", **asking)
     if trained is None:
-        model, processor = base.loaded
-        torch.manual_seed(args.seed)  # of the adapter's first weights
-        loaded = make_trainable(model, args.lora_rank), processor
-        trained = fit(loaded, critiques, folder, settings, first["image_root"], args.seed, args)
-    judge = common.Judge(args.run, first["model"], trained, **load)
-    if loaded:  # the model that was trained is here already
-        judge.loaded = loaded
+        trained = fit(judge, critiques, folder, settings, first["image_root"], args.seed, args)
+    judge = common.Judge(first["model"], trained, **load)
     later, measures_after = validate(answers, judge, validation, "after 03", **asking)
+    write_card(trained, first, measures_after)
 
     # 3. report ------------------------------------------------------------------------------------
     (folder / "meta.json").unlink(missing_ok=True)

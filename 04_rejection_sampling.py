@@ -88,7 +88,7 @@ def cut_pools(pairs, size, iterations):
     for t in range(iterations):
         end = min(start + size, len(pairs))
         while end < len(pairs) and pairs[end]["image"] == pairs[end - 1]["image"]:
-            end += 1  # 01 keeps the pairs of an image together
+            end += 1  # 01 has left the pairs of an image together
         if end - start < 2:
             stop(f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool")
         pools.append(pairs[start:end])
@@ -100,30 +100,32 @@ def critiques_by_question(samples):
     """{(pair id, order): its critiques with a verdict, each with its "confidence_in_label"}.
 
     A critique without a verdict has no S and does not enter."""
+    decided = [row for row in samples if row["log_odds"] is not None]
+    log_odds = torch.tensor([row["log_odds"] for row in decided])  # (B,) in nats
+    label_is_a = torch.tensor([row["label"] == "A" for row in decided], dtype=torch.bool)  # (B,)
     questions = {}
-    for row in samples:
-        if row["log_odds"] is not None:
-            r, label_is_a = torch.tensor([row["log_odds"]]), torch.tensor([row["label"] == "A"])
-            s = confidence_in_label(r, label_is_a).item()
-            question = questions.setdefault((row["pair_id"], row["order"]), [])
-            question.append({**row, "confidence_in_label": s})
+    for row, s in zip(decided, confidence_in_label(log_odds, label_is_a).tolist()):
+        question = questions.setdefault((row["pair_id"], row["order"]), [])
+        question.append({**row, "confidence_in_label": s})
     return questions
 
 
 def margins_of_pairs(pair_ids, questions):
-    """({pair id: mean margin of its two orders}, {(pair id, order): passing critiques}).
-
-    The margin is 0 where an order offers no passing critique: such a pair is not kept."""
+    """{pair id: mean margin of its two orders} of the eligible pairs, 0 of the others, and
+    {(pair id, order): passing critiques} of the eligible: those with a passing one in both orders.
+    """
     margins, passing = {}, {}
     for pair_id in pair_ids:
-        margin_of_order = []
+        margin_of_order, passing_of_order = [], []
         for order in ("ab", "ba"):
             rows = questions.get((pair_id, order), [])
             passes = [row["dropped"] is None for row in rows]
             margin_of_order.append(margin([row["confidence_in_label"] for row in rows], passes))
-            passing[pair_id, order] = [row for row in rows if row["dropped"] is None]
-        is_eligible = passing[pair_id, "ab"] and passing[pair_id, "ba"]
-        margins[pair_id] = mean(margin_of_order) if is_eligible else 0.0
+            passing_of_order.append([row for row in rows if row["dropped"] is None])
+        margins[pair_id] = 0.0
+        if all(passing_of_order):
+            margins[pair_id] = mean(margin_of_order)
+            passing[pair_id, "ab"], passing[pair_id, "ba"] = passing_of_order
     return margins, passing
 
 
@@ -133,7 +135,7 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
     select: "margin", the pairs with the largest margins and the critique with the largest S of each
     question. The controls take as many eligible pairs: "low" those with the smallest margins, and
     the same critiques; "best" pairs drawn by lot, and the same critiques; "random" both by lot."""
-    eligible = [key for key in margins if passing[key, "ab"] and passing[key, "ba"]]
+    eligible = [key for key in margins if (key, "ab") in passing]
     if threshold is None:  # a share of the whole pool; pairs that are not eligible have margin 0
         pair_ids = select_by_margin(margins, retention=retention)
     else:  # with threshold 0 they would pass
@@ -157,8 +159,9 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
 
 def mix_in(selected, old, replay, seed):
     """The selected rows and as many old ones as make up the part `replay` of an epoch."""
-    n = round(len(selected) * replay / (1 - replay))
-    replayed = set(select_random([row["id"] for row in old], n, seed))
+    n = round(len(selected) * replay / (1 - replay))  # n / (n + selected) = replay
+    old_ids = [row["id"] for row in old]
+    replayed = set(select_random(old_ids, n, seed))
     return selected + [row for row in old if row["id"] in replayed]
 
 
@@ -172,31 +175,42 @@ def draw_margins(path, margins, kept_ids, title):
     axis.hist(of_kept, bins, color="seagreen", label=f"kept, {len(of_kept)}")
     smallest = min(of_kept)
     axis.axvline(smallest, color="black", linestyle=":", label=f"smallest kept, {smallest:.3f}")
+    axis.set_yscale("symlog", linthresh=1)  # so that a single pair is seen beside thousands
     axis.set_xlabel("margin of a pair: mean over orders of S(c+) - S(c-)")
-    axis.set(ylabel="pairs", title=title, yscale="log")
+    axis.set(ylabel="pairs", title=title)
     axis.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=140)
 
 
 # ---- Iterations, arguments and main --------------------------------------------------------------
-def report_selection(t, samples, margins, selected, folder, select):
-    """Says how the choice of iteration t went, and draws it -> counts."""
+def choose_from(samples, pool, folder, t, args):
+    """(kept questions of iteration t, counts of how it went); writes and says it, too."""
+    common.write_jsonl(folder / "samples.jsonl", samples)
+    pair_ids = [pair["id"] for pair in pool]
+    margins, passing = margins_of_pairs(pair_ids, critiques_by_question(samples))
+    rule = (args.select, args.margin, args.retention)
+    selected = choose(margins, passing, *rule, args.seed, t)
+    if not selected:
+        stop(f"iteration {t} keeps nothing: read {folder}/samples.jsonl, raise --retention")
+    common.write_jsonl(folder / "kept.jsonl", selected)
+
     kept_ids = list(dict.fromkeys(row["pair_id"] for row in selected))
-    part, middle = len(kept_ids) / len(margins), median(margins[key] for key in kept_ids)
-    title = f"iteration {t}, {select}: {part:.0%} kept"
+    part = len(kept_ids) / len(pool)
+    middle = median(margins[key] for key in kept_ids)
+    title = f"iteration {t}, {args.select}: {part:.0%} kept"
     draw_margins(folder / "margins.png", margins, kept_ids, title)
-    print(f"iteration {t}: kept {len(kept_ids)} of {len(margins)} pairs = {part:.1%}")
+    print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {part:.1%}")
     print(f"margins of the kept: median {middle:.3f}, of the pool {median(margins.values()):.3f}")
-    if select == "margin" and middle < 0.05:
+    if args.select == "margin" and middle < 0.05:
         print("warning: margins are narrow, the choice is near to chance: try more --samples")
     if not 0.3 <= part <= 0.5:
         print("warning: retention is outside 30-50 %: change --retention or --margin, or the pool")
-    counts = {"pairs in the pool": len(margins), "critiques sampled": len(samples)}
+    counts = {"pairs in the pool": len(pool), "critiques sampled": len(samples)}
     for reason, n in Counter(row["dropped"] for row in samples).most_common():
         if reason:
             counts[f"dropped: {reason}"] = n
     counts["pairs with margin 0"] = sum(value == 0 for value in margins.values())
-    return {**counts, "pairs kept": len(kept_ids)}
+    return selected, {**counts, "pairs kept": len(kept_ids)}
 
 
 def parse_args(argv=None):
@@ -241,10 +255,12 @@ def main(args):
         size = args.pool or min(5000, len(pairs) // max(3, args.iterations))
         pools = cut_pools(pairs, size, args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
-    judge = common.Judge(run, first["model"], three.find_checkpoint(run / f"03_ift{tag}"), **load)
-    asking = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
-    asking |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    sampling = {**asking, "n": args.samples, "temperature": args.temperature}
+    trained = three.find_checkpoint(run / f"03_ift{tag}")
+    judge = common.Judge(first["model"], trained, **load)
+    sampling = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
+    sampling["max_new_tokens"] = args.max_new_tokens
+    asking = {**sampling, "seed": args.seed}  # of the validation
+    sampling |= {"n": args.samples, "temperature": args.temperature, "is_guided": False}
     names = (*three.TRAINED_WITH, *SAMPLED_BY, *CHOSEN_BY)
     settings = {"style": style, **{name: getattr(args, name) for name in names}}
 
@@ -253,37 +269,26 @@ def main(args):
     for t, pool in enumerate(pools, 1):
         here, seed = folder / f"iter{t}", row_seed(args.seed, t)
         here.mkdir(exist_ok=True)
+        answers = here / "answers.jsonl"
         of_t = {**settings, "iteration": t, "start": judge.weights}
         of_t["rows"] = common.digest([pool, old])
-        trained = three.find_checkpoint(here, of_t)  # before the hours of sampling
-        answers = here / "answers.jsonl"
+        trained = three.find_checkpoint(here, of_t)  # stops here, before the hours of sampling
         if t == 1:
             (folder / "meta.json").unlink(missing_ok=True)
             earlier, _ = three.validate(answers, judge, validation, "after 03", **asking)
+
         critiques, of_choice = old, {}
         if args.select != "continue":
-            how = {**sampling, "is_guided": False, "seed": seed}
-            samples = two.write_critiques(answers, judge, pool, vocabulary, **how)
-            common.write_jsonl(here / "samples.jsonl", samples)
-            pair_ids, questions = [pair["id"] for pair in pool], critiques_by_question(samples)
-            margins, passing = margins_of_pairs(pair_ids, questions)
-            rule = (args.select, args.margin, args.retention)
-            selected = choose(margins, passing, *rule, args.seed, t)
-            if not selected:
-                stop(f"iteration {t} keeps nothing: read {here}/samples.jsonl, raise --retention")
-            common.write_jsonl(here / "kept.jsonl", selected)
-            of_choice = report_selection(t, samples, margins, selected, here, args.select)
+            samples = two.write_critiques(answers, judge, pool, vocabulary, seed=seed, **sampling)
+            selected, of_choice = choose_from(samples, pool, here, t, args)
             critiques = mix_in(selected, old, args.replay, row_seed(args.seed, "replay", t))
-        loaded = None
         if trained is None:
-            loaded = judge.loaded
-            if not hasattr(loaded[0], "get_base_model"):  # a whole model, not an adapter
-                three.make_trainable(loaded[0], 0)
-            trained = three.fit(loaded, critiques, here, of_t, first["image_root"], seed, args)
-        judge = common.Judge(run, first["model"], trained, **load)
-        if loaded:  # the model that was trained is here already
-            judge.loaded = loaded
+            how = (here, of_t, first["image_root"], seed, args)
+            trained = three.fit(judge, critiques, *how)
+        judge = common.Judge(first["model"], trained, **load)
+
         later, measures = three.validate(answers, judge, validation, f"iteration {t}", **asking)
+        three.write_card(trained, first, measures)
         common.write_jsonl(here / "validation.jsonl", later)
         three.report_gain(earlier, later, "saturation, or too few pairs")
         earlier, results[f"iteration {t}"] = later, measures

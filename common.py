@@ -60,31 +60,26 @@ def build_judge_prompt(prompt, response_a, response_b, style="critique", referen
 
 def both_orders(pair):
     """The pair's two questions: in order "ab" the chosen response is A (label "A"), in "ba" B."""
-    question = {"pair_id": pair["id"], "image": pair["image"], "prompt": pair["prompt"]}
-    for order, a, b in (("ab", "chosen", "rejected"), ("ba", "rejected", "chosen")):
-        yield {
-            "id": f"{pair['id']}-{order}",
-            "order": order,
-            **question,
-            "response_a": pair[a],
-            "response_b": pair[b],
-            "label": "A" if a == "chosen" else "B",
-        }
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    for order, label, a, b in (("ab", "A", chosen, rejected), ("ba", "B", rejected, chosen)):
+        question = {"id": f"{pair['id']}-{order}", "pair_id": pair["id"], "order": order}
+        question |= {"image": pair["image"], "prompt": pair["prompt"], "label": label}
+        yield {**question, "response_a": a, "response_b": b}
 
 
 _MARK = r"(?:[^\w\n]|_)*"  # what is no word: markdown, quotes, punctuation, spaces
-_CHECK = re.compile(  # side, claim, answer: "A: red circle: yes", "2. **Response B**: a dog: no"
+# side, claim, answer of a line such as "A: red circle: yes" or "2. **Response B**: a dog: no"
+_CHECK = re.compile(
     rf"^{_MARK}(?:\d+{_MARK})?(?:response +)?([AB])\b[^\w:\n]*:{_MARK}(\w.*?):{_MARK}(yes|no)\b",
-    re.IGNORECASE | re.MULTILINE,
+    re.I | re.M,
 )
-_VERDICT_LINE = re.compile(  # "Verdict: ...", "**Final verdict**: ...", "3. Verdict: ..."
-    rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}[:：](.*)$", re.IGNORECASE | re.MULTILINE
-)
-# What follows its colon: a letter of any case alone, or a capital one that a sign or one of four
-# words parts from the rest: "A, the better response", "**B** because ..."; but no "A tie", "A or B"
-_ALONE = re.compile(rf"^{_MARK}(?:response +)?([ab]){_MARK}$", re.IGNORECASE)
-_GOES_ON = re.compile(
-    rf"^{_MARK}(?:[Rr]esponse +)?([AB])(?: *[^\w\s]|_| +(?:is|because|since|as)\b)(.*)$"
+# "Verdict: ...", "**Final verdict**: ...", "3. Verdict: ...", and what follows the colon
+_VERDICT = re.compile(rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}[:：](.*)$", re.I | re.M)
+_LETTER = re.compile(
+    rf"{_MARK}(?:response +)?"
+    r"(A(?!.*\bB\b)|B(?!.*\b(?-i:A)\b))"  # and not the other; but a small "a" is an article
+    r"(?![^\W_]| +(?!is\b|because\b|since\b|as\b)\w)",  # "A because", "A, which", but no "A tie"
+    re.I,
 )
 
 
@@ -109,16 +104,12 @@ def verdict_of_checks(checks):
 
 def find_verdict(text):
     """("A" | "B", its index) of the last line "Verdict: ..."; (None, -1) if that names not one."""
-    lines = list(_VERDICT_LINE.finditer(text))
-    last = lines[-1].group(1) if lines else ""
-    match = _ALONE.match(last) or _GOES_ON.match(last)
+    match = None
+    for line in _VERDICT.finditer(text):
+        match = _LETTER.match(text, *line.span(1))  # what follows the colon
     if match is None:
         return None, -1
-    verdict = match.group(1).upper()
-    other = "B" if verdict == "A" else "A"
-    if re.search(rf"\b{other}\b", last[match.end(1) :]):
-        return None, -1
-    return verdict, lines[-1].start(1) + match.start(1)
+    return match[1].upper(), match.start(1)
 
 
 def verdict_log_odds(logits, id_a, id_b):
@@ -188,7 +179,8 @@ def one_line(error):
 
 def read_rows(path, shape):
     """Rows of a jsonl file, each of this shape (a TypedDict); else it stops: line, field, why."""
-    adapter, rows = TypeAdapter(shape), []
+    adapter = TypeAdapter(shape)
+    rows = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
@@ -200,7 +192,6 @@ def read_rows(path, shape):
 
 
 def read_json(path):
-    """The value in a JSON file."""
     return json.loads(Path(path).read_text("utf-8"))
 
 
@@ -222,14 +213,10 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     # bf16 on the GPUs that have it; a whole model that 04 trains further stays float32
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     is_exact = not has_bf16 or str(device) == "cpu" or (trainable and not is_adapter)
+    dtype = torch.float32 if is_exact else torch.bfloat16
     processor = AutoProcessor.from_pretrained(model_path)
-    model, loaded = AutoModelForImageTextToText.from_pretrained(
-        weights,
-        output_loading_info=True,
-        dtype=torch.float32 if is_exact else torch.bfloat16,
-        attn_implementation="sdpa",
-        device_map=device,
-    )
+    how = {"attn_implementation": "sdpa", "device_map": device, "output_loading_info": True}
+    model, loaded = AutoModelForImageTextToText.from_pretrained(weights, dtype=dtype, **how)
     absent = [*loaded["missing_keys"], *loaded["mismatched_keys"]]
     if absent:  # transformers fills them with random numbers
         stop(f"--model {weights} lacks {len(absent)} of its weights, such as {absent[0]}")
@@ -271,9 +258,9 @@ class Judge:
 
     settings: more arguments of load_judge; weights: a JSON value by which its answers know it."""
 
-    def __init__(self, run, model_path, checkpoint=None, **settings):
+    def __init__(self, model_path, checkpoint=None, **settings):
         self.arguments = {"model_path": model_path, "checkpoint": checkpoint, **settings}
-        self.weights = [remembered(model_path, run), settings.get("max_image_tokens")]
+        self.weights = [model_path, settings.get("max_image_tokens")]
         for path in sorted(Path(checkpoint).glob("*.safetensors")) if checkpoint else ():
             with open(path, "rb") as file:
                 self.weights.append(hashlib.file_digest(file, "sha256").hexdigest())
@@ -315,21 +302,16 @@ def as_words(text, tokenizer):
 
 def encode_prompts(processor, texts, images):
     """Left-padded model inputs for one user turn (image, then text) per row; input_ids (B, P)."""
-    # Templates that open a thought (Qwen3.5) close it at once; the others do not read the variable.
-    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     chats = []
     for text in texts:
-        text = as_words(text, processor.tokenizer)
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        chats.append(processor.apply_chat_template([turn], **how))
-    return processor(
-        text=chats,
-        images=[[load_image(image)] for image in images],
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        return_mm_token_type_ids=True,
-    )
+        words = {"type": "text", "text": as_words(text, processor.tokenizer)}
+        chats.append([{"role": "user", "content": [{"type": "image"}, words]}])
+    # Templates that open a thought (Qwen3.5) close it at once; the others do not read the variable.
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    prompts = processor.apply_chat_template(chats, **how)
+    pictures = [[load_image(image)] for image in images]
+    how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    return processor(text=prompts, images=pictures, return_mm_token_type_ids=True, **how)
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -342,7 +324,9 @@ def encode_prompts(processor, texts, images):
 #                                             +-  sample 1: [A: | blue | ...
 #     prompt 1: [image | question | A | B]  <-+-  sample 2: [B: | ...
 #
-# A new token attends to both parts: one softmax over the scores of all keys.
+# A new token attends to both parts: one softmax over the scores of all keys. Layers of transformers
+# call cache.update(keys, values) and pass what it returns to the attention function that the config
+# names. Our `update` returns the cache itself; our function "shared_prompt" asks it to `attend`.
 class SharedPrompt:
     """One layer's cache: the n samples of a prompt share its keys and values (sketch above).
 
@@ -355,25 +339,19 @@ class SharedPrompt:
         is_padding = prompt_mask.to(layer.keys.device)[:, None, None] == 0  # (B, 1, 1, P)
         self.bias = torch.where(is_padding, -torch.inf, 0.0)
         B, H, _, D = layer.keys.shape
-        self.own_keys = layer.keys.new_empty(B * n, H, room, D)
-        self.own_values = layer.keys.new_empty(B * n, H, room, D)
-        self.length = 0  # own tokens so far
+        self.own = layer.keys.new_empty(2, B * n, H, room, D)  # keys and values of own tokens,
+        self.length = 0  # of which there are so many so far
 
     def update(self, keys, values, *args, **kwargs):
-        """Write the new tokens' keys and values (B*n, H, 1, D) in place. What a cache returns here
-        transformers hands to its attention function: so this returns itself, for its `attend`."""
-        self.own_keys[:, :, self.length] = keys[:, :, 0]
-        self.own_values[:, :, self.length] = values[:, :, 0]
+        """Append the new tokens' keys and values (B*n, H, 1, D) in place."""
+        self.own[:, :, :, self.length] = torch.stack([keys, values])[..., 0, :]  # (2, B*n, H, D)
         self.length += 1
         return self, None
 
     def attend(self, query, scaling):
         """Attention (B*n, 1, H*G, D) of the new tokens' queries (B*n, H*G, 1, D) to both parts."""
         rows, H, P, D = len(query), *self.keys.shape[1:]
-        own_keys, own_values = (
-            self.own_keys[:, :, : self.length],
-            self.own_values[:, :, : self.length],
-        )
+        own_keys, own_values = self.own[..., : self.length, :]  # (B*n, H, own tokens, D) each
         q = query.reshape(rows, H, -1, D).float() * scaling  # (B*n, H, G, D)
         to_prompt = self.by_prompt(q) @ self.keys.float().mT + self.bias  # (B, H, n*G, P)
         to_own = q @ own_keys.float().mT  # (B*n, H, G, own tokens)
@@ -396,11 +374,10 @@ class SharedPrompt:
         prompts = rows[:: self.n] // self.n
         self.keys, self.values = self.keys[prompts], self.values[prompts]
         self.bias = self.bias[prompts]
-        self.own_keys, self.own_values = self.own_keys[rows], self.own_values[rows]
+        self.own = self.own[:, rows]
 
 
 def shared_prompt_attention(module, query, cache, values, *args, scaling, **kwargs):
-    """An attention function for transformers; cache: the SharedPrompt that update returned."""
     return cache.attend(query, scaling), None
 
 
@@ -408,27 +385,30 @@ AttentionInterface.register("shared_prompt", shared_prompt_attention)
 
 
 class Decoding:
-    """B prompts, encoded once, and n samples of each; logits (B*n, V) are for their next tokens."""
+    """B prompts, encoded once, and n samples of each; logits (B*n, V) are for their next tokens.
+
+    Where all layers are plain attention, they share the prompts: SharedPrompt. Where some are not
+    (linear attention, say), each sample has a copy of its prompt's cache, and a mask (B*n, P+t)."""
 
     def __init__(self, model, inputs, n, room):
-        self.model, inner = model, unwrap(model).model
+        self.model = model
+        inner = unwrap(model).model
         self.config = inner.language_model.config
         out = model(**inputs, use_cache=True, logits_to_keep=1)
         self.cache = out.cache
         self.logits = out.logits[:, -1].repeat_interleave(n, 0)  # (B*n, V)
         mask = inputs["attention_mask"]  # (B, P)
         position = mask.sum(1, keepdim=True)  # (B, 1), of the next token
-        # An image's tokens share position numbers: the next position is the number of tokens +
-        # delta (<= 0). The model would add its deltas to its next prompts: taken and cleared.
-        self.has_deltas = getattr(inner, "rope_deltas", None) is not None
-        if self.has_deltas:
-            position = position + inner.rope_deltas
+        if getattr(inner, "rope_deltas", None) is not None:
+            # Positions are in time, height and width, and an image's tokens share them: the next
+            # one is delta (B, 1) <= 0 further. Cleared, or the model would add it to other prompts.
+            position = (position + inner.rope_deltas).expand(3, -1, -1)  # (3, B, 1)
             inner.rope_deltas = None
-        self.position = position.repeat_interleave(n, 0)  # (B*n, 1)
+        self.position = position.repeat_interleave(n, -2)  # ([3,] B*n, 1)
         if all(type(layer) is DynamicLayer for layer in self.cache.layers):
             self.cache.layers = [SharedPrompt(x, mask, n, room) for x in self.cache.layers]
             self.mask = None  # SharedPrompt leaves the padding out itself
-        else:  # other layers, such as linear attention: each sample gets a copy of its prompt's
+        else:
             self.mask = mask.repeat_interleave(n, 0)  # (B*n, P)
             index = torch.arange(len(mask), device=mask.device)  # (B,)
             self.cache.reorder_cache(index.repeat_interleave(n))  # repeats each row n times
@@ -437,21 +417,18 @@ class Decoding:
         """Only these rows of the B*n go on: see SharedPrompt.reorder_cache."""
         rows = rows.to(self.position.device)  # with --device auto, logits may lie elsewhere
         self.cache.reorder_cache(rows)
-        self.position = self.position[rows]
+        self.position = self.position[..., rows, :]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def step(self, tokens):
         """Append one token (B*n,) to each sample."""
-        position = self.position
-        if self.has_deltas:
-            position = position.expand(3, -1, -1)  # (3, B*n, 1) for time, height and width
-        if self.mask is not None:
-            self.mask = F.pad(self.mask, (0, 1), value=1)  # (B*n, P+t)
-        inputs = {"attention_mask": self.mask, "position_ids": position, "use_cache": True}
-        tokens = tokens[:, None].to(position.device)
-        # The model attends by the name in its config: ours for this call, its own for all others.
         usual = self.config._attn_implementation
-        self.config._attn_implementation = "shared_prompt" if self.mask is None else usual
+        if self.mask is None:
+            self.config._attn_implementation = "shared_prompt"  # for this call alone
+        else:
+            self.mask = F.pad(self.mask, (0, 1), value=1)  # (B*n, P+t)
+        tokens = tokens[:, None].to(self.position.device)  # (B*n, 1)
+        inputs = {"attention_mask": self.mask, "position_ids": self.position, "use_cache": True}
         self.logits = self.model(tokens, cache=self.cache, **inputs).logits[:, -1]  # (B*n, V)
         self.config._attn_implementation = usual
         self.position = self.position + 1
@@ -509,7 +486,8 @@ def find_verdict_token(tokenizer, ids):
     verdict, index = find_verdict(text)
     if verdict is None:
         return text, None, None
-    k = len(ids) - 1  # backwards, to the last token before which the letter is not written yet
+    # which token brings the letter? From the end back, the first k whose earlier tokens do not
+    k = len(ids) - 1
     while len(tokenizer.decode(ids[:k], skip_special_tokens=True)) > index:
         k -= 1
     return text, verdict, k
@@ -561,10 +539,12 @@ def sample(
         return [finished[i : i + n] for i in range(0, len(finished), n)]
 
     size = max(1, batch_size // n)  # prompts encoded together
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["text"]))  # pads little
+    # by length, which pads little; the longest first, or memory would end, and time, unforeseen
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
     in_order = [rows[i] for i in order]
-    answers = share_out([in_order[i : i + size] for i in range(0, len(rows), size)], answer)
-    return [samples for _, samples in sorted(zip(order, answers), key=lambda pair: pair[0])]
+    batches = [in_order[i : i + size] for i in range(0, len(rows), size)]
+    answers = dict(zip(order, share_out(batches, answer)))
+    return [answers[i] for i in range(len(rows))]
 
 
 # ---- Several processes: torchrun --nproc-per-node K -- script.py ... -----------------------------
@@ -589,11 +569,9 @@ def share_out(batches, work):
     return results
 
 
-def join_processes(device):
+def join_processes():
     """torchrun's processes find each other, and each its GPU; the first one speaks."""
     has_gpu = torch.cuda.is_available()
-    if device == "auto":
-        stop("--device auto spreads one process's model over all GPUs: start without torchrun")
     if has_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
@@ -602,12 +580,17 @@ def join_processes(device):
 
 
 # ---- Files: written whole or not at all; answers, which are kept ---------------------------------
-def write_text(path, text):
+def write_bytes(path, data):
     """Atomic: a reader sees the old file or the new one. Of several processes the first writes."""
     if RANK == 0:
         unfinished = Path(f"{path}.partial")
-        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # half characters
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(data)
         unfinished.replace(path)
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode(errors="backslashreplace"))  # for half characters
 
 
 def write_json(path, value):
@@ -629,13 +612,13 @@ CHUNK = 2048  # sequences between two saves, whatever --batch-size: what an inte
 
 
 def kept(path, shape, tasks, work, size, describe):
-    """One row for each task, in their order: the file at path holds some, the others are made and
-    appended to it.
+    """One row for each task, in their order. What the file at `path` lacks is made and appended.
 
-    tasks: [(depends, input)]; depends is a JSON value of all that the row depends on, its digest
-    the row's "key": what has changed is made, the rest is found, nothing is ever stale. work:
-    (inputs, bar) -> their rows without key, in chunks of `size`, each with an empty line after it.
-    What an interruption left of a chunk is cut off: the next start forms the same batches."""
+    tasks: [(depends, input)]. depends: a JSON value of all that the row depends on. Its digest is
+    the row's "key", by which the row is found: if anything changes, it is another row.
+    work(inputs, bar): the rows of some inputs, without keys. It gets `size` inputs at a time.
+    After such a chunk the file has an empty line: what an interruption left behind the last of them
+    is cut off, and the next start forms the same chunks."""
     path.touch()
     if RANK == 0:
         chunks, end, _ = path.read_bytes().rpartition(b"\n\n")
@@ -652,11 +635,13 @@ def kept(path, shape, tasks, work, size, describe):
         for start in range(0, len(missing), size):
             chunk = list(missing)[start : start + size]
             made = work([missing[key] for key in chunk], bar)
-            rows |= {key: {"key": key, **row} for key, row in zip(chunk, made, strict=True)}
-            lines = [json.dumps(rows[key], ensure_ascii=False) + "\n" for key in chunk]
+            lines = []
+            for key, row in zip(chunk, made, strict=True):
+                rows[key] = {"key": key, **row}
+                lines.append(json.dumps(rows[key], ensure_ascii=False))
             if RANK == 0:
                 with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.write("".join(lines) + "\n")
+                    file.write("\n".join([*lines, "", ""]))
     return [rows[key] for key in keys]
 
 
@@ -714,14 +699,6 @@ def stage_parser(doc):
     return parser
 
 
-def remembered(path, run):
-    """A path as a run directory, which may be moved, remembers it; a hub id as it is."""
-    if path is None or not Path(path).exists():
-        return path
-    path, run = Path(path).resolve(), Path(run).resolve()
-    return str(path.relative_to(run) if path.is_relative_to(run) else path)
-
-
 def start_stage(args, name):
     """The stage's folder, in which no other start writes until this one has ended."""
     folder = Path(args.run) / name
@@ -742,9 +719,8 @@ def stage_args(run, stage):
     if not path.exists():
         stop(f"{path.parent} is not complete: first run {stage[:2]}_*.py with --run={run}")
     args = read_json(path)["args"]
-    for name in ("model", "image_root"):  # as `remembered` has left them
-        if args[name] and (Path(run) / args[name]).exists():
-            args[name] = str(Path(run) / args[name])
+    if "image_root" in args:  # from the run directory, which may have been moved
+        args["image_root"] = str(Path(run) / args["image_root"])
     return args
 
 
@@ -759,12 +735,9 @@ def finish_stage(folder, args, counts, next_step, **extra):
     gather(None)  # all have deleted the old meta.json
     if next_step.startswith("python "):
         next_step += f" --run={shlex.quote(args.run)}"
-    args = {**vars(args)}
-    for name in ("model", "image_root"):
-        args[name] = remembered(args.get(name), args["run"])
     used = ("torch", "transformers", "peft", "datasets", "ultralytics", "numpy", "pillow")
     meta = {
-        "args": args,
+        "args": vars(args),
         "counts": counts,
         **extra,
         "seconds": round(time.time() - STARTED, 1),
@@ -784,7 +757,7 @@ def run(main, args):
     warnings.simplefilter("ignore")
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show every letter
     if WORLD > 1:
-        join_processes(args.device)
+        join_processes()
     try:
         main(args)
     except KeyboardInterrupt:

@@ -124,9 +124,9 @@ def measure(shape, args, device):
         rate = 8 * len(requests) / (time.time() - clock)
         lines.append(f"sampling: {rate:.1f} critiques/s, peak {peak_gib(device):.1f} GiB")
         training = ift.parse_args([f"--steps={args.steps}", f"--micro-batch={args.micro_batch}"])
-        loaded = ift.make_trainable(model, training.lora_rank), processor
+        judge = argparse.Namespace(loaded=(model, processor))
         clock = time.time()
-        ift.fit(loaded, rows, folder, vars(training), folder, 0, training)
+        ift.fit(judge, rows, folder, vars(training), folder, 0, training)
         seconds = (time.time() - clock) / args.steps
         lines.append(f"training: {seconds:.1f} s a step, peak {peak_gib(device):.1f} GiB")
     return lines

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ def fit(model, processor, pictures, folder, flags=(), **changed):
     args = three.parse_args(["--no-checkpoint-activations", *flags])
     vars(args).update(settings)
     folder.mkdir(exist_ok=True)
-    return three.fit((model, processor), critique_rows(), folder, settings, pictures, 0, args)
+    judge = SimpleNamespace(loaded=(model, processor))
+    return three.fit(judge, critique_rows(), folder, settings, pictures, 0, args)
 
 
 # ---- Sampling, held against plain forward passes -------------------------------------------------

@@ -9,7 +9,7 @@ contact_sheet.png   01: the first four pairs with the detector's boxes
 critiques.png       03: what the judge wrote before and after
 margins.png         04: the margins of the first pool
 examples.png        04: critiques of low, middle and high margin
-demo.json           05: accuracies, differences, rates of checks; counts of 02; the largest margin
+demo.json           numbers of the README: 05's tables, counts of 02, the tutorial's examples
 """
 
 import argparse
@@ -169,12 +169,31 @@ def pipeline(run, root):
 def write_numbers(path, run):
     metrics = common.read_json(run / "05_evaluation" / "metrics.json")
     table = {}
+    names = ("accuracy", "interval", "balanced", "n_checks")
     for judge, measures in metrics["table"].items():
-        table[judge] = {name: measures[name] for name in ("accuracy", "interval", "checks")}
-    kept = common.read_rows(run / "04_rejection" / "iter1" / "kept.jsonl", dict)
-    numbers = {"table": table, "differences": metrics["differences"]}
+        table[judge] = {name: measures[name] for name in names if name in measures}
+    numbers = {"table": table, "differences": metrics["differences"], "example": example(run)}
     numbers["counts of 02"] = common.read_json(run / "02_critiques" / "meta.json")["counts"]
-    common.write_json(path, {**numbers, "largest margin": max(row["margin"] for row in kept)})
+    common.write_json(path, numbers)
+
+
+def example(run):
+    """What the tutorial tells of one pair each: confidences of what is found (01), the largest
+    margin with the surest and the least sure critique of order "ab" (04), P(A) in both orders (05).
+    """
+    [first, *_] = common.read_rows(run / "02_critiques" / "critiques.jsonl", dict)
+    pairs = {pair["id"]: pair for pair in common.read_preferences(run, "train")}
+    found = [x["confidence"] for x in pairs[first["pair_id"]]["evidence"] if x["box"]]
+    kept = common.read_rows(run / "04_rejection" / "iter1" / "kept.jsonl", dict)
+    largest = max(kept, key=lambda row: row["margin"])
+    samples = common.read_rows(run / "04_rejection" / "iter1" / "samples.jsonl", dict)
+    of_order = four.critiques_by_question(samples)[largest["pair_id"], "ab"]
+    sure = [row["confidence_in_label"] for row in of_order]
+    last = five.last_judge(five.find_judges(run), "")["name"]
+    judged = common.read_rows(run / "05_evaluation" / "judgements.jsonl", dict)
+    asked = [row["probability_a"] for row in judged if row["condition"] == last][:2]
+    numbers = {"found": found, "largest": largest["margin"], "best": max(sure), "worst": min(sure)}
+    return {**numbers, "probability_a": asked}
 
 
 def main():

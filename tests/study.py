@@ -264,8 +264,8 @@ def start(lab, run):
     judged, metrics = lab.judge(lab.base)
     counts = expert_counts(lab, lab.base)
     for judge in ("base", "after 03"):
-        counts[f"{judge}: checks right"] = metrics["table"][judge]["checks"]["balanced"]
-        counts[f"{judge}: verdict follows"] = three.verdict_follows(judged[judge])[0]
+        counts[f"{judge}: checks right"] = metrics["table"][judge]["balanced"]
+        counts[f"{judge}: verdict follows"] = metrics["table"][judge]["verdict_follows"]
     return judged, counts
 
 
@@ -397,7 +397,7 @@ def weighted(lab, run, weight):
     counts = {}
     for judge in ("after 03", "margin, iteration 1"):
         measures = metrics["table"][judge]
-        counts[f"{judge}: verdict follows"] = three.verdict_follows(judged[judge])[0]
+        counts[f"{judge}: verdict follows"] = measures["verdict_follows"]
         for name in ("ece", "bradley_terry_loss", "unparseable"):
             counts[f"{judge}: {name}"] = measures[name]
     samples = read_jsonl(folder_of(run, "margin") / "iter1" / "samples.jsonl")
@@ -527,7 +527,7 @@ def transfer(lab, run):
         measures = metrics["table"][name]
         counts[f"{name}, elsewhere: unparseable"] = measures["unparseable"]
         for rate in ("present_said_yes", "absent_said_no"):
-            counts[f"{name}, elsewhere: {rate}"] = measures["checks"][rate]
+            counts[f"{name}, elsewhere: {rate}"] = measures[rate]
     judged = {f"{name}, elsewhere": rows for name, rows in judged.items()}
     return {**ordinary, **judged}, counts
 
@@ -544,7 +544,7 @@ def best_of_n(lab, checkpoints, folder, n=8, n_images=200):
     {name: checkpoint}, and by others: shares that name nothing absent, of objects named."""
     truth, path = lab.truth(), folder / "answers.jsonl"
     names = sorted(name for name in truth if name.startswith("heldout/"))[:n_images]
-    load = partial(common.Judge, folder, f"{lab.world}/model")
+    load = partial(common.Judge, f"{lab.world}/model")
     asking = {"image_root": str(lab.pictures), "batch_size": 256, "seed": 0}
     rows = [{"id": x, "image": x, "prompt": scenes.PROMPT, "text": scenes.PROMPT} for x in names]
     how = {"n": n, "temperature": 1.0, "max_new_tokens": 32}

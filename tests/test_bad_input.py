@@ -23,7 +23,7 @@ BOUNDS = """01 --present 0.01 1 | 0.0099 1.01;01 --validation 0 0.5 9 | -0.1;01 
 01 --temperature 0 100 | 101;01 --limit 1 | 0 1.5;01 --seed 0 9223372036854775807 | -1;02 --critiques 1 | 0
 03 --lora-rank 0 1024 | 1025;03 --lr 1e-9 1 | 0 2;03 --lam 0 100 | 101;03 --max-response-tokens 2 | 1
 04 --pool 2 | 1;04 --retention 0.001 1 | 0 1.5;04 --margin 0 1 | 1.01;04 --replay 0 0.99 | 1
-05 --votes 1 999 | 0 1001;05 --best-of 1 128 | 129;04 --samples 1 | 0"""  # noqa: E501
+05 --best-of 1 128 | 129;04 --samples 1 | 0"""  # noqa: E501
 
 
 @pytest.mark.parametrize("number", NAMES)
@@ -50,7 +50,7 @@ def test_every_number_has_bounds(number):
 
 
 WRONG = """01|01 --images x --pairs y|01 --images x --exclude y|01 --images x --present 0.01
-02 --style poem|02 --limit 0|04 --select best-of|05 --votes 2|05 --best-of 2|05 --withhold nothing
+02 --style poem|02 --limit 0|04 --select best-of|05 --best-of 2|05 --withhold nothing
 05 --benchmark llava-wild|05 --protocol official"""
 
 
@@ -122,6 +122,7 @@ FILES = r"""02|01_preferences/preferences.jsonl|{"id": "x"|preferences.jsonl lin
 02|01_preferences/preferences.jsonl|\xff|preferences.jsonl line 1: UnicodeDecodeError
 02|01_preferences/preferences.jsonl||no pair in split 'train'
 02|01_preferences/meta.json|GONE|01_preferences is not complete: first run 01_
+05 --pairs pairs.jsonl|01_preferences/meta.json|GONE|01_preferences is not complete: first run 01_
 03|02_critiques/meta.json|GONE|02_critiques is not complete: first run 02_
 05 --pairs none.jsonl|x||none.jsonl row 1: FileNotFoundError
 05 --pairs x.jsonl|x.jsonl||x.jsonl holds no usable row: there is no row

@@ -185,9 +185,6 @@ def test_counts_add_up():
         "dropped: wrong verdict": 2,
         "repeated": 1,
         "kept": 3,
-        "  kept in order ab": 2,
-        "  kept in order ba": 1,
         "  kept without checks": 2,
         "  questions with a kept critique": 2,
-        "  median length in words": 1,
     }

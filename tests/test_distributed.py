@@ -1,11 +1,10 @@
 """Several processes: two give what one gives."""
 
 import shutil
-from argparse import Namespace
 
 import pytest
 import torch
-from conftest import TWO_PROCESSES, read_rows, run, run_here, stage, steps_of
+from conftest import STAGES, TWO_PROCESSES, read_rows, run, run_here, stage, steps_of
 
 import common
 
@@ -64,10 +63,13 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_auto_is_refused(monkeypatch):
-    monkeypatch.setattr(common, "WORLD", 2)
-    with pytest.raises(SystemExit, match="--device auto .* without torchrun"):
-        common.run(lambda args: pytest.fail("started"), Namespace(device="auto", run="x"))
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_step_has_a_row_for_each_process(monkeypatch, number):
+    monkeypatch.setattr(three, "WORLD", 3)
+    parse_args = stage(STAGES[number - 1]).parse_args
+    assert parse_args(["--train-batch", "3"]).train_batch == 3
+    with pytest.raises(SystemExit):
+        parse_args(["--train-batch", "2"])
 
 
 # ---- With torchrun -------------------------------------------------------------------------------

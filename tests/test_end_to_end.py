@@ -48,7 +48,7 @@ def test_the_judge_learns(finished):
     assert 0.35 <= base["accuracy"] <= 0.75
     assert after["accuracy"] >= base["accuracy"] + 0.15
     assert after["unparseable"] <= 0.05
-    assert after["checks"]["balanced"] >= base["checks"]["balanced"] + 0.1
+    assert after["balanced"] >= base["balanced"] + 0.1
     seeing = table["margin, iteration 2"]["accuracy"]
     for how in ("blank", "other"):
         assert table[f"margin, iteration 2, {how} image"]["accuracy"] <= seeing - 0.1

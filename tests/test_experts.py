@@ -44,12 +44,13 @@ class Echo:
 def expert_of(tmp_path, monkeypatch, echo, name="echo.pt"):
     monkeypatch.setattr(one, "Detector", echo.load)
     flags = ["--images", "x", "--run", str(tmp_path / "run"), "--expert", name, "--device", "cpu"]
-    return one.Expert(one.parse_args(flags), tmp_path / "detections.jsonl", tmp_path, None)
+    return one.Expert(one.parse_args(flags), tmp_path, tmp_path, None)
 
 
 @pytest.mark.parametrize("classes", [None, ["ox", "ape"]])
 def test_each_picture_gets_its_own_detections(classes, tmp_path, monkeypatch):
-    """By an open expert each one's own names; what was looked at needs no expert any more."""
+    """By an open expert each one's own names; what was looked at needs no expert any more, nor do
+    a detector's classes, which the file of findings does not repeat."""
     questions = {}
     for i in range(70):
         Image.new("RGB", (2, 2), (i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -61,13 +62,17 @@ def test_each_picture_gets_its_own_detections(classes, tmp_path, monkeypatch):
         row, names = findings[f"{i}.png"], classes or questions[f"{i}.png"]
         expected = names, [found(name, i / 100) for name in names]
         assert (row["classes"], row["detections"]) == expected
+    assert set(read_rows(tmp_path / "detections.jsonl")[0]) == {"key", "image", "detections"}
     echo = Echo(["other"])
     again = expert_of(tmp_path, monkeypatch, echo)
     assert again.classes == classes and again.find(questions) == findings and not echo.loaded
     more = again.find({"5.png": ["new"]})["5.png"]["detections"]  # other names are other questions
     assert more == [found(name, 0.05) for name in classes or ["new"]]
-    other = expert_of(tmp_path, monkeypatch, echo, "other.pt").find({"5.png": ["ox"]})
+    monkeypatch.chdir(tmp_path)
+    other = expert_of(tmp_path, monkeypatch, echo, "./other.pt").find({"5.png": ["ox"]})
     assert other["5.png"]["detections"] == [found("other", 0.05)]
+    known = {"echo.pt": classes, str(tmp_path / "other.pt"): ["other"]}
+    assert common.read_json(tmp_path / "classes.json") == known
 
 
 def test_the_shipped_expert():
@@ -116,7 +121,7 @@ def policy(monkeypatch):
 
 
 def test_own_answers(policy):
-    expert = one.OwnAnswers(common.Judge("run", "m"))
+    expert = one.OwnAnswers(common.Judge("m"))
     dog, cat = found("dog", 0.8), found("cat", 0.2)
     assert expert.find(SHOTS, [["dog"], ["cat", "dog"]]) == [[dog], [cat, dog]]
     asked = [("dog", 0), ("cat", 100), ("dog", 100)]

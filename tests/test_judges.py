@@ -86,6 +86,7 @@ def test_samples_are_those_of_the_row_alone(judge, pictures, raw, monkeypatch, t
     for rows, size in ((some, 64), (some[::-1], 3 * n), (some[3:5], 64)):
         answers = raw(model, processor, rows, n, temperature, 10, seed=5, batch_size=size)
         assert getattr(model.model, "rope_deltas", None) is None  # nothing is left of these prompts
+        assert model.model.language_model.config._attn_implementation == "sdpa"
         how, lengths = (ends, temperature, 5), []
         for row, samples in zip(rows, answers):
             lengths += conftest.check_samples(model, processor, row, samples, *how)
@@ -140,9 +141,8 @@ def test_an_adapter_is_plain_peft_and_recomputes_the_same(judge, pictures, tmp_p
 
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
     for flag in ("--no-checkpoint-activations", "--checkpoint-activations"):
-        torch.manual_seed(0)
-        model = three.make_trainable(copy.deepcopy(base), 4)
-        adapter = fit(model, processor, pictures, tmp_path / flag, [flag], lr=1e-2, bt_weight=0.5)
+        model, how = copy.deepcopy(base), {"lora_rank": 4, "lr": 1e-2, "bt_weight": 0.5}
+        adapter = fit(model, processor, pictures, tmp_path / flag, [flag], **how)
         assert bool(recomputed) == (flag == "--checkpoint-activations")
         [step] = conftest.read_rows(tmp_path / flag / "metrics.jsonl")
         steps.append([step["loss"], step["bradley_terry"], step["grad_norm"]])
@@ -178,7 +178,7 @@ def saved(tiny, pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")  # with base/ and adapter/
     base = shutil.copytree(tiny[0].config._name_or_path, folder / "base")
     model, processor = common.load_judge(str(base), device="cpu")
-    fit(three.make_trainable(model, 4), processor, pictures, folder)
+    fit(model, processor, pictures, folder, lora_rank=4)
     return folder
 
 
@@ -200,7 +200,7 @@ def test_damaged_weights_end_in_one_line(saved, tmp_path, file, change, words):
         path.write_bytes(path.read_bytes()[:-100])
     checkpoint = folder / "adapter" if "adapter" in file else None
     with pytest.raises(SystemExit, match=words) as error:
-        common.Judge(tmp_path, str(folder / "base"), checkpoint, device="cpu").loaded  # noqa: B018
+        common.Judge(str(folder / "base"), checkpoint, device="cpu").loaded  # noqa: B018
     assert "\n" not in str(error.value)
 
 

@@ -109,20 +109,17 @@ def test_a_changed_dependency_makes_exactly_what_depends_on_it(ask):
 
 
 def test_weights_are_known_by_name_bound_and_digest(tmp_path):
-    run = tmp_path / "run"
-    for name, data in {"a": "one", "b": "two", "c": "one", "model": ""}.items():
-        (run / name).mkdir(parents=True)
-        (run / name / "adapter_model.safetensors").write_text(data)
+    for name, data in {"a": "one", "b": "two", "c": "one"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_text(data)
 
-    def weights(run, name="a", model="model", **settings):
-        return common.Judge(run, str(run / model), run / name, **settings).weights
+    def weights(name="a", model="hub/id", **settings):
+        return common.Judge(model, tmp_path / name, **settings).weights
 
-    first = weights(run, device="cpu")
-    assert json.loads(json.dumps(first)) == first == weights(run, "c")
-    others = [weights(run, "b"), weights(run, model="a"), weights(run, max_image_tokens=9)]
-    assert len({json.dumps(x) for x in [*others, first, common.Judge(run, "hub/id").weights]}) == 5
-    run.rename(tmp_path / "moved")
-    assert weights(tmp_path / "moved") == first
+    first = weights(device="cpu")
+    assert json.loads(json.dumps(first)) == first == weights("c") and first[0] == "hub/id"
+    others = [weights("b"), weights(model="other"), weights(max_image_tokens=9)]
+    assert len({json.dumps(x) for x in [*others, first, common.Judge("hub/id").weights]}) == 5
 
 
 # ---- Rows and files ------------------------------------------------------------------------------
@@ -172,9 +169,9 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
 
 
 def test_a_complete_stage_and_a_moved_run(tmp_path, monkeypatch, capsys):
+    """An image root inside the run is a path from it; 01 has written it so."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a run" / "world").mkdir(parents=True)
-    args = Namespace(run="a run", model="hub/id", image_root="a run/world", seed=3)
+    args = Namespace(run="a run", model="hub/id", image_root="world", seed=3)
     folder = start_stage(args, "01_preferences")
     with pytest.raises(SystemExit, match="01_preferences is not complete: first run .*01_"):
         common.stage_args("a run", "01_preferences")
@@ -185,6 +182,9 @@ def test_a_complete_stage_and_a_moved_run(tmp_path, monkeypatch, capsys):
     found = common.stage_args(tmp_path / "moved", "01_preferences")
     moved = str(tmp_path / "moved" / "world")
     assert (found["image_root"], found["model"], found["seed"]) == (moved, "hub/id", 3)
+    vars(args).update(run="moved", image_root=str(tmp_path / "elsewhere"))
+    common.finish_stage(tmp_path / "moved/01_preferences", args, {}, "x")
+    assert common.stage_args("moved", "01_preferences")["image_root"] == args.image_root
 
 
 def test_what_a_user_can_cause_ends_in_one_line(tmp_path):

@@ -57,7 +57,9 @@ def test_commands_parse(command):
 
 
 def test_flags_exist():
-    known = {"--nproc-per-node", "--help"}.union(*(flags_of(f"{name}.py") for name in FILES))
+    known = {"--nproc-per-node", "--help", "--generation-config"}.union(
+        *(flags_of(f"{name}.py") for name in FILES)
+    )
     known = known.union(*(flags_of(path) for path in (ROOT / "tests").glob("*.py")))
     for flag in re.findall(r"`[^`]*?(--[a-z][\w-]*)[^`]*`", PROSE):
         assert flag.replace("--no-", "--") in known, flag
@@ -87,9 +89,9 @@ def test_code_and_links_are_of_the_files():
 
 
 def test_it_is_read_in_twenty_minutes():
-    """Few words; the pictures are small, and all are shown."""
-    words = [word for word in PROSE.split() if re.search(r"\w", word)]  # no bars of tables
-    assert len(words) <= 2500
+    """Few words, beside code and tables; the pictures are small, and all are shown."""
+    lines = [line for line in PROSE.splitlines() if not line.startswith("|")]
+    assert len(" ".join(lines).split()) <= 2500
     shown = set(re.findall(r"!\[[^]]*\]\((assets/[^)]+)\)", TEXT))
     assert shown == {f"assets/{path.name}" for path in (ROOT / "assets").glob("*.png")}
     for path in shown:
@@ -125,6 +127,9 @@ def test_the_demos_table_is_the_demos():
 SENTENCES = """
 demo {passing} of {written} pass; {wrong_order} fall to the second rule
 is {largest}, the pool's largest
+finds a ring (confidence {sure[0]}) and a cross ({sure[1]}), both purple
+ends with P(label) = {best}, the worst, which takes a red triangle for a square, with {worst}
+is called better as A (P(A) = {asked[0]}) and as B ({asked[1]})
 03 ends at {took[0]} and 04 at {took[1]}
 in {deaf[0]} and {deaf[1]} of the critiques, elsewhere in {follows} or more
 though {checks:.0f} % of the checks were right
@@ -173,12 +178,15 @@ def measured():
     x = {"passing": counts["kept"] + counts["repeated"]}
     x["written"] = f"{counts['critiques written']:,}"
     x["wrong_order"] = counts["dropped: verdict does not follow from its checks"]
-    x["largest"] = number(DEMO["largest margin"])
+    example = DEMO["example"]
+    x |= {name: number(example[name]) for name in ("largest", "best", "worst")}
+    x["sure"], x["asked"] = map(two, example["found"]), map(number, example["probability_a"])
+    x["sure"], x["asked"] = [*x["sure"]], [*x["asked"]]
     usual, attacked = table[LAST], table[f"{LAST}, attack"]
     x["usual"], x["attacked"] = number(usual["accuracy"]), number(attacked["accuracy"])
-    balanced = [judge["checks"]["balanced"] for judge in (usual, attacked)]
-    assert balanced[0] == pytest.approx(balanced[1], abs=0.005)  # "as right as before"
-    x["lost"] = 100 * (1 - attacked["checks"]["n_checks"] / usual["checks"]["n_checks"])
+    balanced = [judge["balanced"] for judge in (usual, attacked)]
+    assert balanced[0] == pytest.approx(balanced[1], abs=0.01)  # "nearly as right as before"
+    x["lost"] = 100 * (1 - attacked["n_checks"] / usual["n_checks"])
     took = study_report.where_03_took(RESULTS)
     x["took"] = [span([worlds(*full, j)[seed] for seed in took]) for j in judges]
     starts = study_report.of_setting(RESULTS, "start", "the demo's flags")

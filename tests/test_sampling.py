@@ -1,4 +1,4 @@
-"""Prompts as tokens; sampling against transformers' generate, plain passes and the softmax."""
+"""Prompts as tokens; what is read of a text; the choice of a token, the loop, the shared prompt."""
 
 import copy
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EPSILON, check_greedy, check_samples, encode, judged_rows, requests_of, stage
+from conftest import EPSILON, encode, judged_rows, requests_of, stage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,31 +73,7 @@ def test_a_template_that_opens_a_thought_closes_it(tiny, pictures):
     assert decode(labels[labels != -100]) == row["response"] + "<|im_end|>"
 
 
-# ---- Against other ways to compute the same ------------------------------------------------------
-@pytest.mark.parametrize("which", ["tiny", "trained"])
-def test_greedy_equals_generate(which, pictures, raw, request):
-    model, processor = request.getfixturevalue(which)
-    asked = requests(pictures)
-    written = check_greedy(model, processor, asked, raw, 40, [processor.tokenizer.eos_token_id])
-    assert len({tuple(tokens) for tokens in written}) > 3
-    assert which == "tiny" or len({len(tokens) for tokens in written}) > 2  # some stop early
-
-
-@pytest.mark.parametrize("temperature, n", [(0.0, 1), (1.0, 3), (0.6, 2)])
-def test_samples_are_those_of_the_row_alone(trained, pictures, raw, temperature, n):
-    """Whatever the neighbours: by the uniform numbers and a plain pass; log-odds included."""
-    model, processor = trained
-    asked, stop_ids = requests(pictures), [processor.tokenizer.eos_token_id]
-    for some, size in ((asked, 64), (asked[::-1], 3 * n), (asked[3:5], 1)):
-        answers = raw(model, processor, some, n, temperature, 40, seed=5, batch_size=size)
-        assert model.model.rope_deltas is None
-        assert model.model.language_model.config._attn_implementation == "sdpa"
-        lengths = []
-        for row, samples in zip(some, answers):
-            lengths += check_samples(model, processor, row, samples, stop_ids, temperature, 5)
-        assert len(set(lengths)) > 1  # some go on where others have stopped
-
-
+# ---- What is read of a text (samples against other ways to compute them: test_judges.py) ---------
 @pytest.mark.parametrize("which", ["tiny", "trained"])
 @pytest.mark.parametrize("letter", "AB")
 @torch.no_grad()
@@ -109,7 +85,7 @@ def test_log_odds_are_read_at_the_letter(which, letter, pictures, request):
     assert [*common.verdict_token_ids(tokenizer)] == [id_a, id_b] and id_a != id_b
     for spelling in ("Verdict: {}", "Verdict: **{}**", "Verdict:{}", "Verdict: ({})."):
         text = f"red ring: yes\n{spelling.format(letter)}\nA and B in the image"
-        row = {"text": JUDGEMENT, "image": "1.png", "response": text, "label": "A"}
+        row = {"text": JUDGEMENT, "image": "1.png", "response": text, "label": letter}
         inputs, labels = encode(processor, pictures, [row])
         ids = labels[labels != -100]
         P = labels.shape[1] - len(ids)
@@ -121,7 +97,8 @@ def test_log_odds_are_read_at_the_letter(which, letter, pictures, request):
         assert (answer["verdict"], answer["complete"]) == (letter, True)
         assert answer["log_odds"] == r[k].item()
         loss = three.bradley_terry_sum(*three.forward(model, inputs, labels), [row], tokenizer)
-        assert loss.item() == pytest.approx(-r[k].sigmoid().log().item(), abs=EPSILON)
+        signed = r[k] if letter == "A" else -r[k]
+        assert loss.item() == pytest.approx(-signed.sigmoid().log().item(), abs=EPSILON)
 
 
 def test_a_sample_without_a_verdict_or_an_end(tiny):
@@ -203,11 +180,12 @@ def test_finished_prompts_leave_the_batch(monkeypatch, lengths):
 # ---- Requests, randomness, batches ---------------------------------------------------------------
 @pytest.fixture
 def batches(monkeypatch):
-    """(uniforms, stop ids) of the calls of sample_batch, which writes int(20 u) without a model."""
+    """(uniforms, stop ids, prompts' length) of the calls of sample_batch, which writes int(20 u)
+    without a model."""
     calls = []
 
     def write(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
-        calls.append((uniforms, stop_ids))
+        calls.append((uniforms, stop_ids, inputs["input_ids"].shape[1]))
         u = uniforms.flatten(0, 1)  # (S, R)
         return (20 * u).long() + 10, u
 
@@ -221,7 +199,7 @@ def test_seed_and_id_decide(tiny, pictures, batches):
     def numbers(some, n=2, seed=0, batch_size=256):
         del batches[:]
         common.sample(*tiny, some, n, 1.0, 8, seed, batch_size)
-        return torch.cat([uniforms for uniforms, _ in batches])  # (B, n, R), by the texts' length
+        return torch.cat([uniforms for uniforms, *_ in batches])  # (B, n, R), by the texts' length
 
     one = numbers(asked[:1])
     assert one.shape == (1, 2, 8) and one.min() >= 0 and one.max() < 1
@@ -232,6 +210,8 @@ def test_seed_and_id_decide(tiny, pictures, batches):
     assert torch.equal(numbers(moved), one)  # the same whatever is asked
     assert torch.equal(numbers(asked[:1], n=4)[:, :2], one)  # the first of four are those of two
     together, apart = numbers(asked), numbers(asked, batch_size=2)
+    lengths = [length for *_, length in batches]
+    assert lengths[0] == max(lengths) and lengths[-1] == min(lengths)  # the longest first
     assert torch.equal(together, apart) and (together == one[0]).all((1, 2)).sum() == 1
     # and the answers come in the order of the requests
     expected = [common.sample(*tiny, [row], 2, 1.0, 8)[0] for row in asked]

@@ -38,15 +38,15 @@ Verdict: Response {} is the better response.|**Verdict: {}**, the better respons
 @pytest.mark.parametrize("text", GOES_ON.replace("\n", "|").split("|"))
 @pytest.mark.parametrize("letter", "AB")
 def test_the_verdicts_line_may_go_on(text, letter):
-    """Our own prompt words it so. A small letter is an article then, both letters no verdict."""
-    assert find_verdict(text.format(letter)) == (letter, text.index("{}"))
-    assert find_verdict(text.format(letter.lower())) == (None, -1)
+    """Our own prompt words it so. Both letters are no verdict."""
+    for written in (letter, letter.lower()):
+        assert find_verdict(text.format(written)) == (letter, text.index("{}"))
     other = "B" if letter == "A" else "A"
     assert find_verdict(text.format(letter) + f" than {other}") == (None, -1)
 
 
 NONE = """|Verdict|Verdict:|A|Verdict A|The verdict is A|I say Verdict: A|Verdict: C|Verdict: both
-Verdict: AB|Verdict: Apple|Verdict: A or B|Verdict: A and B|Verdict: A/B|Verdict: A, B
+Verdict: AB|Verdict: Apple|Verdict: A or B|Verdict: A and B|Verdict: A/B|Verdict: a/b|Verdict: A, B
 Verdict: not A|Verdict: A tie|Verdict: a tie|Verdict: a better one is hard to find
 Verdict: B because A lies|Verdict: A Verdict: B|Verdict: А (Cyrillic)
 "Verdict: A" or "Verdict: B"|A: dog: yes"""
