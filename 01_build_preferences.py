@@ -185,21 +185,21 @@ def split_sizes(n, validation, heldout, train):
 
     sizes = {"validation": number(validation, min(200, n // 10))}
     sizes["heldout"] = number(heldout, min(500, n // 10))
-    left = max(0, n - sizes["validation"] - sizes["heldout"])
-    sizes["train"] = number(train, min(5000, left // 2))  # the other half is for 04
+    sizes["train"] = number(train, min(5000, max(0, n - sum(sizes.values())) // 2))
+    sizes["pool"] = max(0, n - sum(sizes.values()))
     return sizes
 
 
 def assign_splits(rows, sizes, seed):
     """Rows with "split": whole images in a random order fill validation (for 03 and 04 to watch),
     heldout (for 05) and train (for 02's critiques); the rest is the pool of 04.
-    sizes: {split: pairs}, in this order; each ends with the image that fills it. Needs: row_seed"""
+    sizes: {split: pairs}, in order; each ends with the image that fills it. Needs: row_seed"""
     of_image = {}
     for row in rows:
         of_image.setdefault(row["image"], []).append(row)
     images = sorted(of_image, key=lambda image: row_seed(seed, "split", image))
     placed = []
-    for split, size in [*sizes.items(), ("pool", len(rows))]:
+    for split, size in sizes.items():
         start = len(placed)
         while images and len(placed) < start + size:
             image = images.pop(0)
@@ -385,8 +385,7 @@ def pair_of(row):
     if name is None:
         raise Skip(f"columns of no known format ({', '.join(FORMATS)})", "?")
     try:
-        mapping = FORMATS[name][1]
-        pair = mapping(row)
+        pair = FORMATS[name][1](row)
         pair["prompt"] = re.sub(r"<image>\n?|\n<image>", "", pair["prompt"])
         if pair["chosen"].strip() == pair["rejected"].strip():
             raise Skip("identical responses", "rejected")
@@ -482,6 +481,7 @@ def read_pairs(source, image_root, folder, limit=None):
             rows[pair["id"]] = pair
         except Skip as skip:
             count_skip(counts, skip, origin)
+    common.gather(None)  # the first process has written all pictures
     if not rows:
         why = dict(counts) or "there is no row"
         stop(f"{source} holds no usable row: {why}; --image-root is {image_root}")
@@ -576,7 +576,7 @@ class OwnAnswers:
         first = [ids[0] for ids in words]
         p = logits[:, first].float().softmax(-1)  # (names, 4), of these answers alone
         confidences = [round(p_yes, 4) for p_yes in p[:, :2].sum(-1).tolist()]
-        return [{"object": n, "confidence": p, "box": None} for n, p in zip(names, confidences)]
+        return [{"object": n, "confidence": c, "box": None} for n, c in zip(names, confidences)]
 
 
 class Detection(TypedDict):
@@ -628,7 +628,7 @@ class Expert:
         batches = [chunk[start : start + 32] for start in range(0, len(chunk), 32)]
         found = common.share_out(batches, self.find_batch)
         bar.update(len(chunk))
-        return [{"image": image, "detections": of} for (image, _), of in zip(chunk, found)]
+        return [{"image": image, "detections": seen} for (image, _), seen in zip(chunk, found)]
 
     def find_batch(self, batch):
         images, questions = zip(*batch)
@@ -707,8 +707,7 @@ def load_items(args, folder):
 
 
 def write_candidates(args, items, judge, image_root, path, counts):
-    """{item id: the policy's texts that are finished and not too long}; counts all; path: where
-    they are kept."""
+    """{item id: the policy's finished texts}; counts all; path: where they are kept."""
     requests = [{**item, "text": item["prompt"]} for item in items]
     sampling = {"n": args.candidates, "temperature": args.temperature, "seed": args.seed}
     sampling |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
@@ -716,9 +715,9 @@ def write_candidates(args, items, judge, image_root, path, counts):
     texts = {}
     for item, samples in zip(items, answers):
         finished = [answer["text"].strip() for answer in samples if answer["complete"]]
-        texts[item["id"]] = [text for text in finished if len(text) <= LONGEST]
+        texts[item["id"]] = finished
         counts["candidates written"] += len(samples)
-        counts["  dropped: unfinished or too long"] += len(samples) - len(texts[item["id"]])
+        counts["  dropped: unfinished"] += len(samples) - len(finished)
     return texts
 
 
@@ -745,7 +744,7 @@ STATUS_COLOURS = {"present": "limegreen", "absent": "red", "unsure": "darkorange
 def draw_contact_sheet(path, rows, image_root):
     """The first 12 pairs: boxes in the colours of their status, both responses, each object."""
     figure = Figure((14, 16), layout="constrained")
-    nothing = {"frame_on": False, "xticks": (), "yticks": ()}
+    nothing = {"frame_on": False, "xticks": (), "yticks": (), "anchor": "N"}
     style = {"va": "top", "fontsize": 8, "parse_math": False}
     for axis, row in zip(figure.subplots(3, 4, subplot_kw=nothing).flat, rows):
         picture = common.load_image(Path(image_root) / row["image"])
@@ -760,7 +759,7 @@ def draw_contact_sheet(path, rows, image_root):
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2))
                 x = min(max((x1 + x2) / 2, 0.2 * picture.width), 0.8 * picture.width)
                 axis.text(x, y1, label, ha="center", backgroundcolor=colour, **style)
-        text = "\n".join(textwrap.fill(line, 42, max_lines=6) for line in lines)
+        text = "\n".join(textwrap.fill(line, 48, max_lines=6) for line in lines)
         axis.text(0, -0.03, text, transform=axis.transAxes, **style)
     figure.savefig(path, dpi=80)
 
@@ -802,11 +801,11 @@ def parse_args(argv=None):
     return args
 
 
-def warn_of_small_splits(counts, args):
-    for split, least in {"validation": 1, "heldout": 1, "train": 1, "pool": 2}.items():
-        if counts[f"  in split {split}"] < least and getattr(args, split, None) != 0:
-            flag = "lower --train" if split == "pool" else f"raise --{split}"
-            print(f"warning: too few pairs in split {split} for a later stage: {flag}")
+def warn_of_small_splits(sizes, args, when):
+    for split, size in sizes.items():
+        if size < 2 and getattr(args, split, None) != 0:
+            flag = "lower the others" if split == "pool" else f"raise --{split}"
+            print(f"warning: {when} too few pairs in split {split} for a later stage: {flag}")
 
 
 def main(args):
@@ -814,6 +813,8 @@ def main(args):
 
     # 1. What to verify, who writes, who verifies --------------------------------------------------
     image_root, items, counts = load_items(args, folder)
+    sizes = split_sizes(len(items), args.validation, args.heldout, args.train)
+    warn_of_small_splits(sizes, args, f"of {len(items)} rows:")
     if Path(args.model).exists():  # else it is a hub id
         args.model = str(Path(args.model).resolve())
     judge = common.Judge(args.model, device=args.device, max_image_tokens=args.max_image_tokens)
@@ -831,10 +832,9 @@ def main(args):
     # 2. Candidates, mentions, findings ------------------------------------------------------------
     if args.images:
         texts = write_candidates(args, items, judge, image_root, folder / "answers.jsonl", counts)
-        may_swap = sorted(set(vocabulary.values()))
     else:
         texts = {item["id"]: [item["chosen"], item["rejected"]] for item in items}
-        may_swap = []  # given pairs stay as they are
+    may_swap = sorted(set(vocabulary.values())) if args.images else []  # given pairs stay as given
     mentions = {}  # {id: list of mentions for each text}
     for key, of_item in texts.items():
         mentions[key] = [find_mentions(text, vocabulary) for text in of_item]
@@ -869,7 +869,7 @@ def main(args):
     draw_contact_sheet(folder / "contact_sheet.png", rows, image_root)
     counts.update(f"  {row['source']} pairs" for row in rows)
     counts.update(f"  in split {row['split']}" for row in rows)
-    warn_of_small_splits(counts, args)
+    warn_of_small_splits(sizes, args, "there are")
     run = Path(args.run).resolve()
     is_inside = image_root.is_relative_to(run)  # then the run can be moved
     args.image_root = str(image_root.relative_to(run) if is_inside else image_root)

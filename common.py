@@ -664,7 +664,9 @@ def ask(path, judge, requests, describe, *, image_root, batch_size, **sampling):
         answers = sample(*judge.loaded, chunk, batch_size=batch_size, bar=bar, **sampling)
         return [{"id": row["id"], "answers": of_row} for row, of_row in zip(chunk, answers)]
 
-    size = max(1, CHUNK // sampling["n"])
+    n, longest = sampling["n"], sampling["max_new_tokens"]
+    print(f"{describe}: {len(requests)} x {n} texts of at most {longest} tokens")
+    size = max(1, CHUNK // n)
     return [row["answers"] for row in kept(path, Answers, tasks, answer, size, describe)]
 
 

@@ -140,7 +140,7 @@ def pipeline(run, root):
     lines = [*responses(critique), ("", INK), *checks(critique["critique"])]
     validation = common.read_json(run / "03_ift" / "meta.json")["validation"]
     loss = [("L = L_SFT(critiques)", INK), ("    + lambda L_SFT(correct)", INK)]
-    loss += [(f"{name}: accuracy {x['accuracy']:.3f}", INK) for name, x in validation.items()]
+    loss += [(f"{name}: {x['accuracy']:.3f} of validation", INK) for name, x in validation.items()]
     judgements = common.read_rows(run / "05_evaluation" / "judgements.jsonl", dict)
     last = five.last_judge(five.find_judges(run), "")["name"]
     of_last = [row for row in judgements if row["condition"] == last][:2]

@@ -265,7 +265,7 @@ def start(lab, run):
     counts = expert_counts(lab, lab.base)
     for judge in ("base", "after 03"):
         counts[f"{judge}: checks right"] = metrics["table"][judge]["balanced"]
-        counts[f"{judge}: verdict follows"] = metrics["table"][judge]["verdict_follows"]
+        counts[f"{judge}: verdict follows"] = three.verdict_follows(judged[judge])[0]
     return judged, counts
 
 
@@ -363,6 +363,7 @@ def train_by_contrast(lab, run, rule, steps=60, lr=3e-4, size=32):
             row["reference"] = gaps(*judge, [row], lab.pictures).item()
     weights = [weight for weight in judge[0].parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
+    lines = []
     for step in range(steps):
         batch = three.rows_of_step(rows, step, size, lab.seed)
         reference = torch.tensor([row["reference"] for row in batch])
@@ -372,9 +373,13 @@ def train_by_contrast(lab, run, rule, steps=60, lr=3e-4, size=32):
         optimizer.param_groups[0]["lr"] = three.learning_rate(step, steps, lr)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step + 1} | DPO {loss.item():.3f}", flush=True)
-    judge[0].save_pretrained(run / f"03_ift_{rule}" / "adapter")
-    write_json(run / f"03_ift_{rule}" / "adapter" / "made_with.json", {"tag": rule})
+        lines.append({"step": step + 1, "loss": loss.item()})
+    folder = run / f"03_ift_{rule}"
+    judge[0].save_pretrained(folder / "adapter")
+    write_jsonl(folder / "metrics.jsonl", lines)
+    made_with = {"tag": rule, "style": "critique", "steps": steps, "train_batch": size}
+    made_with["counts"] = {"trained on, critiques": len(rows)}
+    write_json(folder / "adapter" / "made_with.json", made_with)
 
 
 def contrast(lab, run):
@@ -397,7 +402,7 @@ def weighted(lab, run, weight):
     counts = {}
     for judge in ("after 03", "margin, iteration 1"):
         measures = metrics["table"][judge]
-        counts[f"{judge}: verdict follows"] = measures["verdict_follows"]
+        counts[f"{judge}: verdict follows"] = three.verdict_follows(judged[judge])[0]
         for name in ("ece", "bradley_terry_loss", "unparseable"):
             counts[f"{judge}: {name}"] = measures[name]
     samples = read_jsonl(folder_of(run, "margin") / "iter1" / "samples.jsonl")

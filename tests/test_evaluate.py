@@ -103,7 +103,7 @@ def test_measures_by_hand():
     rows = judgements("1", "A", "B", 0.9, 0.2) + judgements("2", "A", "A", 0.6, 0.6)
     rows += judgements("3", "B", "A") + judgements("4", "B", None)
     pairs = {"1": {"rejected": ""}, "2": {"chosen": "", "hallucinated": ["red ring"]}}
-    pairs |= {"3": {"chosen": "ox.", "rejected": "a cat."}, "4": {}}  # 4: of the same length
+    pairs |= {"3": {"chosen": "an ox", "rejected": "elephant"}, "4": {}}  # 4: of one length
     measures = measures_of(rows, pairs)
     expected = {"accuracy": 3 / 8, "both": 1 / 4, "hallucination": 1 / 2, "undecided": 0}
     expected |= {"shorter_is_better": 1 / 4, "longer_is_better": 1.0, "macro": 3 / 8}

@@ -62,7 +62,9 @@ def test_each_picture_gets_its_own_detections(classes, tmp_path, monkeypatch):
         row, names = findings[f"{i}.png"], classes or questions[f"{i}.png"]
         expected = names, [found(name, i / 100) for name in names]
         assert (row["classes"], row["detections"]) == expected
-    assert set(read_rows(tmp_path / "detections.jsonl")[0]) == {"key", "image", "detections"}
+    kept = read_rows(tmp_path / "detections.jsonl")
+    assert [row["image"] for row in kept] == list(questions)
+    assert set(kept[0]) == {"key", "image", "detections"}
     echo = Echo(["other"])
     again = expert_of(tmp_path, monkeypatch, echo)
     assert again.classes == classes and again.find(questions) == findings and not echo.loaded

@@ -309,7 +309,7 @@ def test_main_on_images(tmp_path, photos, monkeypatch, capsys):
     assert texts == {"a-0": ("A dog.", "A bus.", "sampled"), "c-0": swapped}
     assert [rows[k]["evidence"][0]["box"][0] for k in ("a-0", "c-0")] == [0, 2]
     numbers = {"rows read": 5, "candidates written": 15, "pairs made": 2}
-    numbers |= {"  dropped: unfinished or too long": 5, "dropped: no candidate is finished": 1}
+    numbers |= {"  dropped: unfinished": 5, "dropped: no candidate is finished": 1}
     numbers |= {"dropped: names no object of the vocabulary": 1}
     numbers |= {"dropped: no candidate without hallucination": 1, "  sampled pairs": 1}
     numbers |= {"  swapped pairs": 1, "  in split pool": 1, "  in split train": 1}

@@ -125,7 +125,7 @@ def test_the_demos_table_is_the_demos():
 
 # ---- The text's numbers: sentences, and what stands in their braces ------------------------------
 SENTENCES = """
-demo {passing} of {written} pass; {wrong_order} fall to the second rule
+demo {passing} of {written} pass; of {wrong_order} the verdict does not follow
 is {largest}, the pool's largest
 finds a ring (confidence {sure[0]}) and a cross ({sure[1]}), both purple
 ends with P(label) = {best}, the worst, which takes a red triangle for a square, with {worst}
