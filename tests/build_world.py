@@ -66,6 +66,8 @@ WANTED = {
 }
 NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 SPECIAL = tuple(f"<|{name}|>" for name in NAMES)
+TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+TOKENS |= {f"vision_{side}_token_id": f"<|vision_{side}|>" for side in ("start", "end")}
 # Qwen2-VL's without its default system turn: each prompt token costs CPU time
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -116,9 +118,7 @@ def build_model(tokenizer):
     vision_config = {"depth": 2, "embed_dim": 96, "hidden_size": 128, "num_heads": 4}
     vision_config |= {"mlp_ratio": 2, "patch_size": 14, "spatial_merge_size": 2}
     vision_config |= {"temporal_patch_size": 2, "initializer_range": 0.03}
-    ids = {"image_token_id": token("<|image_pad|>"), "video_token_id": token("<|video_pad|>")}
-    ids["vision_start_token_id"] = token("<|vision_start|>")
-    ids["vision_end_token_id"] = token("<|vision_end|>")
+    ids = {name: token(text) for name, text in TOKENS.items()}
     parts = {"text_config": text_config, "vision_config": vision_config}
     config = transformers.Qwen2VLConfig(**parts, tie_word_embeddings=True, **ids)
     model = transformers.Qwen2VLForConditionalGeneration(config)
