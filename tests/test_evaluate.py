@@ -11,9 +11,10 @@ import datasets
 import numpy as np
 import pytest
 from conftest import read_rows, stage
+from test_published import bench_row
 
 import common
-from common import both_orders, read_json, write_json, write_jsonl
+from common import read_json, write_json, write_jsonl
 
 five = stage("05_evaluate")
 CRITIQUES = {"A": "A: red circle: yes\nVerdict: A", "B": "B: red circle: yes\nVerdict: B"}
@@ -382,13 +383,8 @@ def test_a_run_with_all_its_judges(made_run, judge):
     assert [row["condition"] for row in rows[::12]] == [*NAMES[:3], *closer, NAMES[3]]
     assert judge.loaded == [None, "03_ift", MARGIN, RANDOM]
     assert set(judge.settings) == {(1, 0.0, 33, 7)}
-    questions = []
-    for pair in read_rows(made_run.parent / "heldout.jsonl"):
-        questions += both_orders(pair)
-    for row, request, q in zip(rows, judge.requests, questions):  # of the base model
-        text = common.build_judge_prompt(q["prompt"], q["response_a"], q["response_b"], "none")
-        assert (request["id"], request["text"]) == (q["id"], text)  # in the judges' style
-        assert [row[x] for x in ("image", "order", "label")] == [q["image"], q["order"], q["label"]]
+    of_base = [request["text"] for request in judge.requests[:12]]  # in the judges' style
+    assert all(text.endswith(common.INSTRUCTIONS["none"]) for text in of_base)
     table = read_json(folder / "metrics.json")["table"]
     assert [table[name]["accuracy"] for name in NAMES] == [0.5, 1, 1, 1]
     assert table["base"]["both"] == 0
@@ -486,15 +482,8 @@ def test_chance_within_the_best_judges_interval_is_said():
 
 def test_vl_rewardbench(tmp_path, pictures, judge):
     complete_01(tmp_path, pictures)  # without a training
-    rows = []
-    for i in range(6):
-        picture = {"bytes": (pictures / f"{i % 4}.png").read_bytes(), "path": None}
-        row = {
-            "id": f"{('RLAIF-V-', 'mathverse_')[i % 2]}{i}",
-            "query": f"<image>\nList the objects in image {i}.",
-        }
-        row |= {"response": ["red circle.", "blue star, red ring."], "image": picture}
-        rows.append({**row, "human_ranking": [i % 2, 1 - i % 2]})
+    names = [f"{('RLAIF-V-', 'mathverse_')[i % 2]}{i}" for i in range(6)]
+    rows = [bench_row(name, [i % 2, 1 - i % 2], seed=i) for i, name in enumerate(names)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
     judge.answer = lambda model, request, k: answer_of("A", 0.9)
     given = ["--benchmark", "vl-rewardbench", "--protocol", "official", "--withhold"]
