@@ -172,7 +172,7 @@ def make_swap(text, swaps, status, vocabulary, rng):
     if not absent:
         raise Skip("no candidate hallucinates, no absent object to swap in")
     present = [name for name in find_mentions(text, vocabulary) if status[name] == "present"]
-    return swap_object(text, rng.choice(present), absent[0], vocabulary)
+    return swap_object(text, rng.choice(present), spaced(absent[0]), vocabulary)
 
 
 def split_sizes(n, validation, heldout, train):
@@ -284,8 +284,8 @@ def mention_spans(text, vocabulary):
 
 
 def claimed_objects(claim, supported, vocabulary):
-    """Classes that a critique's check affirms, all that its claim mentions, or denies: the object
-    alone that is all of the claim, since "a dog with a hat: no" denies no dog."""
+    """Classes that a critique's check decides. "yes" affirms all that the claim mentions, "no"
+    denies an object only if it is the whole claim: "a dog with a hat: no" denies no dog."""
     if supported:
         return find_mentions(claim, vocabulary)
     opening = r"^(?:there (?:is|are) )?(?:(?:an?|the|some|one|two|three) )?"
