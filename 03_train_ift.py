@@ -92,7 +92,7 @@ def training_rows(critiques):
 
 
 def rows_of_step(rows, step, size, seed):
-    """The rows of optimizer step `step` (from 0): shuffled epochs, one after another, cut."""
+    """The rows of optimizer step `step` (from 0): shuffled epochs in a row, cut into steps."""
     epoch, start = divmod(step * size, len(rows))  # the step starts in this epoch, at this row
     epochs = []
     while len(epochs) < start + size:  # a step may end in a later one
@@ -333,7 +333,7 @@ def resume_training(path, weights, optimizer, settings):
 
 
 def check_settings(path, saved, settings):
-    """Stop where what lies there was made with something else: no program replaces weights."""
+    """Stop where what lies there was made with something else: it is never overwritten."""
     changes = []
     for name, value in settings.items():
         if saved.get(name) != value:
@@ -344,8 +344,8 @@ def check_settings(path, saved, settings):
 
 
 def find_checkpoint(folder, settings=None):
-    """The folder's adapter/ or model/, None without either. Who is about to train there gives its
-    settings: it stops where what lies there, trained or interrupted, was made with others."""
+    """The folder's adapter/ or model/, None without either. With settings, those of a training that
+    is to begin, it stops where these, or training.pt, were made with others."""
     trained = [path for path in (folder / "adapter", folder / "model") if path.exists()]
     if settings and trained:
         check_settings(trained[0], common.read_json(trained[0] / "made_with.json"), settings)
@@ -571,7 +571,7 @@ def fit(judge, critiques, folder, settings, image_root, seed, args):
     if args.checkpoint_activations:
         language_model = common.unwrap(model).model.language_model
         language_model.activation_checkpointing_enable()
-        language_model.disable_input_require_grads()  # LoRA needs no hook at the embeddings
+        language_model.disable_input_require_grads()  # the line above has set a hook, needlessly
     how = (processor, image_root, settings, seed, args.micro_batch)
     prepare = partial(micro_batches, rows_of_kind, *how)
     # (a copy: the other thread is using the tokenizer)

@@ -3,10 +3,10 @@
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) both orders, since benchmarks put the better response first (VL-RewardBench: 1,245 of 1,250);
   2) the last judge also sees a blank picture and another row's picture: what it still gets right
-     it knows from the text alone; --attack: and worse responses that call themselves the better;
+     it knows from the text alone; with --attack also worse responses that call themselves better;
   3) Best-of-N (LLaVA-Bench) picks the response with the best mean P of beating each other one;
   4) --protocol official: VL-RewardBench's majority of 9 calls a pair, each in an order drawn by
-     lot; but by our prompt and top_p 1, not .2: published figures (arXiv 2411.17451) are only near.
+     lot; but by our prompt and top_p 1, not .2: only roughly comparable with arXiv 2411.17451.
 
 Reads   01's split "heldout", or --pairs (a file, folder or hub id); all that 03 and 04 have trained
 Writes  05_evaluation[_BENCHMARK[_official]]/: answers.jsonl, kept for the next start; made anew:
@@ -109,7 +109,7 @@ def accuracy_per_pair(rows):
 
 
 def check_rates(rows, pairs, vocabulary):
-    """How the judge's checks stand to the pairs' evidence; {} without any of both kinds."""
+    """How the judge's checks stand to the pairs' evidence; {} unless it checks objects of both."""
     says_yes = {"present": [], "absent": []}  # what is unsure has no true answer
     for row in rows:
         evidence = pairs[row["id"]].get("evidence") or ()
