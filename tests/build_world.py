@@ -421,25 +421,26 @@ class Rows:
     def packed_checks(self):
         """A critique's lines with true answers behind no prompt: it learns to answer only."""
         image = self.image()
-        asked = self.checked(image)
-        cut = self.rng.integers(1, len(asked))
-        return Row(image, "", true_lines(asked[:cut], asked[cut:]), copy_weight=0.0)
+        kinds, facts = self.checked(image)
+        cut = self.rng.integers(1, len(kinds))
+        lines = check_lines(claims_of(kinds[:cut], kinds[cut:]), facts)
+        return Row(image, "", lines, copy_weight=0.0)
 
     def listed_checks(self):
         """The same as a critique of two lists in the prompt: it also learns to copy what the
         picture does not show. Each kind is named by A, by B or by both, in an order of its own."""
         image = self.image()
-        asked = self.checked(image)
-        side = self.rng.choice(3, len(asked), p=[0.25, 0.25, 0.5])  # A, B, both
-        a = [asked[i] for i in self.rng.permutation(len(asked)) if side[i] != 1][:5]
-        b = [asked[i] for i in self.rng.permutation(len(asked)) if side[i] != 0][:5]
-        texts = [caption([kind for kind, _ in named]) for named in (a, b)]
-        prompt = f"Response A: {texts[0]}\nResponse B: {texts[1]}\n"
-        return Row(image, prompt, true_lines(a, b), copy_weight=0.3)
+        kinds, facts = self.checked(image)
+        side = self.rng.choice(3, len(kinds), p=[0.25, 0.25, 0.5])  # A, B, both
+        a = [kinds[i] for i in self.rng.permutation(len(kinds)) if side[i] != 1][:5]
+        b = [kinds[i] for i in self.rng.permutation(len(kinds)) if side[i] != 0][:5]
+        prompt = f"Response A: {caption(a)}\nResponse B: {caption(b)}\n"
+        return Row(image, prompt, check_lines(claims_of(a, b), facts), copy_weight=0.3)
 
     def checked(self, image):
-        n_present = len(self.present[image])
-        return self.questions(image, min(8, 2 * n_present or 4))
+        """Kinds to be checked, one perhaps twice, and {kind: the right answer}."""
+        asked = self.questions(image, min(8, 2 * len(self.present[image]) or 4))
+        return [kind for kind, _ in asked], {kind: YES_NO[is_there] for kind, is_there in asked}
 
     def judgement(self, guided):
         """Not guided: wrong facts on purpose, and a verdict that follows from them. Guided: facts
@@ -506,13 +507,6 @@ def claims_of(a, b):
 
 def verdict_of(claims, facts):
     return verdict_of_checks([(side, kind, facts[kind] == "yes") for side, kind in claims])
-
-
-def true_lines(named_by_a, named_by_b):
-    """[(kind, is present)] of each side -> the lines of a critique that is right."""
-    facts = {kind: YES_NO[is_present] for kind, is_present in named_by_a + named_by_b}
-    a, b = [[kind for kind, _ in named] for named in (named_by_a, named_by_b)]
-    return check_lines(claims_of(a, b), facts)
 
 
 # ---- Measuring, by the ordinary route: common.sample and the parsers ----------------------------
@@ -773,13 +767,6 @@ def build_judge(seed, n_bank=10000, n_user=3800, n_validation=800):
     return model, processor, {name: round(share, 4) for name, share in table.items()}, steering
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
-
-
 def main(args):
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"error: {args.out} is not empty; name a folder that is not there yet")
@@ -800,4 +787,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--seed", type=int, default=0)
+    main(parser.parse_args())

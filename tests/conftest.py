@@ -106,6 +106,13 @@ def correct_rows():  # D_correct of these
     return stage("03_train_ift").training_rows(critique_rows())["correct"]
 
 
+def judgements(key, ab, ba, p_ab=0.5, p_ba=0.5):
+    """The two judgement rows of a pair, from the verdicts and P(A) in its orders."""
+    ab = {"id": key, "order": "ab", "label": "A", "verdict": ab, "probability_a": p_ab}
+    ba = {"id": key, "order": "ba", "label": "B", "verdict": ba, "probability_a": p_ba}
+    return [{**row, "critique": ""} for row in (ab, ba)]
+
+
 def requests_of(rows, pictures):
     """What common.sample takes."""
     return [{**row, "image": pictures / row["image"]} for row in rows]
@@ -159,7 +166,6 @@ def fit(model, processor, pictures, folder, flags=(), **changed):
 @pytest.fixture
 def raw(monkeypatch):
     """common.sample whose answers are (token ids (R,), log-odds (R,)), not text and verdict."""
-
     monkeypatch.setattr(common, "finish_sample", lambda _, *written: written[:2])
     return common.sample
 

@@ -10,30 +10,15 @@ from collections import Counter
 import datasets
 import numpy as np
 import pytest
-from conftest import read_rows, stage
+from conftest import judgements, read_rows, stage
 from test_published import bench_row
+from test_stages import answer
 
 import common
 from common import read_json, write_json, write_jsonl
 
 five = stage("05_evaluate")
 CRITIQUES = {"A": "A: red circle: yes\nVerdict: A", "B": "B: red circle: yes\nVerdict: B"}
-
-
-def answer_of(verdict, probability_a=0.5, text=None):
-    """An Answer of common.sample."""
-    log_odds = None
-    if verdict is not None:
-        log_odds = math.log(probability_a / (1 - probability_a))
-    text = text or CRITIQUES.get(verdict, "I cannot tell.")
-    return {"text": text, "complete": True, "verdict": verdict, "log_odds": log_odds}
-
-
-def judgements(key, ab, ba, p_ab=0.5, p_ba=0.5):
-    """The two judgement rows of a pair, from the verdicts and P(A) in its orders."""
-    ab = {"id": key, "order": "ab", "label": "A", "verdict": ab, "probability_a": p_ab}
-    ba = {"id": key, "order": "ba", "label": "B", "verdict": ba, "probability_a": p_ba}
-    return [{**row, "critique": ""} for row in (ab, ba)]
 
 
 def measures_of(rows, pairs, accuracies=None):
@@ -299,8 +284,7 @@ class Fake:
 def prefers_circles(model, request, k):
     """The base model says A; a trained one prefers the response that names a red circle."""
     response_a = request["text"].split("Response A: ")[1].split("\n")[0]
-    verdict = "A" if model is None or "circle" in response_a else "B"
-    return answer_of(verdict, 0.9 if verdict == "A" else 0.1)
+    return answer(CRITIQUES["A" if model is None or "circle" in response_a else "B"])
 
 
 @pytest.fixture
@@ -440,7 +424,7 @@ def test_a_variant_stands_beside_the_others(made_run, judge):
     """--tag: all are in the table, each asked in its own style; the variant's last is looked at
     closely. Refused: one that was trained on held-out pictures."""
     put_adapter(made_run / "03_ift_bt", tag="bt", style="critique")
-    judge.answer = lambda model, request, k: answer_of("A", 0.8)
+    judge.answer = lambda model, request, k: answer(CRITIQUES["A"], 0.8)
     report, _ = evaluate(made_run, "--tag", "bt", "--withhold", "blank")
     assert "warning: the interval of the best judge holds chance" in report
     names = (*NAMES, "after 03, bt", "after 03, bt, blank image")
@@ -459,11 +443,11 @@ def test_missing_verdicts_are_said_and_counted(made_run, pictures, judge):
     write_pairs(made_run.parent, 20)
     mute = {None: ("p0-ab", "p0-ba"), "03_ift": ("p0-ab", "p0-ba", "p1-ab")}
 
-    def answer(model, request, k):
+    def reply(model, request, k):
         is_mute = request["id"] in mute.get(model, ())
-        return answer_of(None) if is_mute else prefers_circles(model, request, k)
+        return answer("I cannot tell.") if is_mute else prefers_circles(model, request, k)
 
-    judge.answer = answer
+    judge.answer = reply
     given = ("--pairs", made_run.parent / "heldout.jsonl", "--image-root", pictures)
     report, folder = evaluate(made_run, *given, "--withhold")  # 2 of 40 of base, 3 of after 03
     warnings = re.findall("warning: .*", report)
@@ -485,7 +469,7 @@ def test_vl_rewardbench(tmp_path, pictures, judge):
     names = [f"{('RLAIF-V-', 'mathverse_')[i % 2]}{i}" for i in range(6)]
     rows = [bench_row(name, [i % 2, 1 - i % 2], seed=i) for i, name in enumerate(names)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
-    judge.answer = lambda model, request, k: answer_of("A", 0.9)
+    judge.answer = lambda model, request, k: answer(CRITIQUES["A"], 0.9)
     given = ["--benchmark", "vl-rewardbench", "--protocol", "official", "--withhold"]
     given += ["--pairs", tmp_path / "test.parquet"]
     report, folder = evaluate(tmp_path, *given)
@@ -505,9 +489,9 @@ def captions(model, request, k):
     if "Response A: " not in request["text"]:
         texts = ("red ring 0.", "red circle 1.", "red circle, red ring 3.", "red circle 2.")
         text = texts[(k + int(request["id"]) // 2) % 4]
-        return {**answer_of(None, text=text), "complete": k != 2}
+        return {**answer(text), "complete": k != 2}
     a, b = re.findall(r"Response .: .*(\d)", request["text"])
-    return answer_of("A", 0.6 + (int(a) - int(b)) / 10)
+    return answer(CRITIQUES["A"], 0.6 + (int(a) - int(b)) / 10)
 
 
 def test_llava_bench_in_the_wild(tmp_path, pictures, judge):
@@ -539,9 +523,9 @@ def test_llava_bench_in_the_wild(tmp_path, pictures, judge):
     assert "after 03 has picked the first, second, ... of 4 so often: [0, 2, 2, 0]" in report
     for name, numbers in (("first", "0011"), ("judge", "3333")):
         answers = read_rows(folder / f"answers_{name}.jsonl")
-        for q, answer, number in zip(questions, answers, numbers, strict=True):
-            assert (answer["question_id"], answer["prompt"]) == (q["question_id"], q["text"])
-            assert answer["text"][-2] == number and answer["answer_id"] and answer["model_id"]
+        for q, row, number in zip(questions, answers, numbers, strict=True):
+            assert (row["question_id"], row["prompt"]) == (q["question_id"], q["text"])
+            assert row["text"][-2] == number and row["answer_id"] and row["model_id"]
 
 
 def test_what_cannot_be_judged_stops_before_any_work(made_run, pictures, judge):
