@@ -295,5 +295,5 @@ def test_cut_pools():
     pools = four.cut_pools(pairs, 5, 3)
     # no image is cut in two, so a pool of 5 takes a sixth pair
     assert pools == [pairs[:6], pairs[6:12], pairs[12:18]]
-    with pytest.raises(SystemExit, match="used up after iteration 4"):
+    with pytest.raises(SystemExit, match="20 pairs is used up in iteration 5 of 5"):
         four.cut_pools(pairs, 5, 5)
