@@ -646,7 +646,7 @@ def steer(trainer, rows, correcting_step, validation, corrections=4):
     does in the end. -> [what was measured]"""
     rng = np.random.default_rng(2)
     pairs = {i: make_pair(rng, trainer.present[i]) for i in validation[-150:]}
-    first_pairs = {i: pairs[i] for i in validation[-150:][:50]}
+    some = dict(list(pairs.items())[:50])
     held = Rows(np.random.default_rng(1), trainer.present, validation)
     checks = [held.packed_checks() for _ in range(200)]
     verdicts = [held.only_verdict() for _ in range(400)]
@@ -655,7 +655,7 @@ def steer(trainer, rows, correcting_step, validation, corrections=4):
         trainer.model.eval()
         base = measure_judge(trainer, pairs)
         measured = {"wrong_absent": rows.wrong_absent, **base}
-        measured["guided_accuracy"] = measure_judge(trainer, first_pairs, rng)["accuracy"]
+        measured["guided_accuracy"] = measure_judge(trainer, some, rng)["accuracy"]
         measured["check_accuracy"] = trainer.check_accuracy(checks)
         measured["verdict_follows"] = trainer.verdict_follows(verdicts)
         trainer.model.train()

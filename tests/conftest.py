@@ -11,19 +11,16 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from demo import ROOT, WORLD
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-WORLD = ROOT / "tests" / "world"  # shipped: model/, expert.pt; never written to
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 STAGES = tuple(sorted(path.stem for path in ROOT.glob("0?_*.py")))
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 stage = importlib.import_module  # a name that starts with a digit has no import statement
 common = stage("common")
 EPSILON = 1e-3  # largest difference in nats between two ways to compute a number in float32

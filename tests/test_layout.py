@@ -158,11 +158,8 @@ def test_nothing_in_a_stage_serves_only_a_later_one(name):
     assert only_elsewhere <= {"claimed_objects"}  # it stands beside find_mentions, which it needs
 
 
-SHAPES = {"Critique"}  # of the rows that stages write: together, whoever reads them
-
-
 def test_what_is_common_serves_two_files_or_common_itself():
-    at_home = used_at_home("common") | SHAPES
+    at_home = used_at_home("common") | {"Critique"}  # with the other shapes of rows
     for defined in definitions("common"):
         users = [name for name in SCRIPTS if ("common", defined) in taken(name)]
         assert defined in at_home or len(users) >= 2, f"{defined} serves {users}"
@@ -238,10 +235,11 @@ def needs(function):
 
 
 def imports_of(file):
-    """{name: import statement} of a file's top level."""
+    """{name: import statement} of a file's top level, but for what it takes from common."""
     found = {}
     for node in TREE[file].body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
+        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+        if is_import and "common" not in ast.unparse(node):
             for alias in node.names:
                 found[alias.asname or alias.name.split(".")[0]] = ast.unparse(node)
     return found
@@ -251,11 +249,9 @@ def closure(name, file, parts):
     """Add to parts {name: source} a name of a file and all that it is made of, in order."""
     if name in parts or name in USUAL or name == "__file__":
         return
-    if name not in definitions(file) and name in imports_of(file):
-        statement = imports_of(file)[name]
-        if "common" not in statement:
-            parts[name] = statement
-            return
+    if name in imports_of(file):
+        parts[name] = imports_of(file)[name]
+        return
     home = home_of(name, file)
     statement = definitions(home)[name]
     for needed in sorted(globals_of(statement)):
