@@ -284,8 +284,7 @@ def mention_spans(text, vocabulary):
 
 
 def claimed_objects(claim, supported, vocabulary):
-    """Classes that a critique's check decides. "yes" affirms all that the claim mentions, "no"
-    denies an object only if it is the whole claim: "a dog with a hat: no" denies no dog."""
+    """Classes that a check affirms, all in its claim, or denies, one that is the whole claim."""
     if supported:
         return find_mentions(claim, vocabulary)
     opening = r"^(?:there (?:is|are) )?(?:(?:an?|the|some|one|two|three) )?"
@@ -760,6 +759,7 @@ def draw_contact_sheet(path, rows, image_root):
                 x = min(max((x1 + x2) / 2, 0.2 * picture.width), 0.8 * picture.width)
                 axis.text(x, y1, label, ha="center", backgroundcolor=colour, **style)
         text = "\n".join(textwrap.fill(line, 48, max_lines=6) for line in lines)
+        text = text.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
         axis.text(0, -0.03, text, transform=axis.transAxes, **style)
     figure.savefig(path, dpi=80)
 

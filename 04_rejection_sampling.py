@@ -265,7 +265,8 @@ def main(args):
         pools = cut_pools(pairs, args.pool or min(5000, equal_part), args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
     after_03 = run / f"03_ift{tag}"
-    trained = three.find_checkpoint(after_03)
+    of_now = {"style": style, "rows": common.digest(old)}  # 02 may have been made anew since
+    trained = three.find_checkpoint(after_03, of_now)
     if trained is None:
         stop(f"{after_03} holds no adapter/ or model/: run stage 03 again")
     judge = common.Judge(first["model"], trained, **load)

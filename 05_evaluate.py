@@ -155,7 +155,7 @@ def measures_of(rows, accuracies, pairs, vocabulary):
     values = list(accuracies.values())
     judged = [pairs[key] for key in accuracies]
     images = [pair["image"] for pair in judged]
-    categories = [pair.get("category") or "all" for pair in judged]
+    categories = [str(pair.get("category") or "all") for pair in judged]
     by_category = {}
     where = {"hallucination": [], "shorter_is_better": [], "longer_is_better": []}
     for pair, category, accuracy in zip(judged, categories, values):
@@ -507,11 +507,10 @@ def warnings_of(rows_of, table):
     for name, rows in rows_of.items():
         missing = fmean(row["verdict"] is None for row in rows)
         if missing > 0.05:
-            text = f"warning: {missing:.0%} of {name}'s judgements have no verdict: "
-            warnings += ["", f"{text}it may need a higher --max-new-tokens"]
+            why = "have no verdict: raise --max-new-tokens?"
+            warnings += ["", f"warning: {missing:.0%} of {name}'s judgements {why}"]
     best = max(table.values(), key=lambda measures: measures["accuracy"])
-    low, high = best["interval"]
-    if low <= 0.5 <= high:
+    if best["interval"][0] <= 0.5:
         warnings += ["", "warning: the interval of the best judge holds chance, .5"]
     return warnings
 

@@ -459,7 +459,7 @@ def test_missing_verdicts_are_said_and_counted(made_run, pictures, judge):
 
 def test_chance_within_the_best_judges_interval_is_said():
     other = {"accuracy": 0.4, "interval": (0.3, 0.6)}
-    for low, high, n in ((0.5, 0.6, 1), (0.51, 0.6, 0), (0.44, 0.5, 1), (0.44, 0.49, 0)):
+    for low, high, n in ((0.5, 0.6, 1), (0.51, 0.6, 0), (0.44, 0.5, 1), (0.44, 0.49, 1)):
         best = {"accuracy": 0.45, "interval": (low, high)}
         assert len(five.warnings_of({}, {"base": other, "x": best})) == 2 * n
 
