@@ -3,8 +3,8 @@
     status(o) = present  if the best detection of class o has confidence >= --present
                 absent   if it has confidence < --absent (0 where nothing was detected)
                 unsure   between the two, or where the expert does not know the class
-    chosen:   no absent mention, and the most present ones
-    rejected: at least one absent mention, and the most present ones
+    chosen:   names nothing absent, and of such the most that is present
+    rejected: names something absent, and of such the most that is present
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) "not detected" is weak evidence, so nothing is decided in the band between present and absent;
@@ -74,7 +74,7 @@ def verify(mentions, detections, present, absent, classes):
 
 
 def pair_candidates(candidates, status):
-    """(chosen, rejected): two of the texts; None in place of one for which no candidate will do.
+    """(chosen, rejected): two of the texts; either is None if no candidate will do.
     candidates: list of (text, mentions); status: {object: "present" | ...} of all mentions. Ties
     go to the earlier candidate."""
     clean, faulty = {}, {}  # {text: number of objects that are there}
@@ -159,7 +159,7 @@ def build_pair(item, candidates, swaps, finding, status, vocabulary, seed):
     named = find_mentions(chosen, vocabulary), find_mentions(rejected, vocabulary)
     evidence = gather_evidence(*named, finding["detections"], status)
     hallucinated = [found["object"] for found in evidence if found["status"] == "absent"]
-    if not hallucinated:  # "a hot cat" with a dog for its cat is a hot dog: nobody looked for one
+    if not hallucinated:  # the swap made another thing: "a hot cat" with a dog is a hot dog
         raise Skip("the swap names nothing absent")
     row = {"id": item["id"], "image": item["image"], "prompt": item["prompt"]}
     row |= {"chosen": chosen, "rejected": rejected, "source": source}
@@ -193,7 +193,7 @@ def split_sizes(n, validation, heldout, train):
 def assign_splits(rows, sizes, seed):
     """Rows with "split": whole images in a random order fill validation (for 03 and 04 to watch),
     heldout (for 05) and train (for 02's critiques); the rest is the pool of 04.
-    sizes: {split: pairs}, in order; each ends with the image that fills it. Needs: row_seed"""
+    sizes: {split: pairs}, in order; a split ends after the image that fills it. Needs: row_seed"""
     of_image = {}
     for row in rows:
         of_image.setdefault(row["image"], []).append(row)
@@ -223,7 +223,7 @@ def plural(phrase):
 
 def build_vocabulary(class_names, synonyms=None):
     """{phrase: class}: names and synonyms ({spaced class: [phrases]}) with their plurals, spaced.
-    A name means its own class, whatever it is a synonym of: "man" beside "person" is a man."""
+    A name means its own class: with classes "man" and "person", "man" is no person."""
     phrases = [(name, name) for name in class_names]
     for name in class_names:
         phrases += [(phrase, name) for phrase in (synonyms or {}).get(spaced(name), [])]
@@ -273,8 +273,8 @@ def mention_spans(text, vocabulary):
     mentions = []
     for match in matches:
         start, end = match.span()
-        # Of two nouns in a row the second is the thing: "baby elephant", "hot dog vendor". If that
-        # has two words itself, "a cup dining table", it is a list without its comma.
+        # Of two nouns in a row the second is the thing: "baby elephant", "hot dog vendor". But a
+        # second noun of two words begins a new thing: "a cup dining table" is a list.
         qualifies = text.startswith(" ", end) and end + 1 in one_word
         is_hyphened = re.match(r"-\w", text[end:])  # "dog-friendly"
         is_object = match.group() in vocabulary  # which wins over NOT_OBJECTS
@@ -284,8 +284,8 @@ def mention_spans(text, vocabulary):
 
 
 def claimed_objects(claim, supported, vocabulary):
-    """Classes that a critique's check calls there (supported: all that the claim mentions) or not
-    there (the bare object alone: "a dog with a hat: no" denies no dog)."""
+    """Classes that a critique's check affirms, all that its claim mentions, or denies: the object
+    alone that is all of the claim, since "a dog with a hat: no" denies no dog."""
     if supported:
         return find_mentions(claim, vocabulary)
     opening = r"^(?:there (?:is|are) )?(?:(?:an?|the|some|one|two|three) )?"
@@ -358,7 +358,7 @@ def from_own(row):
 
 
 def from_vl_rewardbench(row):
-    # Rank 0 is the better one; anything but these two is a ValueError, which skips the row.
+    # [0, 1]: response 0 is better, [1, 0]: response 1; else a ValueError, which skips the row
     best = [[0, 1], [1, 0]].index(row["human_ranking"])
     groups = {"RLAIF": "hallucination", "RLHF": "hallucination", "hallucination": "hallucination"}
     groups |= {"mathverse": "reasoning", "mmmu": "reasoning"}
@@ -523,7 +523,7 @@ class Detector:
 
     classes: all that it can find; None: it finds whatever it is asked about.
     find(images, questions): images are RGB pictures, as the judge sees them; questions has for each
-    a list of class names, of a detector with classes of its own all these. Returns for each a list
+    the classes to look for: with classes of its own always all of them. Returns for each a list
     of {"object": class, "confidence": in [0, 1], "box": [x1, y1, x2, y2] in pixels or None}."""
 
     def __init__(self, weights, device):
@@ -588,7 +588,7 @@ class Detection(TypedDict):
 class Finding(TypedDict):  # what an expert found: rows of detections.jsonl and of --detections
     key: NotRequired[str]
     image: str
-    classes: NotRequired[list[str]]  # that it could have found; without it, all that it knows
+    classes: NotRequired[list[str]]  # that it could have found; if missing, all of the vocabulary
     detections: list[Detection]
 
 
@@ -604,7 +604,7 @@ class Expert:
             self.identity = {"expert": "none", "weights": judge.weights, "floor": FLOOR}
             return
         self.load = cache(partial(Detector, args.expert, args.device))
-        # without "/" it is a name that ultralytics knows, and leaves a file here
+        # without "/" it is a name, and ultralytics puts the weights into the working directory
         name = str(Path(args.expert).resolve()) if "/" in args.expert else args.expert
         self.identity = {"expert": name, "floor": FLOOR}
         path = folder / "classes.json"  # or it would be loaded each time, just to say its classes
@@ -668,7 +668,7 @@ def read_images(images, image_root, prompts, limit, seed, folder):
     for number, path in enumerate(paths[:limit], 1):
         counts["rows read"] += 1
         try:
-            if not path.is_file():  # a link to nowhere, in whose place its namesake might be found
+            if not path.is_file():  # a broken link: place_image might take a file of its name
                 raise Skip("missing image", "image")
             image = place_image(path, image_root, folder)
             prompt = prompts[row_seed(seed, "prompt", path.name) % len(prompts)]

@@ -4,7 +4,7 @@
     trained on as: image, question, A, B  ->  critique + verdict  (03: no reference in the prompt)
     kept if:       the verdict is the label and follows from the critique's own checks, every object
                    of the responses that the expert is sure of is checked, none against its finding,
-                   no object is that neither response names, and the reference is not cited
+                   no check names what its response does not, and the reference is not cited
 
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) findings are laid out as the very lines that the critique will hold: a separate list is copied
@@ -12,8 +12,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   2) "verdict = label" alone lets lucky verdicts with false facts pass, which make the judge worse:
      checks are held against each other and the expert, and must be complete, or 04 would prefer
      critiques that skip what is hard to see;
-  3) pairs without findings (01 makes none, a preferences.jsonl from elsewhere may have them) are
-     kept on verdict, leak and their own checks.
+  3) pairs without findings (01 makes none, but a file from elsewhere may hold such) are kept on
+     verdict, leak and their own checks.
 
 Reads  01_preferences/preferences.jsonl (split "train"), vocabulary.json.
 Writes 02_critiques/: answers.jsonl, samples.jsonl (all, with the reason to drop), critiques.jsonl:
@@ -62,7 +62,7 @@ def render_reference(question, status, vocabulary):
 
 
 def contradicts_expert(checks, mentions, status, vocabulary):
-    """None, or how the checks fall short of the findings: against one, leaving one out, or beside.
+    """None, or what is wrong with the checks: beside the response, against a finding, or not all.
 
     mentions: {"A": objects that response A mentions, "B": ...}; status: {object: "present" | ...}.
     """
@@ -99,7 +99,7 @@ def reason_to_drop(critique, complete, question, status, vocabulary, style):
     if verdict != question["label"]:
         return "wrong verdict"
     better = verdict_of_checks(checks)
-    # Even checks (None) decide nothing: fine where no response is known to name what is absent.
+    # Even checks (None) decide nothing: fine without findings; with them one side must lose.
     is_undecided = better is None and checks and status
     if is_undecided or better not in (None, verdict):
         return "verdict does not follow from its checks"
@@ -177,9 +177,7 @@ def warn_of_descriptions(samples):
     decided = [row for row in samples if row["verdict"]]
     n = sum(not parse_checks(row["critique"]) for row in decided)
     if n > 0.2 * len(decided):
-        print(
-            f"warning: {n} of {len(decided)} critiques with a verdict describe, they check no claim"
-        )
+        print(f"warning: {n} of {len(decided)} critiques with a verdict check no claim")
 
 
 # ---- Arguments and main --------------------------------------------------------------------------

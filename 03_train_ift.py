@@ -33,7 +33,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, stdev
 
 import torch
 import torch.distributed as dist
@@ -92,16 +92,21 @@ def training_rows(critiques):
 
 
 def rows_of_step(rows, step, size, seed):
-    """The rows of optimizer step `step` (from 0): shuffled epochs, one after another, cut."""
-    of_step, shuffled_for = [], None
-    for position in range(step * size, (step + 1) * size):
-        epoch, k = divmod(position, len(rows))
-        if epoch != shuffled_for:
-            shuffled = list(rows)
-            random.Random(row_seed(seed, "epoch", epoch)).shuffle(shuffled)
-            shuffled_for = epoch
-        of_step.append(shuffled[k])
-    return of_step
+    """The rows of optimizer step `step` (from 0): shuffled epochs in a row, cut into steps."""
+    epoch, start = divmod(step * size, len(rows))  # the step starts in this epoch, at this row
+    epochs = []
+    while len(epochs) < start + size:  # a step may end in a later one
+        shuffled = list(rows)
+        random.Random(row_seed(seed, "epoch", epoch)).shuffle(shuffled)
+        epochs += shuffled
+        epoch += 1
+    return epochs[start : start + size]
+
+
+def response_ids(response, tokenizer):
+    """A response's token ids, without a stop token; nothing in it becomes a special token."""
+    text = common.as_words(response, tokenizer)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode_supervised(processor, texts, images, responses, max_response_tokens=None):
@@ -109,24 +114,20 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
 
     labels (B,P+R) are -100 except on a response and its stop token. A response that is cut at
     max_response_tokens has no stop token: it does not end there."""
-    inputs, tokenizer = common.encode_prompts(processor, texts, images), processor.tokenizer
+    inputs = common.encode_prompts(processor, texts, images)
+    tokenizer = processor.tokenizer
     rows = []
     for response in responses:
-        response = common.as_words(response, tokenizer)
-        ids = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        ids = [*response_ids(response, tokenizer), tokenizer.eos_token_id]
         rows.append(torch.tensor(ids[:max_response_tokens]))
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B,R)
-    # By length, not by token: a stop token that is the padding token as well stays supervised.
+    # Padded anew, not masked where ids hold the padding token: it may be the stop token as well.
     targets = pad(rows, batch_first=True, padding_value=-100)  # (B,R)
     masked = torch.full_like(inputs["input_ids"], -100)  # (B,P): prompt and image tokens
-    added = {
-        "input_ids": ids,
-        "attention_mask": (targets != -100).long(),
-        "mm_token_type_ids": torch.zeros_like(ids),  # 0 = text
-    }
-    for name, columns in added.items():
-        inputs[name] = torch.cat([inputs[name], columns], 1)  # (B,P+R)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)  # (B,P+R), and so the next two
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], (targets != -100).long()], 1)
+    inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, ids.shape[1]))  # 0 = text
     return inputs, torch.cat([masked, targets], 1)
 
 
@@ -142,37 +143,38 @@ def micro_batches(rows_of_kind, processor, image_root, settings, seed, micro_bat
         rows.sort(key=lambda row: len(row["text"]) + len(row["response"]))  # little padding
         for start in range(0, len(rows), micro_batch):
             part = rows[start : start + micro_batch]
-            texts, responses = [row["text"] for row in part], [row["response"] for row in part]
+            texts = [row["text"] for row in part]
             images = [Path(image_root) / row["image"] for row in part]
-            how = (responses, settings["max_response_tokens"])
-            encoded.append((kind, part, *encode_supervised(processor, texts, images, *how)))
+            responses = [row["response"] for row in part]
+            longest = settings["max_response_tokens"]
+            inputs, labels = encode_supervised(processor, texts, images, responses, longest)
+            encoded.append((kind, part, inputs, labels))
     return encoded
 
 
 # ---- The loop: rows, count, forward, loss, backward, step, log -----------------------------------
 def forward(model, inputs, labels):
-    """(logits (B,R+1,V), labels (B,R+1)): the language head sees only the last R+1 positions, those
-    of the supervised tokens and the one before, which predicts the first."""
-    first = int((labels != -100).any(0).nonzero()[0])  # index of the first response token
-    n_last = labels.shape[1] - first + 1  # R+1
+    """(logits (B,R+1,V), labels (B,R+1)) of the last R+1 positions, which spares the language head
+    the rest: the R response tokens, and the prompt's last one, which predicts the first of them."""
+    R = int((labels != -100).sum(1).max())  # tokens of the longest response
     inputs = inputs.to(common.unwrap(model).device)
-    logits = model(**inputs, logits_to_keep=n_last, use_cache=False).logits
-    return logits, labels[:, -n_last:].to(logits.device)
+    logits = model(**inputs, logits_to_keep=R + 1, use_cache=False).logits
+    return logits, labels[:, -R - 1 :].to(logits.device)
 
 
 def bradley_terry_sum(logits, labels, rows, tokenizer):
     """Summed Bradley-Terry loss () of critiques, at each one's verdict, teacher-forced.
 
     logits (B,R+1,V) and labels (B,R+1) as forward gives them; rows: {"label", ...}, B of them."""
-    verdict_ids = common.verdict_token_ids(tokenizer)
-    r = []
+    at_verdict = []
     for row_logits, row_labels in zip(logits, labels):  # (R+1,V), (R+1,)
-        ids = row_labels[row_labels != -100].tolist()
-        _, _, k = common.find_verdict_token(tokenizer, ids)
-        # logits[0] are at the last prompt token, so logits[k] predict ids[k]
-        r.append(common.verdict_log_odds(row_logits[k][None], *verdict_ids))  # (1,)
-    label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=logits.device)  # (B,)
-    return bradley_terry_loss(torch.cat(r), label_is_a).sum()
+        ids = row_labels[row_labels != -100].tolist()  # of the response
+        _, _, k = common.find_verdict_token(tokenizer, ids)  # ids[k] is the verdict's letter
+        # Position 0, the prompt's last, predicts the first of ids: so position k predicts ids[k].
+        at_verdict.append(row_logits[k])
+    r = common.verdict_log_odds(torch.stack(at_verdict), *common.verdict_token_ids(tokenizer))
+    label_is_a = torch.tensor([row["label"] == "A" for row in rows], device=r.device)  # (B,)
+    return bradley_terry_loss(r, label_is_a).sum()
 
 
 def make_trainable(model, rank):
@@ -184,7 +186,7 @@ def make_trainable(model, rank):
         from peft import LoraConfig, get_peft_model  # slow to import
 
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
-        return get_peft_model(model, config)
+        return get_peft_model(model, config)  # PEFT's are float32, beside bf16 weights, too
     for name, weight in model.named_parameters():
         if "language_model" in name or name.startswith("lm_head"):
             weight.data = weight.data.float()
@@ -194,8 +196,11 @@ def make_trainable(model, rank):
 
 def total(numbers):
     """{name: number}, each summed over all processes."""
-    columns = zip(*[part.values() for part in common.gather(numbers)])
-    return {name: sum(column) for name, column in zip(numbers, columns)}
+    of_processes = common.gather(numbers)
+    sums = {}
+    for name in numbers:
+        sums[name] = sum(of_process[name] for of_process in of_processes)
+    return sums
 
 
 def sum_gradients(weights):
@@ -208,16 +213,9 @@ def sum_gradients(weights):
 def learning_rate(step, steps, lr):
     """Of a step from 0: linear warm-up in a twentieth of the steps, linear decay to a tenth."""
     warmup = max(1, steps // 20)
-    fallen = 0.9 * max(0, step - warmup) / max(1, steps - warmup)
-    return lr * min((step + 1) / warmup, 1 - fallen)
-
-
-def count_supervised(batches):
-    """{"critique": supervised tokens, "correct": supervised tokens} of a step's micro-batches."""
-    n_tokens = {"critique": 0, "correct": 0}
-    for kind, _, _, labels in batches:
-        n_tokens[kind] += int((labels != -100).sum())
-    return n_tokens
+    if step < warmup:
+        return lr * ((step + 1) / warmup)
+    return lr * (1 - 0.9 * (step - warmup) / (steps - warmup))
 
 
 def prepared_ahead(prepare, steps):
@@ -238,42 +236,46 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
     steps, lam, bt_weight = settings["steps"], settings["lam"], settings["bt_weight"]
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
-    done = resume_training(folder / "training.pt", weights, optimizer, settings)
-    lines = common.read_rows(folder / "metrics.jsonl", dict)[:done] if done else []
-    bar = common.progress_bar(total=steps, desc="train", unit="step", initial=done)
-    started, n_trained = time.time(), 0
+    lines = resume_training(folder / "training.pt", weights, optimizer, settings)
+    bar = common.progress_bar(total=steps, desc="train", unit="step", initial=len(lines))
+    started = time.time()
+    n_trained = 0
     model.train()
-    for step, batches in prepared_ahead(prepare, range(done, steps)):
+    for step, batches in prepared_ahead(prepare, range(len(lines), steps)):
         # Every token of the step weighs the same, so they are counted before the first backward.
-        n_tokens = total(count_supervised(batches))
+        n_tokens = {"critique": 0, "correct": 0}
+        for kind, _, _, labels in batches:
+            n_tokens[kind] += int((labels != -100).sum())
+        n_critique, n_correct = total(n_tokens).values()
         sums = {"critique": 0.0, "correct": 0.0, "bradley_terry": 0.0}  # in nats, for the log
         for kind, rows, inputs, labels in batches:
             logits, labels = forward(model, inputs, labels)  # (B,R+1,V), (B,R+1)
             nll, _ = nll_sum(logits, labels)  # ()
             sums[kind] += nll.item()
-            # This micro-batch's part of ift_loss: the parts of a step add up to it.
+            # Divided by the whole step's tokens: its micro-batches' losses add up to ift_loss.
             if kind == "correct":
-                loss = lam * nll / n_tokens["correct"]
+                loss = lam * nll / n_correct
             else:
-                loss = nll / n_tokens["critique"]
-            if kind == "critique" and bt_weight:
-                bt = bradley_terry_sum(logits, labels, rows, tokenizer)  # ()
-                sums["bradley_terry"] += bt.item()
-                loss = loss + bt_weight * bt / settings["train_batch"]
+                loss = nll / n_critique
+                if bt_weight:
+                    bt = bradley_terry_sum(logits, labels, rows, tokenizer)  # ()
+                    sums["bradley_terry"] += bt.item()
+                    loss = loss + bt_weight * bt / settings["train_batch"]
             loss.backward()
         sum_gradients(weights.values())
         grad_norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).item()
+        done = step + 1
         if not math.isfinite(grad_norm):
-            stop(f"step {step + 1}: gradient norm {grad_norm}, first row {batches[0][1][0]['id']}")
+            _, rows, _, _ = batches[0]
+            stop(f"step {done}: gradient norm {grad_norm}, first row {rows[0]['id']}")
         lr = learning_rate(step, steps, settings["lr"])
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         sums = total(sums)
-        n_trained += sum(n_tokens.values())
-        n_critique, n_correct = n_tokens["critique"], n_tokens["correct"]
+        n_trained += n_critique + n_correct
         line = {
-            "step": step + 1,
+            "step": done,
             # L_IFT, without the Bradley-Terry part, which has a column of its own
             "loss": ift_loss(sums["critique"], n_critique, sums["correct"], n_correct, lam),
             "loss_critique": sums["critique"] / n_critique,  # nats per token
@@ -285,19 +287,19 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
         }
         lines.append(line)
         bar.update()
-        if (step + 1) % max(1, steps // 10) == 0:  # leaves ten lines on the screen
-            bar.write(f"step {step + 1:>5} of {steps} | loss {line['loss']:.4g}")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if done % max(1, steps // 10) == 0:  # leaves ten lines on the screen
+            bar.write(f"step {done:>5} of {steps} | loss {line['loss']:.4g}")
+        if done % save_every == 0 or done == steps:
             common.write_jsonl(folder / "metrics.jsonl", lines)
-            save_training(folder / "training.pt", step + 1, weights, optimizer, settings)
+            save_training(folder / "training.pt", lines, weights, optimizer, settings)
     bar.close()
     model.eval()
 
 
 # ---- What is trained is kept, with what it was made with -----------------------------------------
-def save_training(path, done, weights, optimizer, settings):
-    """All that training changes, after `done` steps; whole or not at all."""
-    state = {"done": done, "settings": settings, "optimizer": optimizer.state_dict()}
+def save_training(path, lines, weights, optimizer, settings):
+    """All that training changes, and its log's lines, one a step; whole or not at all."""
+    state = {"lines": lines, "settings": settings, "optimizer": optimizer.state_dict()}
     state["weights"] = {name: weight.data for name, weight in weights.items()}
     if RANK == 0:
         try:
@@ -318,20 +320,20 @@ def read_training(path, settings):
 
 
 def resume_training(path, weights, optimizer, settings):
-    """Set weights and optimizer, in place, to what save_training has saved; returns the number of
-    steps that are done, 0 where there is no such file."""
+    """Set weights and optimizer, in place, to what save_training has saved; returns the log's lines
+    of the steps that are done, none where there is no such file."""
     if not path.exists():
-        return 0
+        return []
     state = read_training(path, settings)
     for name, weight in weights.items():
         weight.data.copy_(state["weights"][name])
     optimizer.load_state_dict(state["optimizer"])
-    print(f"training goes on after step {state['done']}")
-    return state["done"]
+    print(f"training goes on after step {len(state['lines'])}")
+    return state["lines"]
 
 
 def check_settings(path, saved, settings):
-    """Stop where what lies there was made with something else: no program replaces weights."""
+    """Stop where what lies there was made with something else: it is never overwritten."""
     changes = []
     for name, value in settings.items():
         if saved.get(name) != value:
@@ -342,16 +344,14 @@ def check_settings(path, saved, settings):
 
 
 def find_checkpoint(folder, settings=None):
-    """The folder's adapter/ or model/; None without either. It stops where settings are given, and
-    it, or what an interrupted training has left, was made with others."""
-    for path in (folder / "adapter", folder / "model"):
-        if path.exists():
-            if settings:
-                check_settings(path, common.read_json(path / "made_with.json"), settings)
-            return path
-    if settings and (folder / "training.pt").exists():
+    """The folder's adapter/ or model/, None without either. With settings, those of a training that
+    is to begin, it stops where these, or training.pt, were made with others."""
+    trained = [path for path in (folder / "adapter", folder / "model") if path.exists()]
+    if settings and trained:
+        check_settings(trained[0], common.read_json(trained[0] / "made_with.json"), settings)
+    elif settings and (folder / "training.pt").exists():
         read_training(folder / "training.pt", settings)
-    return None
+    return trained[0] if trained else None
 
 
 def save_checkpoint(model, processor, folder, made_with):
@@ -424,23 +424,22 @@ def accuracy_by_order(rows):
         is_correct = row["verdict"] == row["label"]
         of_order.setdefault(row["order"], []).append(is_correct)
         of_pair.setdefault(row["id"], []).append(None if row["verdict"] is None else is_correct)
+    measures = {"accuracy": sum(row["verdict"] == row["label"] for row in rows) / len(rows)}
+    for order in sorted(of_order):
+        measures[f"accuracy_{order}"] = sum(of_order[order]) / len(of_order[order])
     both = [all(outcomes) for outcomes in of_pair.values()]
-    same = [None not in outcomes and len(set(outcomes)) == 1 for outcomes in of_pair.values()]
-    return {
-        "accuracy": sum(row["verdict"] == row["label"] for row in rows) / len(rows),
-        **{f"accuracy_{order}": mean(map(float, of_order[order])) for order in sorted(of_order)},
-        "both": sum(both) / len(both),
-        "agreement": sum(same) / len(same),
-        "unparseable": sum(row["verdict"] is None for row in rows) / len(rows),
-        "n_pairs": len(of_pair),
-    }
+    same = [set(outcomes) in ({True}, {False}) for outcomes in of_pair.values()]
+    measures |= {"both": sum(both) / len(both), "agreement": sum(same) / len(same)}
+    measures["unparseable"] = sum(row["verdict"] is None for row in rows) / len(rows)
+    return {**measures, "n_pairs": len(of_pair)}
 
 
 def mean_bradley_terry(rows):
     """Mean Bradley-Terry loss in nats of judgement rows {"probability_a", "label"}."""
-    p = torch.tensor([row["probability_a"] for row in rows]).clamp(1e-6, 1 - 1e-6)  # (B,)
+    p = torch.tensor([row["probability_a"] for row in rows])  # (B,)
     label_is_a = torch.tensor([row["label"] == "A" for row in rows])  # (B,)
-    return bradley_terry_loss(p.logit(), label_is_a).mean().item()
+    r = p.logit(eps=1e-6)  # (B,); certain and wrong is a number, too
+    return bradley_terry_loss(r, label_is_a).mean().item()
 
 
 def validate(path, judge, pairs, condition, **asking):
@@ -458,7 +457,8 @@ def validate(path, judge, pairs, condition, **asking):
     numbers = [f"{name} {measures[name]:.3f}" for name in names]
     print(f"validation, {condition}: {' | '.join(numbers[:3])}")
     print(f"    {' | '.join(numbers[3:])} | {len(pairs)} pairs")
-    print(f"{rows[0]['image']}, label {rows[0]['label']}:\n{rows[0]['critique']}\n")
+    first = rows[0]
+    print(f"{first['image']}, label {first['label']}:\n{first['critique']}\n")
     return rows, measures
 
 
@@ -467,15 +467,17 @@ def paired_gain(earlier, later):
 
     earlier, later: judgement rows {"question", "image", "label", "verdict"} of the same questions.
     Interval: 1.96 standard errors over images, whose questions succeed and fail together. Needs:
-    mean, stdev (of statistics)"""
+    fmean, stdev (of statistics)"""
     was_correct = {row["question"]: row["verdict"] == row["label"] for row in earlier}
     gains_of = {}  # {image: of each of its questions -1, 0 or 1}
     for row in later:
         gain = (row["verdict"] == row["label"]) - was_correct[row["question"]]
         gains_of.setdefault(row["image"], []).append(gain)
-    gains = [mean(of_image) for of_image in gains_of.values()]
-    half = 1.96 * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    return float(mean(gains)), half
+    gains = [fmean(of_image) for of_image in gains_of.values()]
+    half = 0.0
+    if len(gains) > 1:
+        half = 1.96 * stdev(gains) / len(gains) ** 0.5
+    return fmean(gains), half
 
 
 def verdict_follows(rows):
@@ -486,7 +488,7 @@ def verdict_follows(rows):
         better = common.verdict_of_checks(common.parse_checks(row["critique"]))
         if better is not None:
             follows.append(row["verdict"] == better)
-    return (float(mean(follows)), len(follows)) if follows else (None, 0)
+    return (fmean(follows), len(follows)) if follows else (None, 0)
 
 
 def report_gain(earlier, later, why_none):
@@ -550,29 +552,26 @@ def fit(judge, critiques, folder, settings, image_root, seed, args):
     model, processor = judge.loaded
     torch.manual_seed(seed)  # of an adapter's first weights
     model = make_trainable(model, settings.get("lora_rank", 0))
-    limit, tokenizer = args.max_response_tokens, processor.tokenizer
-
-    def is_long(text):
-        text = common.as_words(text, tokenizer)
-        return len(tokenizer(text, add_special_tokens=False).input_ids) >= limit
-
-    short = [row for row in critiques if not is_long(row["critique"])]
+    tokenizer = processor.tokenizer
+    limit = args.max_response_tokens
+    short = [row for row in critiques if len(response_ids(row["critique"], tokenizer)) < limit]
     if not short:
         stop(f"all critiques are longer than --max-response-tokens {limit}: raise it")
     rows_of_kind = training_rows(short)
     if not args.lam:
         del rows_of_kind["correct"]
+    n = len(short)
     counts = {
-        "dropped: critique of --max-response-tokens or more": len(critiques) - len(short),
-        "trained on, critiques": len(short),
+        "dropped: critique of --max-response-tokens or more": len(critiques) - n,
+        "trained on, critiques": n,
         "trained on, correct responses": len(rows_of_kind.get("correct", ())),
     }
-    n, per_step = len(short), f"{args.steps} steps of {args.train_batch}"
-    print(f"{per_step}: {args.steps * args.train_batch / n:.1f} epochs of {n} critiques")
+    epochs = args.steps * args.train_batch / n
+    print(f"{args.steps} steps of {args.train_batch}: {epochs:.1f} epochs of {n} critiques")
     if args.checkpoint_activations:
         language_model = common.unwrap(model).model.language_model
         language_model.activation_checkpointing_enable()
-        language_model.disable_input_require_grads()  # LoRA needs no hook at the embeddings
+        language_model.disable_input_require_grads()  # the line above has set a hook, needlessly
     how = (processor, image_root, settings, seed, args.micro_batch)
     prepare = partial(micro_batches, rows_of_kind, *how)
     # (a copy: the other thread is using the tokenizer)
@@ -592,7 +591,8 @@ def parse_args(argv=None):
 def main(args):
     first = common.stage_args(args.run, "01_preferences")
     style = common.stage_args(args.run, "02_critiques")["style"]
-    folder = common.start_stage(args, f"03_ift{args.tag and '_' + args.tag}")
+    tag = f"_{args.tag}" if args.tag else ""
+    folder = common.start_stage(args, f"03_ift{tag}")
 
     # 1. read, and compare with what is trained already --------------------------------------------
     critiques = read_critiques(args.run)
@@ -621,7 +621,8 @@ def main(args):
     counts = {"critiques read": len(critiques), "validation pairs": len(validation)}
     counts |= common.read_json(trained / "made_with.json")["counts"]
     measures = {"before": measures_before, "after": measures_after}
-    next_script = f"python 04_rejection_sampling.py{args.tag and f' --tag {args.tag}'}"
+    flag = f" --tag {args.tag}" if args.tag else ""
+    next_script = f"python 04_rejection_sampling.py{flag}"
     common.finish_stage(folder, args, counts, next_script, validation=measures)
 
 

@@ -61,8 +61,8 @@ def margin(confidences, passes):
 
 
 def select_by_margin(margins, threshold=None, retention=None):
-    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the top
-    share `retention` of them, where margin 0 is never kept, even if fewer remain.
+    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the part
+    `retention` of all ids with the largest, where margin 0 is never kept, even if fewer remain.
 
     margins: {id: margin in [0,1]}; give one of the two rules, else ValueError.
 
@@ -84,13 +84,15 @@ def select_random(ids, n, seed):
 # ---- Pools, margins of pairs, the rules ----------------------------------------------------------
 def cut_pools(pairs, size, iterations):
     """Disjoint pools of about `size` pairs, all pairs of an image in one of them."""
-    pools, start = [], 0
+    images = [pair["image"] for pair in pairs]
+    pools = []
+    start = 0
     for t in range(iterations):
         end = min(start + size, len(pairs))
-        while end < len(pairs) and pairs[end]["image"] == pairs[end - 1]["image"]:
+        while end < len(pairs) and images[end] == images[end - 1]:
             end += 1  # 01 has left the pairs of an image together
         if end - start < 2:
-            stop(f"the pool of {len(pairs)} pairs is used up after iteration {t}: lower --pool")
+            stop(f"the pool of {len(pairs)} pairs is used up in iteration {t + 1} of {iterations}")
         pools.append(pairs[start:end])
         start = end
     return pools
@@ -103,29 +105,32 @@ def critiques_by_question(samples):
     decided = [row for row in samples if row["log_odds"] is not None]
     log_odds = torch.tensor([row["log_odds"] for row in decided])  # (B,) in nats
     label_is_a = torch.tensor([row["label"] == "A" for row in decided], dtype=torch.bool)  # (B,)
+    confidences = confidence_in_label(log_odds, label_is_a).tolist()
     questions = {}
-    for row, s in zip(decided, confidence_in_label(log_odds, label_is_a).tolist()):
-        question = questions.setdefault((row["pair_id"], row["order"]), [])
-        question.append({**row, "confidence_in_label": s})
+    for row, confidence in zip(decided, confidences):
+        key = (row["pair_id"], row["order"])
+        questions.setdefault(key, []).append({**row, "confidence_in_label": confidence})
     return questions
 
 
 def margins_of_pairs(pair_ids, questions):
-    """{pair id: mean margin of its two orders} of the eligible pairs, 0 of the others, and
-    {(pair id, order): passing critiques} of the eligible: those with a passing one in both orders.
-    """
+    """({pair id: margin}, {(pair id, order): passing critiques of an eligible pair}).
+
+    A pair is eligible if both orders have a passing critique. Its margin is the mean of its two
+    orders; that of the others is 0."""
     margins, passing = {}, {}
     for pair_id in pair_ids:
-        margin_of_order, passing_of_order = [], []
+        margin_of_order, passing_of_order = [], {}
         for order in ("ab", "ba"):
             rows = questions.get((pair_id, order), [])
+            confidences = [row["confidence_in_label"] for row in rows]
             passes = [row["dropped"] is None for row in rows]
-            margin_of_order.append(margin([row["confidence_in_label"] for row in rows], passes))
-            passing_of_order.append([row for row in rows if row["dropped"] is None])
+            margin_of_order.append(margin(confidences, passes))
+            passing_of_order[pair_id, order] = [row for row in rows if row["dropped"] is None]
         margins[pair_id] = 0.0
-        if all(passing_of_order):
+        if all(passing_of_order.values()):
             margins[pair_id] = mean(margin_of_order)
-            passing[pair_id, "ab"], passing[pair_id, "ba"] = passing_of_order
+            passing |= passing_of_order
     return margins, passing
 
 
@@ -133,24 +138,25 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
     """The kept questions, two per pair, each with the one critique to train on.
 
     select: "margin", the pairs with the largest margins and the critique with the largest S of each
-    question. The controls take as many eligible pairs: "low" those with the smallest margins, and
-    the same critiques; "best" pairs drawn by lot, and the same critiques; "random" both by lot."""
-    eligible = [key for key in margins if (key, "ab") in passing]
-    if threshold is None:  # a share of the whole pool; pairs that are not eligible have margin 0
+    question. Controls of the same number of eligible pairs: "low", the smallest margins; "best",
+    pairs by lot (both with the largest S, too); "random", pairs and critiques by lot."""
+    eligible = {key: value for key, value in margins.items() if (key, "ab") in passing}
+    if threshold is None:  # a share of the whole pool; its other pairs, of margin 0, are never kept
         pair_ids = select_by_margin(margins, retention=retention)
-    else:  # with threshold 0 they would pass
-        pair_ids = select_by_margin({key: margins[key] for key in eligible}, threshold=threshold)
+    else:
+        pair_ids = select_by_margin(eligible, threshold=threshold)
+    n = len(pair_ids)
     if select == "low":
-        pair_ids = sorted(eligible, key=lambda key: (margins[key], key))[: len(pair_ids)]
-    elif select != "margin":
-        pair_ids = select_random(eligible, len(pair_ids), row_seed(seed, "select", iteration))
+        pair_ids = sorted(eligible, key=lambda key: (eligible[key], key))[:n]
+    elif select in ("best", "random"):
+        pair_ids = select_random(eligible, n, row_seed(seed, "select", iteration))
     selected = []
     for pair_id in pair_ids:
         for order in ("ab", "ba"):
             rows = passing[pair_id, order]
             if select == "random":
-                name = row_seed(seed, "critique", iteration, pair_id, order)
-                row = random.Random(name).choice(rows)
+                lot = random.Random(row_seed(seed, "critique", iteration, pair_id, order))
+                row = lot.choice(rows)
             else:
                 row = max(rows, key=lambda row: row["confidence_in_label"])
             selected.append({**row, "margin": margins[pair_id], "iteration": iteration})
@@ -159,7 +165,7 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
 
 def mix_in(selected, old, replay, seed):
     """The selected rows and as many old ones as make up the part `replay` of an epoch."""
-    n = round(len(selected) * replay / (1 - replay))  # n / (n + selected) = replay
+    n = round(len(selected) * replay / (1 - replay))  # old to selected as replay to 1 - replay
     old_ids = [row["id"] for row in old]
     replayed = set(select_random(old_ids, n, seed))
     return selected + [row for row in old if row["id"] in replayed]
@@ -191,16 +197,18 @@ def choose_from(samples, pool, folder, t, args):
     rule = (args.select, args.margin, args.retention)
     selected = choose(margins, passing, *rule, args.seed, t)
     if not selected:
-        stop(f"iteration {t} keeps nothing: read {folder}/samples.jsonl, raise --retention")
+        stop(f"iteration {t} keeps nothing (--retention, --margin): read {folder}/samples.jsonl")
     common.write_jsonl(folder / "kept.jsonl", selected)
 
-    kept_ids = list(dict.fromkeys(row["pair_id"] for row in selected))
-    part = len(kept_ids) / len(pool)
-    middle = median(margins[key] for key in kept_ids)
+    kept_ids = {row["pair_id"] for row in selected}
+    n_kept = len(kept_ids)
+    part = n_kept / len(pool)
     title = f"iteration {t}, {args.select}: {part:.0%} kept"
     draw_margins(folder / "margins.png", margins, kept_ids, title)
-    print(f"iteration {t}: kept {len(kept_ids)} of {len(pool)} pairs = {part:.1%}")
-    print(f"margins of the kept: median {middle:.3f}, of the pool {median(margins.values()):.3f}")
+    print(f"iteration {t}: kept {n_kept} of {len(pool)} pairs = {part:.1%}")
+    middle = median(margins[key] for key in kept_ids)
+    of_pool = median(margins.values())
+    print(f"margins of the kept: median {middle:.3f}, of the pool {of_pool:.3f}")
     if args.select == "margin" and middle < 0.05:
         print("warning: margins are narrow, the choice is near to chance: try more --samples")
     if not 0.3 <= part <= 0.5:
@@ -209,8 +217,9 @@ def choose_from(samples, pool, folder, t, args):
     for reason, n in Counter(row["dropped"] for row in samples).most_common():
         if reason:
             counts[f"dropped: {reason}"] = n
-    counts["pairs with margin 0"] = sum(value == 0 for value in margins.values())
-    return selected, {**counts, "pairs kept": len(kept_ids)}
+    counts["pairs with margin 0"] = list(margins.values()).count(0)
+    counts["pairs kept"] = n_kept
+    return selected, counts
 
 
 def parse_args(argv=None):
@@ -240,7 +249,7 @@ def main(args):
     run = Path(args.run)
     first = common.stage_args(run, "01_preferences")
     style = common.stage_args(run, "02_critiques")["style"]
-    tag = args.tag and f"_{args.tag}"
+    tag = f"_{args.tag}" if args.tag else ""
     common.stage_args(run, f"03_ift{tag}")  # stops where it is not complete
     control = "" if args.select == "margin" else f"_{args.select}"
     folder = common.start_stage(args, f"04_rejection{tag}{control}")
@@ -252,51 +261,58 @@ def main(args):
     pools = [[]] * args.iterations
     if args.select != "continue":  # which needs none
         pairs = common.read_preferences(run, "pool")
-        size = args.pool or min(5000, len(pairs) // max(3, args.iterations))
-        pools = cut_pools(pairs, size, args.iterations)
+        equal_part = len(pairs) // max(3, args.iterations)
+        pools = cut_pools(pairs, args.pool or min(5000, equal_part), args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
     trained = three.find_checkpoint(run / f"03_ift{tag}")
+    if trained is None:
+        stop(f"{run}/03_ift{tag} holds no adapter/ or model/: run stage 03 again")
     judge = common.Judge(first["model"], trained, **load)
-    sampling = {"image_root": first["image_root"], "style": style, "batch_size": args.batch_size}
-    sampling["max_new_tokens"] = args.max_new_tokens
-    asking = {**sampling, "seed": args.seed}  # of the validation
-    sampling |= {"n": args.samples, "temperature": args.temperature, "is_guided": False}
+    root = first["image_root"]
     names = (*three.TRAINED_WITH, *SAMPLED_BY, *CHOSEN_BY)
     settings = {"style": style, **{name: getattr(args, name) for name in names}}
+    asking = {"style": style, "image_root": root, "batch_size": args.batch_size}
+    asking["max_new_tokens"] = args.max_new_tokens
+    sampling = {**asking, "is_guided": False, "n": args.samples, "temperature": args.temperature}
+    validating = {**asking, "seed": args.seed}  # sampling has a seed of each iteration
 
     # 2. iterate -----------------------------------------------------------------------------------
     counts, results = {}, {}
     for t, pool in enumerate(pools, 1):
-        here, seed = folder / f"iter{t}", row_seed(args.seed, t)
+        here = folder / f"iter{t}"
         here.mkdir(exist_ok=True)
         answers = here / "answers.jsonl"
-        of_t = {**settings, "iteration": t, "start": judge.weights}
-        of_t["rows"] = common.digest([pool, old])
-        trained = three.find_checkpoint(here, of_t)  # stops here, before the hours of sampling
-        if t == 1:
+        seed = row_seed(args.seed, t)
+        made_with = {**settings, "iteration": t, "start": judge.weights}
+        made_with["rows"] = common.digest([pool, old])
+        trained = three.find_checkpoint(here, made_with)  # stops here, before any work
+        if t == 1:  # a later one starts from the judge that was validated last
             (folder / "meta.json").unlink(missing_ok=True)
-            earlier, _ = three.validate(answers, judge, validation, "after 03", **asking)
+            earlier, _ = three.validate(answers, judge, validation, "after 03", **validating)
 
-        critiques, of_choice = old, {}
-        if args.select != "continue":
+        if args.select == "continue":
+            critiques, of_choice = old, {}
+        else:
             samples = two.write_critiques(answers, judge, pool, vocabulary, seed=seed, **sampling)
             selected, of_choice = choose_from(samples, pool, here, t, args)
             critiques = mix_in(selected, old, args.replay, row_seed(args.seed, "replay", t))
         if trained is None:
-            how = (here, of_t, first["image_root"], seed, args)
-            trained = three.fit(judge, critiques, *how)
+            trained = three.fit(judge, critiques, here, made_with, root, seed, args)
         judge = common.Judge(first["model"], trained, **load)
 
-        later, measures = three.validate(answers, judge, validation, f"iteration {t}", **asking)
+        later, measures = three.validate(answers, judge, validation, f"iteration {t}", **validating)
         three.write_card(trained, first, measures)
         common.write_jsonl(here / "validation.jsonl", later)
         three.report_gain(earlier, later, "saturation, or too few pairs")
-        earlier, results[f"iteration {t}"] = later, measures
+        earlier = later
+        results[f"iteration {t}"] = measures
         of_choice |= common.read_json(trained / "made_with.json")["counts"]
-        counts |= {f"iteration {t}, {line}": n for line, n in of_choice.items()}
+        for line, n in of_choice.items():
+            counts[f"iteration {t}, {line}"] = n
 
     # 3. report ------------------------------------------------------------------------------------
-    next_script = f"python 05_evaluate.py{args.tag and f' --tag {args.tag}'}"
+    flag = f" --tag {args.tag}" if args.tag else ""
+    next_script = f"python 05_evaluate.py{flag}"
     common.finish_stage(folder, args, counts, next_script, validation=results)
 
 

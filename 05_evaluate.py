@@ -3,10 +3,10 @@
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) both orders, since benchmarks put the better response first (VL-RewardBench: 1,245 of 1,250);
   2) the last judge also sees a blank picture and another row's picture: what it still gets right
-     it knows from the text alone; --attack: and worse responses that call themselves the better;
+     it knows from the text alone; with --attack also worse responses that call themselves better;
   3) Best-of-N (LLaVA-Bench) picks the response with the best mean P of beating each other one;
   4) --protocol official: VL-RewardBench's majority of 9 calls a pair, each in an order drawn by
-     lot; but by our prompt and top_p 1, not .2: published figures (arXiv 2411.17451) are only near.
+     lot; but by our prompt and top_p 1, not .2: only roughly comparable with arXiv 2411.17451.
 
 Reads   01's split "heldout", or --pairs (a file, folder or hub id); all that 03 and 04 have trained
 Writes  05_evaluation[_BENCHMARK[_official]]/: answers.jsonl, kept for the next start; made anew:
@@ -25,11 +25,11 @@ Writes  05_evaluation[_BENCHMARK[_official]]/: answers.jsonl, kept for the next 
 import shlex
 import sys
 import textwrap
-from collections import Counter
 from functools import partial
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -52,20 +52,20 @@ def macro_bootstrap(values, clusters, groups, n=10000, seed=0):
 
     Pairs of one image succeed and fail together: they are no independent draws. So each of n
     resamples draws whole clusters, with replacement, as many as there are. Needs: numpy as np"""
-    clusters, cluster = np.unique(np.asarray(clusters), return_inverse=True)  # cluster: (N,)
-    groups, group = np.unique(np.asarray(groups), return_inverse=True)  # group: (N,)
-    sums = np.zeros((len(clusters), len(groups)))  # (C, G)
-    sizes = np.zeros((len(clusters), len(groups)))  # (C, G)
+    names, cluster = np.unique(clusters, return_inverse=True)  # (C,); (N,): which of the names
+    kinds, group = np.unique(groups, return_inverse=True)  # (G,); (N,)
+    sums = np.zeros((len(names), len(kinds)))  # (C, G): of a cluster's values in a group
+    sizes = np.zeros_like(sums)  # (C, G): how many these are
     np.add.at(sums, (cluster, group), values)
     np.add.at(sizes, (cluster, group), 1)
     rng = np.random.default_rng(seed)
     means = []
-    for start in range(0, n, 100):  # 100 resamples at a time bound the memory
-        shape = (min(100, n - start), len(clusters))
-        drawn = rng.integers(len(clusters), size=shape)  # (100, C)
-        with np.errstate(invalid="ignore"):  # 0 / 0: a group that was not drawn has no mean
-            of_groups = sums[drawn].sum(1) / sizes[drawn].sum(1)  # (100, G)
-        means += np.nanmean(of_groups, 1).tolist()
+    for _ in range(n):
+        drawn = rng.integers(len(names), size=len(names))  # (C,)
+        times = np.bincount(drawn, minlength=len(names))  # (C,): how often each cluster is drawn
+        total = times @ sums  # (G,)
+        size = times @ sizes  # (G,); a group of which nothing is drawn has no mean
+        means.append(np.mean(total[size > 0] / size[size > 0]))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -80,12 +80,10 @@ def expected_calibration_error(probability, correct, bins=10):
 
     probability: P(the verdict given) per row; correct: bool per row. Bins of equal width on [0,1],
     closed on the right, the first on both sides. Needs: numpy as np"""
-    probability = np.asarray(probability, dtype=float)  # (N,)
-    correct = np.asarray(correct, dtype=float)  # (N,)
     inner_edges = np.arange(1, bins) / bins
     index = np.digitize(probability, inner_edges, right=True)  # (N,) in 0..bins-1
-    gaps = np.zeros(bins)
-    np.add.at(gaps, index, probability - correct)  # of each bin: rows in it * difference of means
+    differences = np.subtract(probability, correct)  # (N,)
+    gaps = np.bincount(index, differences)  # (bins,): rows in a bin * difference of its means
     return float(np.abs(gaps).sum() / max(1, len(index)))
 
 
@@ -107,30 +105,30 @@ def accuracy_per_pair(rows):
     for row in rows:
         is_correct = row["verdict"] == row["label"]
         of_pair.setdefault(row["id"], []).append(is_correct)
-    return {key: sum(orders) / len(orders) for key, orders in of_pair.items()}
+    return {key: fmean(outcomes) for key, outcomes in of_pair.items()}
 
 
 def check_rates(rows, pairs, vocabulary):
-    """How the judge's checks stand to the pairs' evidence; {} without any of both kinds."""
+    """How the judge's checks stand to the pairs' evidence; {} unless it checks objects of both."""
     says_yes = {"present": [], "absent": []}  # what is unsure has no true answer
     for row in rows:
-        status = {}
-        for finding in pairs[row["id"]].get("evidence") or ():
-            status[finding["object"]] = finding["status"]
+        evidence = pairs[row["id"]].get("evidence") or ()
+        status = {finding["object"]: finding["status"] for finding in evidence}
         for _, claim, supported in common.parse_checks(row["critique"]):
             for name in one.claimed_objects(claim, supported, vocabulary):
                 if status.get(name) in says_yes:
                     says_yes[status[name]].append(supported)
-    if not says_yes["present"] or not says_yes["absent"]:
+    of_present, of_absent = says_yes.values()
+    if not of_present or not of_absent:
         return {}
-    present_said_yes = float(np.mean(says_yes["present"]))
-    absent_said_no = 1 - float(np.mean(says_yes["absent"]))
+    present_said_yes = fmean(of_present)
+    absent_said_no = 1 - fmean(of_absent)
     return {
         "present_said_yes": present_said_yes,
         "absent_said_no": absent_said_no,
         "balanced": (present_said_yes + absent_said_no) / 2,
         "verdict_follows": three.verdict_follows(rows)[0],
-        "n_checks": len(says_yes["present"]) + len(says_yes["absent"]),
+        "n_checks": len(of_present) + len(of_absent),
     }
 
 
@@ -155,37 +153,36 @@ def majority_per_pair(rows):
 def measures_of(rows, accuracies, pairs, vocabulary):
     """All measures of one condition; rows: its judgements, accuracies: {pair id: accuracy} by one
     of the two functions above, pairs: {id: pair}."""
+    values = list(accuracies.values())
+    judged = [pairs[key] for key in accuracies]
+    images = [pair["image"] for pair in judged]
+    categories = [pair.get("category") or "all" for pair in judged]
     by_category = {}
     where = {"hallucination": [], "shorter_is_better": [], "longer_is_better": []}
-    for key, accuracy in accuracies.items():
-        pair = pairs[key]
-        by_category.setdefault(pair.get("category") or "all", []).append(accuracy)
+    for pair, category, accuracy in zip(judged, categories, values):
+        by_category.setdefault(category, []).append(accuracy)
         n_more = len(pair["chosen"]) - len(pair["rejected"])
         if pair.get("hallucinated"):
             where["hallucination"].append(accuracy)
-        if n_more:
-            where["shorter_is_better" if n_more < 0 else "longer_is_better"].append(accuracy)
-    values = list(accuracies.values())
-    images = [pairs[key]["image"] for key in accuracies]
-    categories = [pairs[key].get("category") or "all" for key in accuracies]
-    means, measures = {}, {}
-    for name, of_name in sorted(by_category.items()):
-        means[name] = float(np.mean(of_name))
-    for name, part in where.items():
-        measures[name] = float(np.mean(part)) if part else None
-    return {
+        if n_more < 0:
+            where["shorter_is_better"].append(accuracy)
+        elif n_more > 0:
+            where["longer_is_better"].append(accuracy)
+    means = {name: fmean(by_category[name]) for name in sorted(by_category)}
+    measures = {
         **three.accuracy_by_order(rows),
-        "accuracy": float(np.mean(values)),
+        "accuracy": fmean(values),
         "interval": cluster_bootstrap(values, images),
         "by_category": means,
-        "macro": float(np.mean(list(means.values()))),
+        "macro": fmean(means.values()),
         "macro_interval": macro_bootstrap(values, images, categories),
         "undecided": len({row["id"] for row in rows}) - len(values),
         "ece": expected_calibration_error(*verdict_probabilities(rows)),
         "bradley_terry_loss": three.mean_bradley_terry(rows),
-        **measures,
-        **check_rates(rows, pairs, vocabulary),
     }
+    for name, part in where.items():
+        measures[name] = fmean(part) if part else None
+    return measures | check_rates(rows, pairs, vocabulary)
 
 
 def paired_differences(accuracies, last, pairs):
@@ -202,7 +199,7 @@ def paired_differences(accuracies, last, pairs):
                 gains.append(accuracy - of_other[key])
                 images.append(pairs[key]["image"])
         low, high = cluster_bootstrap(gains, images)
-        differences[f"{last} - {name}"] = (float(np.mean(gains)), low, high)
+        differences[f"{last} - {name}"] = (fmean(gains), low, high)
     return differences
 
 
@@ -212,9 +209,9 @@ def heuristic_rows(pairs):
     for pair in pairs:
         for question in both_orders(pair):
             a_is_longer = len(question["response_a"]) > len(question["response_b"])
-            row = {"id": pair["id"], "order": question["order"], "label": question["label"]}
-            row |= {"verdict": "B" if a_is_longer else "A", "probability_a": 0.5, "critique": ""}
-            rows.append(row)
+            verdict = "B" if a_is_longer else "A"
+            row = {**question, "id": pair["id"], "verdict": verdict}
+            rows.append({**row, "probability_a": 0.5, "critique": ""})
     return rows
 
 
@@ -223,14 +220,13 @@ def questions_about(pairs, protocol, seed):
     """The questions of all pairs: each in both orders, or VL-RewardBench's calls for each."""
     questions = []
     for pair in pairs:
-        of_pair = list(both_orders(pair))  # "ab", "ba"
+        orders = [{**question, "category": pair.get("category")} for question in both_orders(pair)]
         if protocol == "official":
-            orders, of_pair = of_pair, []
             for call in range(OFFICIAL_CALLS):  # each in an order that is drawn for it
                 question = orders[row_seed(seed, "order", pair["id"], call) % 2]
-                of_pair.append({**question, "id": f"{question['id']}-{call}"})
-        for question in of_pair:
-            questions.append({**question, "category": pair.get("category")})
+                questions.append({**question, "id": f"{question['id']}-{call}"})
+        else:
+            questions += orders
     return questions
 
 
@@ -256,14 +252,14 @@ def withheld(questions, how, image_root, seed):
 def find_judges(run):
     """Records {name, checkpoint, tag, select, iteration, ...}: the base model, and all that 03 and
     04 trained with what it was made with, in this order, those with a tag last."""
-    base = {"name": "base", "checkpoint": None, "tag": "", "select": "", "iteration": 0}
+    default = {"tag": "", "select": "", "iteration": 0}  # 03 neither selects nor iterates
     judges = []
     for folder in [*run.glob("03_ift*"), *run.glob("04_rejection*/iter*")]:
         checkpoint = three.find_checkpoint(folder)
         if checkpoint is None:
             continue
-        made_with = common.read_json(checkpoint / "made_with.json")
-        judge = {**base, **made_with, "name": "after 03", "checkpoint": checkpoint}
+        judge = default | common.read_json(checkpoint / "made_with.json")
+        judge |= {"name": "after 03", "checkpoint": checkpoint}
         if judge["select"]:
             judge["name"] = f"{judge['select']}, iteration {judge['iteration']}"
         if judge["tag"]:
@@ -275,7 +271,8 @@ def find_judges(run):
         return judge["tag"], is_control, judge["select"], judge["iteration"]
 
     judges.sort(key=order)
-    base["style"] = judges[-1]["style"] if judges else "critique"  # as it is compared
+    style = judges[-1]["style"] if judges else "critique"  # the base model is asked as they are
+    base = {**default, "name": "base", "checkpoint": None, "style": style}
     return [base, *judges]
 
 
@@ -294,21 +291,22 @@ def games(row, responses):
     first with a as A, then with b. Needs: combinations (of itertools), both_orders"""
     questions = []
     for a, b in combinations(range(len(responses)), 2):
-        # no claim that a is the better one: in order "ab" the "chosen" stands first
+        # Which is the better one is asked here; both_orders shows the one called "chosen" first.
         pair = {**row, "chosen": responses[a], "rejected": responses[b]}
-        questions += both_orders({**pair, "id": f"{row['id']}/{a}-{b}"})
+        pair["id"] = f"{row['id']}/{a}-{b}"
+        questions += both_orders(pair)
     return questions
 
 
 def preference_matrix(n, probability_a):
     """P(a beats b) of n responses, (n, n) in [0, 1], the mean over both orders; 0 on the diagonal.
 
-    probability_a: P(A) of their games, in order. Needs: numpy as np, combinations (of itertools)"""
+    probability_a: P(A) of their games, in order. Needs: numpy as np"""
+    p_ab, p_ba = np.reshape(probability_a, (-1, 2)).T  # one for each two responses a < b
+    a, b = np.triu_indices(n, 1)  # these, in the order of the games
     matrix = np.zeros((n, n))
-    pairs = combinations(range(n), 2)
-    for (a, b), p_ab, p_ba in zip(pairs, probability_a[::2], probability_a[1::2]):
-        matrix[a, b] = (p_ab + 1 - p_ba) / 2
-        matrix[b, a] = 1 - matrix[a, b]
+    matrix[a, b] = (p_ab + 1 - p_ba) / 2
+    matrix[b, a] = 1 - matrix[a, b]
     return matrix
 
 
@@ -318,10 +316,8 @@ def win_rates(matrix, n):
     return matrix[:n, :n].sum(1) / max(1, n - 1)  # the diagonal is 0
 
 
-class WildQuestion(TypedDict):  # a row of LLaVA-Bench's questions.jsonl
-    question_id: int
-    image: str  # in images/
-    text: str
+# A row of LLaVA-Bench's questions.jsonl; its image lies in images/.
+WildQuestion = TypedDict("WildQuestion", {"question_id": int, "image": str, "text": str})
 
 
 def answer_in_the_wild(args, folder, judges, last, model_of, asking):
@@ -330,24 +326,21 @@ def answer_in_the_wild(args, folder, judges, last, model_of, asking):
     source = Path(args.pairs) / "questions.jsonl"
     if not source.is_file():
         stop(f"--pairs {args.pairs}: a folder with questions.jsonl and images/ is expected")
-    rows = []
-    for k, question in enumerate(common.read_rows(source, WildQuestion)):
-        image = f"images/{question['image']}"
-        row = {"id": str(k), "image": image, "prompt": question["text"], "text": question["text"]}
-        rows.append({**row, "question_id": question["question_id"]})
+    rows = common.read_rows(source, WildQuestion)
+    for k, row in enumerate(rows):
+        row |= {"id": str(k), "image": f"images/{row['image']}", "prompt": row["text"]}
     path = folder / "answers.jsonl"
     n = args.best_of
-    how = {"n": n, "temperature": 1.0, **asking}
-    answers = common.ask(path, model_of(None), rows, "responses", **how)
-    counts = Counter({"questions": len(rows)})
+    answers = common.ask(path, model_of(None), rows, "responses", n=n, temperature=1.0, **asking)
     questions = []
+    n_cut = 0
     for row, of_row in zip(rows, answers):
-        counts["responses cut at --max-new-tokens"] += sum(not a["complete"] for a in of_row)
+        n_cut += sum(not answer["complete"] for answer in of_row)
         row["responses"] = [answer["text"].strip() for answer in of_row]
         questions += games(row, row["responses"])
+    name = last["name"]
     judge = model_of(last["checkpoint"])
-    how = {"style": last["style"], **asking}
-    judgements = three.judge_pairs(path, judge, questions, last["name"], **how)
+    judgements = three.judge_pairs(path, judge, questions, name, style=last["style"], **asking)
 
     reviewed = {"first": [], "judge": []}  # in the order of the questions: the review goes by line
     size = n * (n - 1)  # questions of a row: n (n - 1) / 2 games in both orders
@@ -365,14 +358,15 @@ def answer_in_the_wild(args, folder, judges, last, model_of, asking):
         common.write_jsonl(folder / f"answers_{picker}.jsonl", of_picker)
     lines = ["", "No score here: the official review (eval_gpt_review_bench.py) reads answers_*"]
     picks = np.bincount([row["pick"] for row in rows], minlength=n).tolist()
-    lines += ["", f"{last['name']} has picked the first, second, ... of {n} so often: {picks}"]
+    lines += ["", f"{name} has picked the first, second, ... of {n} so often: {picks}"]
     for row in rows[:3]:
-        responses = [row["prompt"]]
-        for response, rate in zip(row["responses"], row["win_rates"]):
-            responses.append(f"{rate:.3f} {response}")
         lines += ["", f"Question {row['question_id']}, and each response's win rate", ""]
-        lines.append(textwrap.indent("\n\n".join(responses), "    "))
-    finish(args, folder, counts, judges, {last["name"]: judgements}, lines)
+        text = row["prompt"]
+        for response, rate in zip(row["responses"], row["win_rates"]):
+            text += f"\n\n{rate:.3f} {response}"
+        lines.append(textwrap.indent(text, "    "))
+    counts = {"questions": len(rows), "responses cut at --max-new-tokens": n_cut}
+    finish(args, folder, counts, judges, {name: judgements}, lines)
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -381,7 +375,7 @@ ACCURACY = ("accuracy", "interval", "both", "macro", "macro_interval")
 BEYOND = ("agreement", "unparseable", "ece", "bradley_terry_loss")
 WHERE = ("hallucination", "shorter_is_better", "longer_is_better")
 CHECKS = ("present_said_yes", "absent_said_no", "balanced", "verdict_follows")
-CHANCE = {"accuracy": 0.5, "both": 0.25, "agreement": 0.5, "bradley_terry_loss": float(np.log(2))}
+CHANCE = {"accuracy": 0.5, "both": 0.25, "agreement": 0.5, "bradley_terry_loss": np.log(2)}
 CHANCE |= dict.fromkeys([*WHERE, "balanced"], 0.5)
 
 
@@ -397,11 +391,13 @@ def cell(value):
 def markdown(title, columns, rows):
     """Lines of a table of {name: {column: value}}, and what its columns are."""
     headings = [column.replace("_", " ").replace("|", "\\|") for column in columns]
-    lines = ["", f"| {' | '.join([title, *headings])} |"]
-    lines.append("|" + " --- |" * (1 + len(columns)))
+    table = [[title, *headings], ["---"] * (1 + len(columns))]
     for name, of_row in rows.items():
         cells = [cell(of_row.get(column)) for column in columns]
-        lines.append(f"| {' | '.join([name, *cells])} |")
+        table.append([name, *cells])
+    lines = [""]
+    for cells in table:
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for column, heading in zip(columns, headings):
         if column in WORDS["measures"]:
@@ -431,10 +427,9 @@ def draw_accuracy(path, table):
     """Accuracy of every judge, and without its picture, with 95 % intervals."""
     axis = Figure((7, 1 + 0.3 * len(table)), layout="tight").subplots()
     axis.axvline(0.5, color="grey", linestyle="--")
-    for row, measures in enumerate(table.values()):
-        axis.plot(measures["interval"], [row, row], color="C0")
-        axis.plot(measures["accuracy"], row, "o", color="C0")
-    axis.set_yticks(range(len(table)), list(table))
+    for name, measures in table.items():
+        axis.plot(measures["interval"], [name, name], color="C0")
+        axis.plot(measures["accuracy"], name, "o", color="C0")
     axis.invert_yaxis()
     axis.set(xlabel="accuracy with its 95 % interval; dashed: chance", xlim=(None, 1))
     axis.figure.savefig(path, dpi=140)
@@ -447,14 +442,17 @@ def draw_reliability(path, rows_of):
     for marker, (name, rows) in zip("os", rows_of.items()):
         probability, correct = verdict_probabilities(rows)  # (N,), (N,)
         of_bin = np.digitize(probability, np.arange(1, 10) / 10, right=True)  # (N,)
-        n = np.bincount(of_bin)  # (bins,), and so the sums of P and of right verdicts
-        x, y = np.bincount(of_bin, probability), np.bincount(of_bin, correct)
-        n_or_nan = np.where(n > 0, n, np.nan)  # an empty bin has no point
-        size = 10 + 200 * n / n.sum()
-        axis.scatter(x / n_or_nan, y / n_or_nan, s=size, marker=marker, label=name)
+        bins, n = np.unique(of_bin, return_counts=True)  # the bins that hold any, and how many
+        x = np.bincount(of_bin, probability)[bins] / n  # the mean in each
+        y = np.bincount(of_bin, correct)[bins] / n
+        axis.scatter(x, y, 10 + 200 * n / len(of_bin), marker=marker, label=name)
     axis.set(xlabel="mean P(verdict given) of a bin", ylabel="accuracy", xlim=(None, 1.02))
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), title="area: judgements")
     axis.figure.savefig(path, dpi=140)
+
+
+JUDGEMENT = "{prompt}\n\nResponse A: {response_a}\nResponse B: {response_b}\n\n{critique}\n\n"
+JUDGEMENT += "P(A) = {probability_a:.3f}; the better response is {label}"
 
 
 def judgement_lines(folder, rows, questions, image_root, n=5):
@@ -464,40 +462,43 @@ def judgement_lines(folder, rows, questions, image_root, n=5):
     (folder / "pictures").mkdir(exist_ok=True)
     for row, question in zip(rows, questions):
         kind = "right" if row["verdict"] == row["label"] else "wrong"
-        if row["id"] in shown[kind] or len(shown[kind]) == n:
+        of_kind = shown[kind]
+        if row["id"] in of_kind or len(of_kind) == n:
             continue
-        shown[kind].add(row["id"])
-        file = f"pictures/{kind}-{len(shown[kind])}.png"
+        of_kind.add(row["id"])
+        file = f"pictures/{kind}-{len(of_kind)}.png"
         picture = common.load_image(Path(image_root) / question["image"])
         picture.thumbnail((320, 320))
         picture.save(folder / file)
-        text = f"{question['prompt']}\n\nResponse A: {question['response_a']}\n"
-        text += f"Response B: {question['response_b']}\n\n{row['critique']}\n\n"
-        text += f"P(A) = {row['probability_a']:.3f}; the better response is {row['label']}"
-        lines += ["", f"Judged {kind}: `{row['question']}`", "", f"![]({file})", ""]
-        lines.append(textwrap.indent(text, "    "))  # so markdown shows it as it is
+        text = textwrap.indent(JUDGEMENT.format_map(question | row), "    ")  # shown as it is
+        lines += ["", f"Judged {kind}: `{row['question']}`", "", f"![]({file})", "", text]
     return lines
 
 
+BUILT = """- base: {model}
+- data: {n_rows} rows of {data}
+- expert: {expert}, present from {present}, absent below {absent}
+- pairs that it made or confirmed: {n_pairs}"""
+TRAINED = "- {name}: {steps} steps of {train_batch} critiques, drawn from {n}; "
+TRAINED += "training loss at the end {loss:.3f}"
+
+
 def run_lines(run, judges):
-    """How the judges came about, a line for each step."""
+    """What is judged, and how the judges came about, a line for each step."""
     first = common.read_json(run / "01_preferences" / "meta.json")
     args, counts = first["args"], first["counts"]
-    expert = args["detections"] or args["expert"]
-    pairs = f"{counts['pairs made']}"
+    n_pairs = str(counts["pairs made"])
     for split in ("train", "pool", "validation", "heldout"):
-        pairs += f", {split} {counts.get(f'  in split {split}', 0)}"
-    lines = [f"- base: {args['model']}"]
-    lines.append(f"- data: {counts['rows read']} rows of {args['images'] or args['pairs']}")
-    lines.append(
-        f"- expert: {expert}, present from {args['present']}, absent below {args['absent']}"
-    )
-    lines.append(f"- pairs that it made or confirmed: {pairs}")
+        n_pairs += f", {split} {counts.get(f'  in split {split}', 0)}"
+    facts = {**args, "n_rows": counts["rows read"], "n_pairs": n_pairs}
+    facts["data"] = args["images"] or args["pairs"]
+    facts["expert"] = args["detections"] or args["expert"]
+    lines = [WORDS["about"], BUILT.format_map(facts)]
     for judge in judges[1:]:
         n = judge["counts"]["trained on, critiques"]
         of_steps = common.read_rows(judge["checkpoint"].parent / "metrics.jsonl", dict)
-        line = f"- {judge['name']}: {judge['steps']} steps of {judge['train_batch']} critiques"
-        lines.append(f"{line}, drawn from {n}; training loss at the end {of_steps[-1]['loss']:.3f}")
+        facts = {**judge, "n": n, "loss": of_steps[-1]["loss"]}
+        lines.append(TRAINED.format_map(facts))
     return lines
 
 
@@ -505,9 +506,9 @@ def warnings_of(rows_of, table):
     """What a reader must know first; rows_of: {condition: judgements}, table: {judge: measures}."""
     warnings = []
     for name, rows in rows_of.items():
-        missing = sum(row["verdict"] is None for row in rows)
-        if missing > 0.05 * len(rows):
-            text = f"warning: {missing / len(rows):.0%} of {name}'s judgements have no verdict: "
+        missing = fmean(row["verdict"] is None for row in rows)
+        if missing > 0.05:
+            text = f"warning: {missing:.0%} of {name}'s judgements have no verdict: "
             warnings += ["", f"{text}it may need a higher --max-new-tokens"]
     best = max(table.values(), key=lambda measures: measures["accuracy"])
     low, high = best["interval"]
@@ -520,13 +521,14 @@ def finish(args, folder, counts, judges, rows_of, lines, more=()):
     """Prints the lines, and writes them and more as report.md; rows_of: {condition: judgements}."""
     print("\n".join(lines))
     report = [f"# {args.pairs or 'Held-out pairs'}, by the judges of {args.run}", ""]
-    report += [WORDS["about"], *run_lines(Path(args.run), judges), *lines, *more]
+    report += [*run_lines(Path(args.run), judges), *lines, *more]
     report += ["", "Made by", "", f"    python {shlex.join(sys.argv)}", ""]
     common.write_text(folder / "report.md", "\n".join(report))
     judgements = sum(rows_of.values(), [])
     common.write_jsonl(folder / "judgements.jsonl", judgements)
-    counts["judgements"] = len(judgements)
-    counts["without a verdict"] = sum(row["verdict"] is None for row in judgements)
+    verdicts = [row["verdict"] for row in judgements]
+    counts["judgements"] = len(verdicts)
+    counts["without a verdict"] = verdicts.count(None)
     common.finish_stage(folder, args, counts, f"read {folder}/report.md")
 
 
@@ -536,10 +538,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("what is judged").add_argument
     benchmarks = ("pairs", "vl-rewardbench", "llava-wild")
     add("--benchmark", choices=benchmarks, default="pairs", help="pairs: any (%(default)s)")
-    add(
-        "--pairs",
-        help="file, folder or hub id as 01 reads; llava-wild: questions.jsonl and images/",
-    )
+    pairs = "file, folder or hub id as 01 reads; llava-wild: questions.jsonl and images/"
+    add("--pairs", help=pairs)
     protocols = ("both-orders", "official")
     add("--protocol", choices=protocols, default="both-orders", help="official: VL-RewardBench's")
     add("--image-root", help="folder that image paths start from; else that of --pairs")
@@ -580,8 +580,8 @@ def closer_look(args, name, pairs, questions):
     """{condition: questions} of the judge that is looked at closely."""
     conditions = {}
     for how in args.withhold:
-        changed = withheld(questions, how, args.image_root, args.seed)
-        conditions[f"{name}, {how} image"] = changed
+        key = f"{name}, {how} image"
+        conditions[key] = withheld(questions, how, args.image_root, args.seed)
     if args.attack:  # the worse response also says that it is the better one
         attacked = [{**pair, "rejected": f"{pair['rejected']} {ATTACK}"} for pair in pairs]
         conditions[f"{name}, attack"] = questions_about(attacked, args.protocol, args.seed)
@@ -595,17 +595,16 @@ def main(args):
     args.image_root = args.image_root or str(root)
     judges = find_judges(Path(args.run))
     last = last_judge(judges, args.tag)
-    name = "05_evaluation" if args.benchmark == "pairs" else f"05_evaluation_{args.benchmark}"
-    temperature = 0.0
-    if args.protocol == "official":
-        name, temperature = f"{name}_official", 0.2
-    folder = common.start_stage(args, name)
+    name = last["name"]
+    is_official = args.protocol == "official"
+    benchmark = "" if args.benchmark == "pairs" else f"_{args.benchmark}"
+    protocol = "_official" if is_official else ""
+    folder = common.start_stage(args, f"05_evaluation{benchmark}{protocol}")
     (folder / "meta.json").unlink(missing_ok=True)  # not complete until the end
     loading = {"device": args.device, "max_image_tokens": first["max_image_tokens"]}
     model_of = partial(common.Judge, first["model"], **loading)  # (loads nothing yet)
     asking = {"image_root": args.image_root, "max_new_tokens": args.max_new_tokens}
     asking |= {"seed": args.seed, "batch_size": args.batch_size}
-    answers = folder / "answers.jsonl"
     if args.benchmark == "llava-wild":
         return answer_in_the_wild(args, folder, judges, last, model_of, asking)
 
@@ -613,36 +612,39 @@ def main(args):
     pairs, counts = load_pairs(args, folder, judges)
     by_id = {pair["id"]: pair for pair in pairs}
     questions = questions_about(pairs, args.protocol, args.seed)
-    closer = closer_look(args, last["name"], pairs, questions)
+    closer = closer_look(args, name, pairs, questions)
     print(f"{len(pairs)} pairs, {len(questions)} questions to each of {len(judges)} judges")
 
     # 3. Judge ------------------------------------------------------------------------------------
     rows_of = {}  # {condition: judgements, in the order of its questions}
+    answers = folder / "answers.jsonl"
+    asking["temperature"] = 0.2 if is_official else 0.0
     for judge in judges:
         model = model_of(judge["checkpoint"])  # the one before is freed
-        conditions = {judge["name"]: questions} | (closer if judge is last else {})
+        asking["style"] = judge["style"]
+        conditions = {judge["name"]: questions}
+        if judge is last:
+            conditions |= closer
         for condition, asked in conditions.items():
-            how = {"style": judge["style"], "temperature": temperature, **asking}
-            rows_of[condition] = three.judge_pairs(answers, model, asked, condition, **how)
+            rows_of[condition] = three.judge_pairs(answers, model, asked, condition, **asking)
 
     # 4. Measure ----------------------------------------------------------------------------------
     vocabulary = common.read_json(Path(args.run) / "01_preferences" / "vocabulary.json")
+    accuracy_of = majority_per_pair if is_official else accuracy_per_pair
     accuracies, table = {}, {}
     for condition, rows in {"shorter response": heuristic_rows(pairs), **rows_of}.items():
-        of_pair = (
-            majority_per_pair(rows) if args.protocol == "official" else accuracy_per_pair(rows)
-        )
-        accuracies[condition] = of_pair
-        table[condition] = measures_of(rows, of_pair, by_id, vocabulary)
-    differences = paired_differences(accuracies, last["name"], by_id)
+        accuracies[condition] = accuracy_of(rows)
+        table[condition] = measures_of(rows, accuracies[condition], by_id, vocabulary)
+        if is_official:  # nine calls are no two orders
+            del table[condition]["both"], table[condition]["agreement"]
+    differences = paired_differences(accuracies, name, by_id)
 
     # 5. Report -----------------------------------------------------------------------------------
     common.write_json(folder / "metrics.json", {"table": table, "differences": differences})
     draw_accuracy(folder / "accuracy.png", table)
-    of_last = rows_of[last["name"]]
-    draw_reliability(folder / "reliability.png", {"base": rows_of["base"], last["name"]: of_last})
-    more = ["", "![](accuracy.png)", "![](reliability.png)", f"\n## Judgements of {last['name']}"]
-    more += judgement_lines(folder, of_last, questions, args.image_root)
+    draw_reliability(folder / "reliability.png", {"base": rows_of["base"], name: rows_of[name]})
+    more = ["", "![](accuracy.png)", "![](reliability.png)", f"\n## Judgements of {name}"]
+    more += judgement_lines(folder, rows_of[name], questions, args.image_root)
     lines = warnings_of(rows_of, table) + table_lines(table, differences)
     counts["pairs"] = len(pairs)
     finish(args, folder, counts, judges, rows_of, lines, more)

@@ -77,7 +77,7 @@ _CHECK = re.compile(
 _VERDICT = re.compile(rf"^{_MARK}(?:\d+{_MARK})?(?:final +)?verdict{_MARK}[:：](.*)$", re.I | re.M)
 _LETTER = re.compile(
     rf"{_MARK}(?:response +)?"
-    r"(A(?!.*\bB\b)|B(?!.*\b(?-i:A)\b))"  # and not the other; but a small "a" is an article
+    r"(A(?!.*\bB\b)|B(?!.*\b(?-i:A)\b))"  # one letter alone; a small "a" after B is an article
     r"(?![^\W_]| +(?!is\b|because\b|since\b|as\b)\w)",  # "A because", "A, which", but no "A tie"
     re.I,
 )
@@ -103,7 +103,7 @@ def verdict_of_checks(checks):
 
 
 def find_verdict(text):
-    """("A" | "B", its index) of the last line "Verdict: ..."; (None, -1) if that names not one."""
+    """("A" | "B", its index) of the last line "Verdict: ..."; (None, -1) if that names no one."""
     match = None
     for line in _VERDICT.finditer(text):
         match = _LETTER.match(text, *line.span(1))  # what follows the colon
@@ -223,8 +223,8 @@ def load_judge(model_path, checkpoint=None, device=None, max_image_tokens=None, 
     vision = processor.image_processor
     if max_image_tokens:  # a token covers merge_size x merge_size patches
         pixels = max_image_tokens * (vision.patch_size * vision.merge_size) ** 2
-        # Both "edges" are areas, in pixels. Smaller pictures are enlarged to the first and rounded
-        # up, which may double each side: so a quarter of the bound at most.
+        # Both "edges" are areas, in pixels. Pictures below the shortest are enlarged to it, then
+        # rounded up, which may double each side: so it is a quarter of the longest at most.
         smallest = min(vision.size["shortest_edge"], pixels // 4)
         vision.size = {"shortest_edge": smallest, "longest_edge": pixels}
     model.requires_grad_(False)
@@ -256,7 +256,7 @@ def load_adapter(model, folder, trainable=False):
 class Judge:
     """A model that is loaded when it is first needed: never, where all its answers are kept.
 
-    settings: more arguments of load_judge; weights: a JSON value by which its answers know it."""
+    settings: more arguments of load_judge; weights: what its kept answers depend on, as JSON."""
 
     def __init__(self, model_path, checkpoint=None, **settings):
         self.arguments = {"model_path": model_path, "checkpoint": checkpoint, **settings}
@@ -339,8 +339,8 @@ class SharedPrompt:
         is_padding = prompt_mask.to(layer.keys.device)[:, None, None] == 0  # (B, 1, 1, P)
         self.bias = torch.where(is_padding, -torch.inf, 0.0)
         B, H, _, D = layer.keys.shape
-        self.own = layer.keys.new_empty(2, B * n, H, room, D)  # keys and values of own tokens,
-        self.length = 0  # of which there are so many so far
+        self.own = layer.keys.new_empty(2, B * n, H, room, D)  # keys and values of own tokens
+        self.length = 0  # number of own tokens so far
 
     def update(self, keys, values, *args, **kwargs):
         """Append the new tokens' keys and values (B*n, H, 1, D) in place."""
@@ -401,7 +401,7 @@ class Decoding:
         position = mask.sum(1, keepdim=True)  # (B, 1), of the next token
         if getattr(inner, "rope_deltas", None) is not None:
             # Positions are in time, height and width, and an image's tokens share them: the next
-            # one is delta (B, 1) <= 0 further. Cleared, or the model would add it to other prompts.
+            # is the number of tokens + delta <= 0, which the model would add to other prompts, too.
             position = (position + inner.rope_deltas).expand(3, -1, -1)  # (3, B, 1)
             inner.rope_deltas = None
         self.position = position.repeat_interleave(n, -2)  # ([3,] B*n, 1)
@@ -476,7 +476,7 @@ def sample_batch(model, inputs, uniforms, temperature, stop_ids, verdict_ids):
 
 
 def verdict_token_ids(tokenizer):
-    """[id of " A", id of " B"], as in "Verdict: A"; other spellings ("**A**") are read by these."""
+    """[id of " A", id of " B"], as in "Verdict: A"; r is of these also where "**A**" is written."""
     return [tokenizer(f"Verdict: {x}", add_special_tokens=False).input_ids[-1] for x in "AB"]
 
 
@@ -486,7 +486,7 @@ def find_verdict_token(tokenizer, ids):
     verdict, index = find_verdict(text)
     if verdict is None:
         return text, None, None
-    # which token brings the letter? From the end back, the first k whose earlier tokens do not
+    # back from the end, until the tokens before k do not hold the letter any more
     k = len(ids) - 1
     while len(tokenizer.decode(ids[:k], skip_special_tokens=True)) > index:
         k -= 1
@@ -539,7 +539,7 @@ def sample(
         return [finished[i : i + n] for i in range(0, len(finished), n)]
 
     size = max(1, batch_size // n)  # prompts encoded together
-    # by length, which pads little; the longest first, or memory would end, and time, unforeseen
+    # by length, which pads little; the longest first shows at once what memory and time it takes
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["text"]))
     in_order = [rows[i] for i in order]
     batches = [in_order[i : i + size] for i in range(0, len(rows), size)]
@@ -617,8 +617,8 @@ def kept(path, shape, tasks, work, size, describe):
     tasks: [(depends, input)]. depends: a JSON value of all that the row depends on. Its digest is
     the row's "key", by which the row is found: if anything changes, it is another row.
     work(inputs, bar): the rows of some inputs, without keys. It gets `size` inputs at a time.
-    After such a chunk the file has an empty line: what an interruption left behind the last of them
-    is cut off, and the next start forms the same chunks."""
+    Such a chunk ends with an empty line in the file. What stands after the last empty line is of an
+    interrupted chunk: it is cut off, and the next start forms the same chunks."""
     path.touch()
     if RANK == 0:
         chunks, end, _ = path.read_bytes().rpartition(b"\n\n")

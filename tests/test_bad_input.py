@@ -50,7 +50,7 @@ def test_every_number_has_bounds(number):
 
 
 WRONG = """01|01 --images x --pairs y|01 --images x --exclude y|01 --images x --present 0.01
-02 --style poem|02 --limit 0|04 --select best-of|05 --best-of 2|05 --withhold nothing
+02 --style poem|02 --limit 0|04 --select best-of|05 --withhold nothing
 05 --benchmark llava-wild|05 --protocol official"""
 
 

@@ -118,11 +118,11 @@ def test_reliability_by_hand(tmp_path, monkeypatch):
     """Mean P against accuracy of each bin with judgements; the area tells how many."""
     drawn = []
     scatter = "matplotlib.axes.Axes.scatter"
-    monkeypatch.setattr(scatter, lambda axis, *xy, s, **how: drawn.append((*xy, s)))
+    monkeypatch.setattr(scatter, lambda axis, *given, **how: drawn.append(given))
     rows = judgements("1", "A", "B", 0.95, 0.15) + judgements("2", "A", None, 0.65)
     rows += judgements("3", "B", "A", 0.35, 0.68)
     five.draw_reliability(tmp_path / "x.png", {"x": rows, "mute": judgements("1", None, None)})
-    x, y, areas = (of_bins[~np.isnan(drawn[0][0])].tolist() for of_bins in drawn[0])
+    x, y, areas = (of_bins.tolist() for of_bins in drawn[0])
     assert x == pytest.approx([0.66, 0.85, 0.95]) and y == pytest.approx([1 / 3, 1, 1])
     assert areas == pytest.approx([130, 50, 50]) and len(drawn) == 2
 
@@ -332,7 +332,7 @@ def complete_01(run, pictures):
     args = {"model": "hub/base", "image_root": str(pictures), "max_image_tokens": 7}
     args |= {"images": "photos", "pairs": None, "detections": None, "expert": "x.pt"}
     args |= {"present": 0.5, "absent": 0.05}
-    counts = {"rows read": 9, "  in split train": 1, "  in split heldout": 6}
+    counts = {"rows read": 9, "pairs made": 7, "  in split train": 1, "  in split heldout": 6}
     (run / "01_preferences").mkdir(parents=True)
     write_json(run / "01_preferences" / "meta.json", {"args": args, "counts": counts})
     write_json(run / "01_preferences" / "vocabulary.json", VOCABULARY)
@@ -352,12 +352,12 @@ def made_run(tmp_path, pictures):
     return run
 
 
-HOW = """- base model: hub/base
-- read: 9 rows of photos
+HOW = """- base: hub/base
+- data: 9 rows of photos
 - expert: x.pt, present from 0.5, absent below 0.05
-- pairs: train 1, heldout 6"""
+- pairs that it made or confirmed: 7, train 1, pool 0, validation 0, heldout 6"""
 for name in NAMES[1:]:
-    HOW += f"\n- {name}: 3 steps of 8 of 9 critiques, loss at the end 0.250"
+    HOW += f"\n- {name}: 3 steps of 8 critiques, drawn from 9; training loss at the end 0.250"
 
 
 def evaluate(run, *given):
@@ -393,7 +393,7 @@ def test_a_run_with_all_its_judges(made_run, judge):
     assert [table[name]["accuracy"] for name in NAMES] == [0.5, 1, 1, 1]
     assert table["base"]["both"] == 0
     assert [row["category"] for row in rows[:4]] == ["macro", "macro", "a|b", "a|b"]
-    assert report.split("\n\n")[3] == HOW and "warning" not in report
+    assert report.split("\n\n")[4] == HOW and "warning" not in report
     assert cells(report, "shorter response")[1] == "0.000"  # "red ring." is
     assert cells(report, "chance")[1:4] == ["0.500", "", "0.250"]
     assert cells(report, "after 03")[1:3] == ["1.000", "1.000-1.000"]

@@ -353,7 +353,7 @@ def test_pairing_needs_nothing():
 
 
 def test_pieces_with_what_they_need():
-    sizes = {"validation": 1, "heldout": 0, "train": 0}
+    sizes = {"validation": 1, "heldout": 0, "train": 0, "pool": 1}
     split = paste("assign_splits", ONE)([{"image": "a"}, {"image": "b"}], sizes, 0)
     assert sorted(row["split"] for row in split) == ["pool", "validation"]
     interval = paste("cluster_bootstrap", FIVE)([0.0, 1.0, 1.0], ["x", "x", "y"], 50)

@@ -22,6 +22,7 @@ PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
 EXPERTS = ("YOLO", "the policy's yes or no")
 FILES = ("common", *STAGES)
 RESULTS = study_report.read(ROOT / "assets" / "results.jsonl")
+OLD = [line for line in RESULTS if "code" not in line]  # on the held-out pairs of before
 DEMO = read_json(ROOT / "assets" / "demo.json")
 LAST = "margin, iteration 2"
 
@@ -131,6 +132,8 @@ finds a ring (confidence {sure[0]}) and a cross ({sure[1]}), both purple
 ends with P(label) = {best}, the worst, which takes a red triangle for a square, with {worst}
 is called better as A (P(A) = {asked[0]}) and as B ({asked[1]})
 03 ends at {took[0]} and 04 at {took[1]}
+gains {tenth_margin} by the largest margins, {tenth_random} at random, {tenth_low} by the smallest
+all that pass do ({everything})
 in {deaf[0]} and {deaf[1]} of the critiques, elsewhere in {follows} or more
 though {checks:.0f} % of the checks were right
 all worlds come to {bt[0]}, and 04 takes them to {bt[1]}
@@ -164,14 +167,14 @@ def measured():
     """{name in SENTENCES: number or text} from assets/demo.json and assets/results.jsonl."""
 
     def worlds(study_name, setting, condition="after 03"):
-        found = study_report.cells(RESULTS, study_name, setting, condition)
+        found = study_report.cells(OLD, study_name, setting, condition)
         return {seed: value for seed, (value, _) in found.items()}
 
     def middle(*where):
         return two(mean(worlds(*where).values()))
 
     def count(*where):
-        return study_report.mean_count(RESULTS, *where)
+        return study_report.mean_count(OLD, *where)
 
     full, judges = study_report.FULL, ("after 03", LAST)
     counts, table = DEMO["counts of 02"], DEMO["table"]
@@ -187,9 +190,9 @@ def measured():
     balanced = [judge["balanced"] for judge in (usual, attacked)]
     assert balanced[0] == pytest.approx(balanced[1], abs=0.01)  # "nearly as right as before"
     x["lost"] = 100 * (1 - attacked["n_checks"] / usual["n_checks"])
-    took = study_report.where_03_took(RESULTS)
+    took = study_report.where_03_took(OLD)
     x["took"] = [span([worlds(*full, j)[seed] for seed in took]) for j in judges]
-    starts = study_report.of_setting(RESULTS, "start", "the demo's flags")
+    starts = study_report.of_setting(OLD, "start", "the demo's flags")
     follows = {seed: run["counts"]["after 03: verdict follows"] for seed, run in starts.items()}
     x["deaf"] = [two(part) for seed, part in follows.items() if seed not in took]
     x["follows"] = two(min(follows[seed] for seed in took))
@@ -211,11 +214,21 @@ def measured():
     x["lams"] = [middle("training", y) for y in settings[:2]]
     x["said"] = [two(count("training", y, "captions hallucinate, greedy")) for y in settings]
     judges = ("after 03", "continue, iteration 2", LAST)
-    first, *later = (study_report.cells(RESULTS, *full, judge) for judge in judges)
+    first, *later = (study_report.cells(OLD, *full, judge) for judge in judges)
     gains = [study_report.average(study_report.minus(second, first)) for second in later]
     x["gains"] = [number(gain, "+") for gain in gains]
     x["wrong"] = [100 * count("expert", y, "expert: labels_wrong") for y in EXPERTS]
     x["experts"] = [middle("expert", y) for y in EXPERTS]
+    for name in ("margin", "random", "low"):
+        gain = study_report.difference(
+            RESULTS,
+            ("worth", f"{name} 0.1", f"{name}, iteration 1"),
+            ("worth", f"{name} 0.1", "after 03"),
+        )
+        x[f"tenth_{name}"] = number(study_report.average(gain), "+")
+    everything = ("worth", "all that pass", "margin, iteration 1")
+    gain = study_report.difference(RESULTS, everything, ("worth", "all that pass", "after 03"))
+    x["everything"] = number(study_report.average(gain), "+")
     return x
 
 

@@ -528,7 +528,7 @@ def test_02_says_that_critiques_describe(stages, capsys):
     for style, n in (("critique", 1), ("none", 0)):
         stages(2, Judge(describes), f"--critiques 4 --style {style}")
         said = capsys.readouterr().out
-        assert said.count("warning: 10 of 30 critiques with a verdict describe") == n
+        assert said.count("warning: 10 of 30 critiques with a verdict check no claim") == n
 
 
 def test_04_says_that_margins_do_not_choose(trained, capsys):
