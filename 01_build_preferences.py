@@ -172,7 +172,7 @@ def make_swap(text, swaps, status, vocabulary, rng):
     if not absent:
         raise Skip("no candidate hallucinates, no absent object to swap in")
     present = [name for name in find_mentions(text, vocabulary) if status[name] == "present"]
-    return swap_object(text, rng.choice(present), absent[0], vocabulary)
+    return swap_object(text, rng.choice(present), spaced(absent[0]), vocabulary)
 
 
 def split_sizes(n, validation, heldout, train):
@@ -284,8 +284,7 @@ def mention_spans(text, vocabulary):
 
 
 def claimed_objects(claim, supported, vocabulary):
-    """Classes that a critique's check affirms, all that its claim mentions, or denies: the object
-    alone that is all of the claim, since "a dog with a hat: no" denies no dog."""
+    """Classes that a check affirms, all in its claim, or denies, one that is the whole claim."""
     if supported:
         return find_mentions(claim, vocabulary)
     opening = r"^(?:there (?:is|are) )?(?:(?:an?|the|some|one|two|three) )?"
@@ -760,6 +759,7 @@ def draw_contact_sheet(path, rows, image_root):
                 x = min(max((x1 + x2) / 2, 0.2 * picture.width), 0.8 * picture.width)
                 axis.text(x, y1, label, ha="center", backgroundcolor=colour, **style)
         text = "\n".join(textwrap.fill(line, 48, max_lines=6) for line in lines)
+        text = text.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
         axis.text(0, -0.03, text, transform=axis.transAxes, **style)
     figure.savefig(path, dpi=80)
 

@@ -62,7 +62,7 @@ def render_reference(question, status, vocabulary):
 
 
 def contradicts_expert(checks, mentions, status, vocabulary):
-    """None, or what is wrong with the checks: beside the response, against a finding, or not all.
+    """None, or the first fault of the checks, in the words of the report.
 
     mentions: {"A": objects that response A mentions, "B": ...}; status: {object: "present" | ...}.
     """
@@ -173,7 +173,7 @@ def count(samples, critiques):
 
 
 def warn_of_descriptions(samples):
-    """Critiques with a verdict that check no claim describe, or assert."""
+    """A critique with a verdict and no check has described, or asserted."""
     decided = [row for row in samples if row["verdict"]]
     n = sum(not parse_checks(row["critique"]) for row in decided)
     if n > 0.2 * len(decided):

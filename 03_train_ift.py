@@ -122,7 +122,7 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
         rows.append(torch.tensor(ids[:max_response_tokens]))
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B,R)
-    # Padded anew, not masked where ids hold the padding token: it may be the stop token as well.
+    # (comparing ids with the padding token would mask the stop token, too, where it is the same)
     targets = pad(rows, batch_first=True, padding_value=-100)  # (B,R)
     masked = torch.full_like(inputs["input_ids"], -100)  # (B,P): prompt and image tokens
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)  # (B,P+R), and so the next two
@@ -154,8 +154,8 @@ def micro_batches(rows_of_kind, processor, image_root, settings, seed, micro_bat
 
 # ---- The loop: rows, count, forward, loss, backward, step, log -----------------------------------
 def forward(model, inputs, labels):
-    """(logits (B,R+1,V), labels (B,R+1)) of the last R+1 positions, which spares the language head
-    the rest: the R response tokens, and the prompt's last one, which predicts the first of them."""
+    """(logits (B,R+1,V), labels (B,R+1)) of the last R+1 positions: the R response tokens, and the
+    prompt's last one, which predicts the first of them. The language head is spared the others."""
     R = int((labels != -100).sum(1).max())  # tokens of the longest response
     inputs = inputs.to(common.unwrap(model).device)
     logits = model(**inputs, logits_to_keep=R + 1, use_cache=False).logits
@@ -186,7 +186,7 @@ def make_trainable(model, rank):
         from peft import LoraConfig, get_peft_model  # slow to import
 
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
-        return get_peft_model(model, config)  # PEFT's are float32, beside bf16 weights, too
+        return get_peft_model(model, config)  # float32 adapters, also beside bf16 weights
     for name, weight in model.named_parameters():
         if "language_model" in name or name.startswith("lm_head"):
             weight.data = weight.data.float()
@@ -304,7 +304,7 @@ def save_training(path, lines, weights, optimizer, settings):
     if RANK == 0:
         try:
             torch.save(state, path.with_suffix(".partial"))
-        except RuntimeError as error:  # so it calls a full disk
+        except RuntimeError as error:  # torch's name for a full disk
             stop(f"{path}: {common.one_line(error)}")
         path.with_suffix(".partial").replace(path)
 
@@ -344,8 +344,8 @@ def check_settings(path, saved, settings):
 
 
 def find_checkpoint(folder, settings=None):
-    """The folder's adapter/ or model/, None without either. With settings, those of a training that
-    is to begin, it stops where these, or training.pt, were made with others."""
+    """The folder's adapter/ or model/, None without either. Given the settings of a training, it
+    stops where what lies there, or an interrupted training.pt, was made with other settings."""
     trained = [path for path in (folder / "adapter", folder / "model") if path.exists()]
     if settings and trained:
         check_settings(trained[0], common.read_json(trained[0] / "made_with.json"), settings)
@@ -481,8 +481,8 @@ def paired_gain(earlier, later):
 
 
 def verdict_follows(rows):
-    """(part of the critiques whose verdict is that of their own checks, number of those whose
-    checks decide between the responses); (None, 0) without any. rows: {"critique", "verdict"}."""
+    """Of the critiques whose checks decide between the responses: (part whose verdict is the one
+    that these imply, their number); (None, 0) without any. rows: {"critique", "verdict"}."""
     follows = []
     for row in rows:
         better = common.verdict_of_checks(common.parse_checks(row["critique"]))

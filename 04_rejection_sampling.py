@@ -61,8 +61,8 @@ def margin(confidences, passes):
 
 
 def select_by_margin(margins, threshold=None, retention=None):
-    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the part
-    `retention` of all ids with the largest, where margin 0 is never kept, even if fewer remain.
+    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the first
+    part `retention` of all; then margin 0 is never kept, even if fewer remain.
 
     margins: {id: margin in [0,1]}; give one of the two rules, else ValueError.
 
@@ -138,8 +138,8 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
     """The kept questions, two per pair, each with the one critique to train on.
 
     select: "margin", the pairs with the largest margins and the critique with the largest S of each
-    question. Controls of the same number of eligible pairs: "low", the smallest margins; "best",
-    pairs by lot (both with the largest S, too); "random", pairs and critiques by lot."""
+    question. Controls take as many eligible pairs: "low" the smallest margins, "best" any by lot,
+    both with the critique with the largest S; "random" pairs and critiques by lot."""
     eligible = {key: value for key, value in margins.items() if (key, "ab") in passing}
     if threshold is None:  # a share of the whole pool; its other pairs, of margin 0, are never kept
         pair_ids = select_by_margin(margins, retention=retention)
@@ -264,9 +264,11 @@ def main(args):
         equal_part = len(pairs) // max(3, args.iterations)
         pools = cut_pools(pairs, args.pool or min(5000, equal_part), args.iterations)
     load = {"device": args.device, "max_image_tokens": first["max_image_tokens"], "trainable": True}
-    trained = three.find_checkpoint(run / f"03_ift{tag}")
+    after_03 = run / f"03_ift{tag}"
+    of_now = {"style": style, "rows": common.digest(old)}  # 02 may have been made anew since
+    trained = three.find_checkpoint(after_03, of_now)
     if trained is None:
-        stop(f"{run}/03_ift{tag} holds no adapter/ or model/: run stage 03 again")
+        stop(f"{after_03} holds no adapter/ or model/: run stage 03 again")
     judge = common.Judge(first["model"], trained, **load)
     root = first["image_root"]
     names = (*three.TRAINED_WITH, *SAMPLED_BY, *CHOSEN_BY)

@@ -11,8 +11,7 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
 Reads   01's split "heldout", or --pairs (a file, folder or hub id); all that 03 and 04 have trained
 Writes  05_evaluation[_BENCHMARK[_official]]/: answers.jsonl, kept for the next start; made anew:
         report.md with accuracy.png, reliability.png, pictures/; metrics.json; of LLaVA-Bench
-        best_of_n.jsonl, and for its review answers_first.jsonl, answers_judge.jsonl;
-        judgements.jsonl, such as
+        best_of_n.jsonl, for its review answers_first.jsonl, answers_judge.jsonl; judgements.jsonl:
         {"id": "toy-00154-0", "question": "toy-00154-0-ba", "condition": "after 03", "order": "ba",
          "image": "heldout/00154.png", "category": "colour", "label": "B", "verdict": "B",
          "probability_a": 0.0009, "critique": "A: red ring: no\\nA: red cross: yes\\nB: blue ring:
@@ -109,7 +108,7 @@ def accuracy_per_pair(rows):
 
 
 def check_rates(rows, pairs, vocabulary):
-    """How the judge's checks stand to the pairs' evidence; {} unless it checks objects of both."""
+    """How the judge's checks stand to the pairs' evidence; {} without any of present or absent."""
     says_yes = {"present": [], "absent": []}  # what is unsure has no true answer
     for row in rows:
         evidence = pairs[row["id"]].get("evidence") or ()
@@ -156,7 +155,7 @@ def measures_of(rows, accuracies, pairs, vocabulary):
     values = list(accuracies.values())
     judged = [pairs[key] for key in accuracies]
     images = [pair["image"] for pair in judged]
-    categories = [pair.get("category") or "all" for pair in judged]
+    categories = [str(pair.get("category") or "all") for pair in judged]
     by_category = {}
     where = {"hallucination": [], "shorter_is_better": [], "longer_is_better": []}
     for pair, category, accuracy in zip(judged, categories, values):
@@ -508,11 +507,10 @@ def warnings_of(rows_of, table):
     for name, rows in rows_of.items():
         missing = fmean(row["verdict"] is None for row in rows)
         if missing > 0.05:
-            text = f"warning: {missing:.0%} of {name}'s judgements have no verdict: "
-            warnings += ["", f"{text}it may need a higher --max-new-tokens"]
+            why = "have no verdict: raise --max-new-tokens?"
+            warnings += ["", f"warning: {missing:.0%} of {name}'s judgements {why}"]
     best = max(table.values(), key=lambda measures: measures["accuracy"])
-    low, high = best["interval"]
-    if low <= 0.5 <= high:
+    if best["interval"][0] <= 0.5:
         warnings += ["", "warning: the interval of the best judge holds chance, .5"]
     return warnings
 
@@ -645,7 +643,8 @@ def main(args):
     draw_reliability(folder / "reliability.png", {"base": rows_of["base"], name: rows_of[name]})
     more = ["", "![](accuracy.png)", "![](reliability.png)", f"\n## Judgements of {name}"]
     more += judgement_lines(folder, rows_of[name], questions, args.image_root)
-    lines = warnings_of(rows_of, table) + table_lines(table, differences)
+    of_judges = {judge["name"]: table[judge["name"]] for judge in judges}
+    lines = warnings_of(rows_of, of_judges) + table_lines(table, differences)
     counts["pairs"] = len(pairs)
     finish(args, folder, counts, judges, rows_of, lines, more)
 

@@ -14,10 +14,8 @@ Each part on the toy judge and on a larger shape with random weights.
 import argparse
 import contextlib
 import copy
-import importlib
 import io
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -27,15 +25,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
+from conftest import WORLD, common, stage
 from PIL import Image
+from scenes import write_pictures
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from scenes import write_pictures  # noqa: E402
-
-import common  # noqa: E402
-
-ift = importlib.import_module("03_train_ift")
+ift = stage("03_train_ift")
 
 
 # ---- Timing --------------------------------------------------------------------------------------
@@ -76,13 +70,13 @@ def table_rows(what, seconds):
 
 
 # ---- Judges --------------------------------------------------------------------------------------
-def toy_judge(world):
-    return common.load_judge(str(world / "model"))
+def toy_judge():
+    return common.load_judge(str(WORLD / "model"))
 
 
-def larger_judge(world):
+def larger_judge():
     """Random weights: hidden 768, 12 layers, 32,000 words; every picture becomes 256 tokens."""
-    toy, processor = toy_judge(world)
+    toy, processor = toy_judge()
     processor.image_processor.size = {"shortest_edge": 448 * 448, "longest_edge": 448 * 448}
     text_config = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
     text_config |= {"num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000}
@@ -180,15 +174,15 @@ def long_questions():
     return [{"id": str(k), "image": picture, "text": "red circle, " * 100} for k in range(2)]
 
 
-def bench_sample(world, pictures, runs):
+def bench_sample(pictures, runs):
     """Lines of the table; 8 samples of each prompt at temperature 1."""
     generates = f"generate + scoring, transformers {transformers.__version__}"
     functions = {"common.sample": common.sample, generates: generate_and_score}
     functions["loop over a repeated cache"] = plain_loop
     lines = []
     for what, judge, requests, max_new_tokens in (
-        ("sample, toy, 32 x 8", toy_judge(world), toy_questions(pictures, 16), 96),
-        ("sample, larger, 2 x 8", larger_judge(world), long_questions(), 64),
+        ("sample, toy, 32 x 8", toy_judge(), toy_questions(pictures, 16), 96),
+        ("sample, larger, 2 x 8", larger_judge(), long_questions(), 64),
     ):
         how = (*judge, requests, 8, 1.0, max_new_tokens)
         sides = {name: partial(timed, function, *how) for name, function in functions.items()}
@@ -292,14 +286,14 @@ def train_theirs(model, data):
 SETTINGS = {"lr": 1e-3, "lam": 0.0, "bt_weight": 0.0, "max_response_tokens": None}
 
 
-def bench_train(world, pictures, runs):
+def bench_train(pictures, runs):
     """Lines of the table; it prints how the losses fall."""
     import trl
 
     lines, pairs = [], common.read_rows(pictures / "heldout.jsonl", dict)
     for what, (model, processor), preamble, (steps, train_batch, micro_batch) in (
-        ("train, toy, 10 steps of 32", toy_judge(world), "", (10, 32, 8)),
-        ("train, larger, 2 steps of 4", larger_judge(world), "red circle, " * 60, (2, 4, 2)),
+        ("train, toy, 10 steps of 32", toy_judge(), "", (10, 32, 8)),
+        ("train, larger, 2 steps of 4", larger_judge(), "red circle, " * 60, (2, 4, 2)),
     ):
         rows = ift.training_rows(true_critiques(pairs, preamble))["critique"]
         settings = {**SETTINGS, "steps": steps, "train_batch": train_batch}
@@ -321,7 +315,6 @@ PARTS = {"train": bench_train, "sample": bench_sample}
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="part", help="train or sample; none: both")
-    parser.add_argument("--world", type=Path, default=ROOT / "tests/world", help="has model/")
     parser.add_argument("--runs", type=int, default=5, help="measured runs, after a warm-up")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -329,7 +322,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), seed=0, n_images=0, n_heldout=200)
         for part in args.parts or PARTS:
-            lines += PARTS[part](args.world, Path(folder), args.runs)
+            lines += PARTS[part](Path(folder), args.runs)
     print(f"\n{args.runs} runs in turn after a warm-up, {torch.get_num_threads()} thread(s)")
     print("| what | against | ours, s | theirs, s | ratio: min | median | max |")
     print("|---|---|---|---|---|---|---|")

@@ -10,8 +10,6 @@ Sampling: 8 critiques of 256 tokens a question; training: steps of 32 critiques 
 """
 
 import argparse
-import importlib
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,16 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from build_world import CHAT_TEMPLATE, TOKENS, build_processor
+from conftest import common, stage
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from build_world import CHAT_TEMPLATE, build_processor  # noqa: E402
-
-import common  # noqa: E402
-
-ift = importlib.import_module("03_train_ift")
-
+ift = stage("03_train_ift")
 QWEN3_ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
 QWEN3_TEXT = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
 QWEN3_TEXT["rope_parameters"] = {**QWEN3_ROPE, "mrope_interleaved": True}
@@ -61,14 +54,12 @@ def build(shape, max_image_tokens, device):
     family, text, vision = shape
     patch = vision["patch_size"]
     tokenizer = build_processor().tokenizer
-    ids = {"tie_word_embeddings": family == "Qwen3VL"}
-    for name in ("image", "video", "vision_start", "vision_end"):
-        token = f"<|{name}|>" if name.startswith("vision") else f"<|{name}_pad|>"
-        ids[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(token)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
     text = {**text, "max_position_embeddings": 32768, "bos_token_id": None}
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config_class = getattr(transformers, f"{family}Config")
-    config = config_class(text_config=text, vision_config=vision, **ids)
+    parts = {"text_config": text, "vision_config": vision}
+    config = config_class(**parts, **ids, tie_word_embeddings=family == "Qwen3VL")
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     with torch.device(device):
         model_class = getattr(transformers, f"{family}ForConditionalGeneration")

@@ -11,19 +11,16 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from demo import ROOT, WORLD
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-WORLD = ROOT / "tests" / "world"  # shipped: model/, expert.pt; never written to
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 STAGES = tuple(sorted(path.stem for path in ROOT.glob("0?_*.py")))
-TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 stage = importlib.import_module  # a name that starts with a digit has no import statement
 common = stage("common")
 EPSILON = 1e-3  # largest difference in nats between two ways to compute a number in float32
@@ -106,6 +103,13 @@ def correct_rows():  # D_correct of these
     return stage("03_train_ift").training_rows(critique_rows())["correct"]
 
 
+def judgements(key, ab, ba, p_ab=0.5, p_ba=0.5):
+    """The two judgement rows of a pair, from the verdicts and P(A) in its orders."""
+    ab = {"id": key, "order": "ab", "label": "A", "verdict": ab, "probability_a": p_ab}
+    ba = {"id": key, "order": "ba", "label": "B", "verdict": ba, "probability_a": p_ba}
+    return [{**row, "critique": ""} for row in (ab, ba)]
+
+
 def requests_of(rows, pictures):
     """What common.sample takes."""
     return [{**row, "image": pictures / row["image"]} for row in rows]
@@ -159,7 +163,6 @@ def fit(model, processor, pictures, folder, flags=(), **changed):
 @pytest.fixture
 def raw(monkeypatch):
     """common.sample whose answers are (token ids (R,), log-odds (R,)), not text and verdict."""
-
     monkeypatch.setattr(common, "finish_sample", lambda _, *written: written[:2])
     return common.sample
 

@@ -36,7 +36,7 @@ FLAGS = {
 BATCH = "--batch-size 256"  # sequences decoded together: the model is small
 
 # torchrun: the same rows, on both cores
-TWO_PROCESSES = "-m torch.distributed.run --standalone --nproc-per-node 2 --"
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
 
 def commands(world, pictures, run, seed, controls=("random",), expert=None, style="critique"):
@@ -112,7 +112,7 @@ def main():
     steps = commands(WORLD.relative_to(ROOT), pictures, run, seed)
     if not torch.cuda.is_available():  # a GPU is for one process
         for name in ("01", "02", "03", "05"):
-            steps[name] = TWO_PROCESSES.split() + steps[name]
+            steps[name] = TWO_PROCESSES + steps[name]
     seconds = run_all((name, steps[name]) for name in ("01", "02", "03"))
     control = start(steps["04 random"], run / "04_random.log")  # beside 04 on the second core
     seconds |= run_all([("04", steps["04"])])

@@ -23,17 +23,15 @@ import threading
 import time
 import traceback
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import demo
 import torch
 import ultralytics  # noqa: F401  here, so that no fork has to
+from conftest import STAGES, common, stage
 from scenes import write_pictures
 
-sys.path.insert(0, str(demo.ROOT))
-common = import_module("common")
-SCRIPTS = {path.name[:2]: import_module(path.stem) for path in demo.ROOT.glob("0?_*.py")}
+SCRIPTS = {name[:2]: stage(name) for name in STAGES}
 SMALL = {
     "01": "--validation 4 --train 30 --candidates 2",
     "02": "--critiques 3",

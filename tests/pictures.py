@@ -14,22 +14,14 @@ demo.json           numbers of the README: 05's tables, counts of 02, the tutori
 
 import argparse
 import shutil
-import sys
 import textwrap
-from importlib import import_module
 from pathlib import Path
 
+from conftest import ROOT, STAGES, common, stage
 from matplotlib.figure import Figure
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
-
-one = import_module("01_build_preferences")
-four = import_module("04_rejection_sampling")
-five = import_module("05_evaluate")
-
+one, _, _, four, five = map(stage, STAGES)
 INK, GREY, GREEN, RED = "#222222", "#777777", "#1a7f37", "#c62828"
 WIDTH, LINE = 2.6, 0.17  # inches: of a card, and of a line of text
 

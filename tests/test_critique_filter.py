@@ -9,12 +9,8 @@ from common import parse_checks
 two = import_module("02_generate_critiques")
 
 VOCABULARY = {"dog": "dog", "dogs": "dog", "puppy": "dog", "cat": "cat", "bus": "bus", "hat": "hat"}
-QUESTION = {
-    "prompt": "What is there?",
-    "response_a": "A puppy and a cat.",
-    "response_b": "A dog, a bus and a hat.",
-    "label": "A",
-}
+QUESTION = {"prompt": "What is there?", "label": "A"}
+QUESTION |= {"response_a": "A puppy and a cat.", "response_b": "A dog, a bus and a hat."}
 STATUS = {"dog": "present", "cat": "present", "bus": "absent", "hat": "unsure"}
 
 

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import STAGES, TWO_PROCESSES, read_rows, run, run_here, stage, steps_of
+from conftest import STAGES, read_rows, run, run_here, stage, steps_of
+from demo import TWO_PROCESSES
 
 import common
 

@@ -99,12 +99,8 @@ def test_ablations_run(world, finished, tmp_path):
     folder, _ = finished
     vocabulary = folder / "01_preferences" / "vocabulary.json"
     few = "--limit 120 --present 0.5 --absent 0.5 --validation 10 --train 40"
-    extra = {
-        "01": [*few.split(), "--vocabulary", str(vocabulary)],
-        "02": [],
-        "03": ["--steps", "5"],
-        "05": ["--withhold"],
-    }
+    extra = {"01": [*few.split(), "--vocabulary", str(vocabulary)], "02": []}
+    extra |= {"03": ["--steps", "5"], "05": ["--withhold"]}
     steps = commands(world, tmp_path / "r", expert="none", style="descriptive")
     for name, flags in extra.items():
         run_here([*steps[name], *flags])

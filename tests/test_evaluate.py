@@ -10,29 +10,15 @@ from collections import Counter
 import datasets
 import numpy as np
 import pytest
-from conftest import read_rows, stage
+from conftest import judgements, read_rows, stage
+from test_published import bench_row
+from test_stages import answer
 
 import common
-from common import both_orders, read_json, write_json, write_jsonl
+from common import read_json, write_json, write_jsonl
 
 five = stage("05_evaluate")
 CRITIQUES = {"A": "A: red circle: yes\nVerdict: A", "B": "B: red circle: yes\nVerdict: B"}
-
-
-def answer_of(verdict, probability_a=0.5, text=None):
-    """An Answer of common.sample."""
-    log_odds = None
-    if verdict is not None:
-        log_odds = math.log(probability_a / (1 - probability_a))
-    text = text or CRITIQUES.get(verdict, "I cannot tell.")
-    return {"text": text, "complete": True, "verdict": verdict, "log_odds": log_odds}
-
-
-def judgements(key, ab, ba, p_ab=0.5, p_ba=0.5):
-    """The two judgement rows of a pair, from the verdicts and P(A) in its orders."""
-    ab = {"id": key, "order": "ab", "label": "A", "verdict": ab, "probability_a": p_ab}
-    ba = {"id": key, "order": "ba", "label": "B", "verdict": ba, "probability_a": p_ba}
-    return [{**row, "critique": ""} for row in (ab, ba)]
 
 
 def measures_of(rows, pairs, accuracies=None):
@@ -298,8 +284,7 @@ class Fake:
 def prefers_circles(model, request, k):
     """The base model says A; a trained one prefers the response that names a red circle."""
     response_a = request["text"].split("Response A: ")[1].split("\n")[0]
-    verdict = "A" if model is None or "circle" in response_a else "B"
-    return answer_of(verdict, 0.9 if verdict == "A" else 0.1)
+    return answer(CRITIQUES["A" if model is None or "circle" in response_a else "B"])
 
 
 @pytest.fixture
@@ -382,13 +367,8 @@ def test_a_run_with_all_its_judges(made_run, judge):
     assert [row["condition"] for row in rows[::12]] == [*NAMES[:3], *closer, NAMES[3]]
     assert judge.loaded == [None, "03_ift", MARGIN, RANDOM]
     assert set(judge.settings) == {(1, 0.0, 33, 7)}
-    questions = []
-    for pair in read_rows(made_run.parent / "heldout.jsonl"):
-        questions += both_orders(pair)
-    for row, request, q in zip(rows, judge.requests, questions):  # of the base model
-        text = common.build_judge_prompt(q["prompt"], q["response_a"], q["response_b"], "none")
-        assert (request["id"], request["text"]) == (q["id"], text)  # in the judges' style
-        assert [row[x] for x in ("image", "order", "label")] == [q["image"], q["order"], q["label"]]
+    of_base = [request["text"] for request in judge.requests[:12]]  # in the judges' style
+    assert all(text.endswith(common.INSTRUCTIONS["none"]) for text in of_base)
     table = read_json(folder / "metrics.json")["table"]
     assert [table[name]["accuracy"] for name in NAMES] == [0.5, 1, 1, 1]
     assert table["base"]["both"] == 0
@@ -405,7 +385,7 @@ def test_a_run_with_all_its_judges(made_run, judge):
     assert cells(by_category, "base") == ["base", "0.500", "0.500"]
     pictures = [f"pictures/right-{k}.png" for k in range(1, 6)]
     for name in ("accuracy.png", "reliability.png", *pictures):
-        assert f"]({name})" in report
+        assert report.count(f"]({name})") == 1
         common.load_image(folder / name)
     assert not (folder / "pictures" / "right-6.png").exists()
     assert "\n    Response A: 0 red circle.\n    Response B: 0 red ring.\n" in report  # a block
@@ -444,7 +424,7 @@ def test_a_variant_stands_beside_the_others(made_run, judge):
     """--tag: all are in the table, each asked in its own style; the variant's last is looked at
     closely. Refused: one that was trained on held-out pictures."""
     put_adapter(made_run / "03_ift_bt", tag="bt", style="critique")
-    judge.answer = lambda model, request, k: answer_of("A", 0.8)
+    judge.answer = lambda model, request, k: answer(CRITIQUES["A"], 0.8)
     report, _ = evaluate(made_run, "--tag", "bt", "--withhold", "blank")
     assert "warning: the interval of the best judge holds chance" in report
     names = (*NAMES, "after 03, bt", "after 03, bt, blank image")
@@ -463,11 +443,11 @@ def test_missing_verdicts_are_said_and_counted(made_run, pictures, judge):
     write_pairs(made_run.parent, 20)
     mute = {None: ("p0-ab", "p0-ba"), "03_ift": ("p0-ab", "p0-ba", "p1-ab")}
 
-    def answer(model, request, k):
+    def reply(model, request, k):
         is_mute = request["id"] in mute.get(model, ())
-        return answer_of(None) if is_mute else prefers_circles(model, request, k)
+        return answer("I cannot tell.") if is_mute else prefers_circles(model, request, k)
 
-    judge.answer = answer
+    judge.answer = reply
     given = ("--pairs", made_run.parent / "heldout.jsonl", "--image-root", pictures)
     report, folder = evaluate(made_run, *given, "--withhold")  # 2 of 40 of base, 3 of after 03
     warnings = re.findall("warning: .*", report)
@@ -479,24 +459,17 @@ def test_missing_verdicts_are_said_and_counted(made_run, pictures, judge):
 
 def test_chance_within_the_best_judges_interval_is_said():
     other = {"accuracy": 0.4, "interval": (0.3, 0.6)}
-    for low, high, n in ((0.5, 0.6, 1), (0.51, 0.6, 0), (0.44, 0.5, 1), (0.44, 0.49, 0)):
+    for low, high, n in ((0.5, 0.6, 1), (0.51, 0.6, 0), (0.44, 0.5, 1), (0.44, 0.49, 1)):
         best = {"accuracy": 0.45, "interval": (low, high)}
         assert len(five.warnings_of({}, {"base": other, "x": best})) == 2 * n
 
 
 def test_vl_rewardbench(tmp_path, pictures, judge):
     complete_01(tmp_path, pictures)  # without a training
-    rows = []
-    for i in range(6):
-        picture = {"bytes": (pictures / f"{i % 4}.png").read_bytes(), "path": None}
-        row = {
-            "id": f"{('RLAIF-V-', 'mathverse_')[i % 2]}{i}",
-            "query": f"<image>\nList the objects in image {i}.",
-        }
-        row |= {"response": ["red circle.", "blue star, red ring."], "image": picture}
-        rows.append({**row, "human_ranking": [i % 2, 1 - i % 2]})
+    names = [f"{('RLAIF-V-', 'mathverse_')[i % 2]}{i}" for i in range(6)]
+    rows = [bench_row(name, [i % 2, 1 - i % 2], seed=i) for i, name in enumerate(names)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
-    judge.answer = lambda model, request, k: answer_of("A", 0.9)
+    judge.answer = lambda model, request, k: answer(CRITIQUES["A"], 0.9)
     given = ["--benchmark", "vl-rewardbench", "--protocol", "official", "--withhold"]
     given += ["--pairs", tmp_path / "test.parquet"]
     report, folder = evaluate(tmp_path, *given)
@@ -504,7 +477,7 @@ def test_vl_rewardbench(tmp_path, pictures, judge):
     assert set(base["by_category"]) <= {"general", "hallucination", "reasoning"}
     assert {request["image"].parent for request in judge.requests} == {folder / "images"}
     assert folder.name == "05_evaluation_vl-rewardbench_official"
-    assert [x[:2] for x in judge.settings] == [(1, 0.2)] * 54
+    assert [x[:2] for x in judge.settings] == [(1, 0.2)] * 54 and "both" not in base
     calls = read_rows(folder / "judgements.jsonl")
     n_correct = Counter(row["id"] for row in calls if row["verdict"] == row["label"])
     assert base["accuracy"] == sum(n >= 5 for n in n_correct.values()) / 6  # of 9 calls
@@ -516,9 +489,9 @@ def captions(model, request, k):
     if "Response A: " not in request["text"]:
         texts = ("red ring 0.", "red circle 1.", "red circle, red ring 3.", "red circle 2.")
         text = texts[(k + int(request["id"]) // 2) % 4]
-        return {**answer_of(None, text=text), "complete": k != 2}
+        return {**answer(text), "complete": k != 2}
     a, b = re.findall(r"Response .: .*(\d)", request["text"])
-    return answer_of("A", 0.6 + (int(a) - int(b)) / 10)
+    return answer(CRITIQUES["A"], 0.6 + (int(a) - int(b)) / 10)
 
 
 def test_llava_bench_in_the_wild(tmp_path, pictures, judge):
@@ -550,9 +523,9 @@ def test_llava_bench_in_the_wild(tmp_path, pictures, judge):
     assert "after 03 has picked the first, second, ... of 4 so often: [0, 2, 2, 0]" in report
     for name, numbers in (("first", "0011"), ("judge", "3333")):
         answers = read_rows(folder / f"answers_{name}.jsonl")
-        for q, answer, number in zip(questions, answers, numbers, strict=True):
-            assert (answer["question_id"], answer["prompt"]) == (q["question_id"], q["text"])
-            assert answer["text"][-2] == number and answer["answer_id"] and answer["model_id"]
+        for q, row, number in zip(questions, answers, numbers, strict=True):
+            assert (row["question_id"], row["prompt"]) == (q["question_id"], q["text"])
+            assert row["text"][-2] == number and row["answer_id"] and row["model_id"]
 
 
 def test_what_cannot_be_judged_stops_before_any_work(made_run, pictures, judge):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import stage
+from conftest import judgements, stage
 
 from common import verdict_log_odds
 
@@ -114,21 +114,15 @@ def test_margin():
 
 
 # ---- 03: the measures of judgement rows ----------------------------------------------------------
-def two_rows(key, ab, ba):
-    """The two rows of a pair, by its verdicts in the orders ab and ba."""
-    orders = (("ab", "A", ab), ("ba", "B", ba))
-    return [{"id": key, "order": o, "label": label, "verdict": v} for o, label, v in orders]
-
-
 def test_accuracy_by_order():
-    rows = two_rows("1", "A", "B") + two_rows("2", "A", "A") + two_rows("3", "B", "A")
-    rows += two_rows("4", None, None) + two_rows("5", None, "B") + two_rows("6", "A", "B")
+    rows = judgements("1", "A", "B") + judgements("2", "A", "A") + judgements("3", "B", "A")
+    rows += judgements("4", None, None) + judgements("5", None, "B") + judgements("6", "A", "B")
     expected = {"accuracy": 6 / 12, "accuracy_ab": 3 / 6, "accuracy_ba": 3 / 6}
     expected |= {"both": 2 / 6, "unparseable": 3 / 12, "n_pairs": 6}
     expected["agreement"] = 3 / 6  # pair 3 is wrong twice, so the same response wins
     assert three.accuracy_by_order(rows[::-1]) == pytest.approx(expected)
     # a judge that always says A; rows weigh alike, not orders
-    result = three.accuracy_by_order(two_rows("1", "A", "A") + two_rows("2", "A", "A")[:1])
+    result = three.accuracy_by_order(judgements("1", "A", "A") + judgements("2", "A", "A")[:1])
     assert (result["accuracy_ab"], result["accuracy_ba"], result["accuracy"]) == (1, 0, 2 / 3)
     assert result["agreement"] == 1 / 2  # of the second there is one order alone
 
@@ -301,5 +295,5 @@ def test_cut_pools():
     pools = four.cut_pools(pairs, 5, 3)
     # no image is cut in two, so a pool of 5 takes a sixth pair
     assert pools == [pairs[:6], pairs[6:12], pairs[12:18]]
-    with pytest.raises(SystemExit, match="used up after iteration 4"):
+    with pytest.raises(SystemExit, match="used up in iteration 5"):
         four.cut_pools(pairs, 5, 5)

@@ -7,7 +7,7 @@ import conftest
 import pytest
 import torch
 import transformers
-from build_world import CHAT_TEMPLATE, build_processor
+from build_world import CHAT_TEMPLATE, TOKENS, build_processor
 from conftest import EPSILON, correct_rows, encode, fit, judged_rows, requests_of, stage
 from peft import PeftModel
 from PIL import Image
@@ -38,12 +38,10 @@ def build_config(family, tokenizer):
     if family == "qwen3_5":  # two layers of linear attention, one of full
         text |= {"full_attention_interval": 3, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
         text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    ids = {f"{kind}_token_id": f"<|{kind}_pad|>" for kind in ("image", "video")}
-    ids |= {f"vision_{side}_token_id": f"<|vision_{side}|>" for side in ("start", "end")}
     return getattr(transformers, f"{name}Config")(
         text_config={**text, "rope_parameters": rope},
         vision_config={"depth": 2, "num_heads": 4, "initializer_range": 0.2, **vision},
-        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in ids.items()},
+        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in TOKENS.items()},
         tie_word_embeddings=False,
     )
 

@@ -129,17 +129,17 @@ SENTENCES = """
 demo {passing} of {written} pass; of {wrong_order} the verdict does not follow
 is {largest}, the pool's largest
 finds a ring (confidence {sure[0]}) and a cross ({sure[1]}), both purple
-ends with P(label) = {best}, the worst, which takes a red triangle for a square, with {worst}
+ends with P(label) = {best}, the worst, which checks a square that nobody named, with {worst}
 is called better as A (P(A) = {asked[0]}) and as B ({asked[1]})
 03 ends at {took[0]} and 04 at {took[1]}
 gains {tenth_margin} by the largest margins, {tenth_random} at random, {tenth_low} by the smallest
-all that pass do ({everything})
+gain {fourth[0]}, {fourth[1]} and {fourth[2]}, all that pass {everything}
 in {deaf[0]} and {deaf[1]} of the critiques, elsewhere in {follows} or more
 though {checks:.0f} % of the checks were right
 all worlds come to {bt[0]}, and 04 takes them to {bt[1]}
 the judge stays at {labels}
-{picks[0]} at random, {picks[1]} the best of 4 by the judge after 03, {picks[2]} of 16
-in {wins[0]:.0f} % of a knockout's first games, in {wins[1]:.0f} % of its last
+{picks[0]} at random, {picks[1]} if the judge after 03 picks from 4, {picks[2]} from 16
+win {wins[0]:.0f} % of the first games against false ones, {wins[1]:.0f} % of the last
 it denies {absent:.0f} % of what is absent, but also {missed:.0f} % of what is there
 it judges {few} right, of those with more {many}
 after 03 {styles[0]}, or {styles[1]}, instead of {styles[2]}
@@ -219,16 +219,16 @@ def measured():
     x["gains"] = [number(gain, "+") for gain in gains]
     x["wrong"] = [100 * count("expert", y, "expert: labels_wrong") for y in EXPERTS]
     x["experts"] = [middle("expert", y) for y in EXPERTS]
-    for name in ("margin", "random", "low"):
-        gain = study_report.difference(
-            RESULTS,
-            ("worth", f"{name} 0.1", f"{name}, iteration 1"),
-            ("worth", f"{name} 0.1", "after 03"),
-        )
-        x[f"tenth_{name}"] = number(study_report.average(gain), "+")
-    everything = ("worth", "all that pass", "margin, iteration 1")
-    gain = study_report.difference(RESULTS, everything, ("worth", "all that pass", "after 03"))
-    x["everything"] = number(study_report.average(gain), "+")
+
+    def gain_of(setting, condition):
+        place = ("worth", setting, f"{condition}, iteration 1")
+        gain = study_report.difference(RESULTS, place, ("worth", setting, "after 03"))
+        return number(study_report.average(gain), "+")
+
+    rules = ("margin", "random", "low")
+    x |= {f"tenth_{rule}": gain_of(f"{rule} 0.1", rule) for rule in rules}
+    x["fourth"] = [gain_of(f"{rule} 0.4", rule) for rule in rules]
+    x["everything"] = gain_of("all that pass", "margin")
     return x
 
 

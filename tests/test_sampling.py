@@ -281,10 +281,8 @@ def test_layers_on_two_gpus(is_shared):
         for S in (6, 3):
             if S < 6:
                 decoding.narrow(torch.arange(S, device=other))  # of the logits' GPU
-            query, key = (
-                torch.empty(S, 4, 1, 8, device=other),
-                torch.empty(S, 2, 1, 8, device=other),
-            )
+            query = torch.empty(S, 4, 1, 8, device=other)
+            key = torch.empty(S, 2, 1, 8, device=other)
             got = layer.update(key, key)[0].attend(query, 0.3)
             assert got.device == other and got.shape == (S, 1, 4, 8)
             assert decoding.position.shape == (S, 1) and decoding.position.device == first

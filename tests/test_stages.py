@@ -132,23 +132,6 @@ def tokenizer(text, add_special_tokens=False):
 tokenizer.added_tokens_decoder, tokenizer.all_special_tokens = {}, []
 
 
-def check_requests(requests, style="critique", is_guided=False):
-    """Each request shows its own pair's picture, question, responses and (guided) findings."""
-    by_id = {pair["id"]: pair for pair in PAIRS}
-    for request in requests:
-        pair, is_ab = by_id[request["id"].split("-")[0]], request["id"].split("-")[1] == "ab"
-        absent = pair["hallucinated"][0]
-        responses = [("A dog.", "{0}: dog: yes\n")]
-        responses.append((f"A dog and a {absent}.", f"{{0}}: dog: yes\n{{0}}: {absent}: no\n"))
-        (a, in_a), (b, in_b) = responses if is_ab else responses[::-1]
-        expected = f"Question: {pair['prompt']}\nResponse A: {a}\nResponse B: {b}\n"
-        if is_guided:
-            expected += KNOWN + in_a.format("A") + in_b.format("B")
-            expected += f"Verdict: {'A' if is_ab else 'B'}\n"
-        assert request["text"] == expected + common.INSTRUCTIONS[style]
-        assert str(request["image"]) == f"/pictures/{pair['image']}"
-
-
 def fakes(monkeypatch):
     """No model is loaded or trained from here on -> (what load_judge got, the trainings)."""
     loaded, trained = [], []
@@ -220,8 +203,8 @@ def test_02_keeps_what_its_filter_passes(stages, run):
     assert (counts["critiques written"], counts["repeated"], counts["kept"]) == (30, 10, 10)
     few = Judge()
     stages(2, few, "--limit 2 --style none")
-    check_requests(few.requests(), "none", is_guided=True)
-    assert len(few.requests()) == 4
+    texts = [row["text"] for row in few.requests()]  # the rest of them: test_requests.py
+    assert len(texts) == 4 and all(text.endswith(common.INSTRUCTIONS["none"]) for text in texts)
 
 
 # ---- 03: what is trained on, and how it is judged ------------------------------------------------
@@ -243,9 +226,11 @@ def test_03_trains_on_critiques_without_the_reference_and_on_chosen_responses(cr
     (training,) = critiqued(3, Judge(), flags)
     critiques = read_rows(run / "02_critiques" / "critiques.jsonl")
     rows, correct = training.rows["critique"], training.rows["correct"]
-    for name, of_critique in (("response", "critique"), ("id", "id"), ("label", "label")):
-        assert [row[name] for row in rows] == [row[of_critique] for row in critiques]
-    check_requests([{**row, "image": f"/pictures/{row['image']}"} for row in rows])
+    for row, critique in zip(rows, critiques, strict=True):
+        responses = critique["response_a"], critique["response_b"]
+        text = common.build_judge_prompt(critique["prompt"], *responses)
+        assert (row["text"], row["response"]) == (text, critique["critique"])
+        assert all(row[name] == critique[name] for name in ("id", "label", "image"))
     assert sorted(row["id"] for row in correct) == ["t0", "t1", "t2", "t3", "t4"]
     for row in correct:
         assert row["text"] == f"What is in picture {row['id']}?"
@@ -358,7 +343,8 @@ def kept_rows(run, t, folder="04_rejection"):
 
 
 def test_04_asks_each_judge_about_its_own_pool_and_the_validation_pairs(trained, run):
-    """A pool for each iteration, all of an image in one of them."""
+    """A pool for each iteration, all of an image in one of them (who is asked, and about the
+    validation pairs: test_requests.py)."""
     judge, other = Judge(pool_judge), Judge(pool_judge)
     trainings = trained(4, judge, FLAGS_04)
     adapters = ["03_ift/adapter", "04_rejection/iter1/adapter", "04_rejection/iter2/adapter"]
@@ -370,11 +356,7 @@ def test_04_asks_each_judge_about_its_own_pool_and_the_validation_pairs(trained,
     # each judge is that of the iteration before
     weights = [Model(run / adapter).weights for adapter in adapters]
     assert [weight.count("+") for weight in weights] == [1, 2, 3]
-    assert [call["weights"] for call in judge.sampled()] == weights[:2]
     assert [training.start for training in trainings] == weights[:2]
-    greedy = [call for call in judge.calls if call["temperature"] == 0]
-    assert [call["weights"] for call in greedy] == weights
-    assert {row["id"][:2] for call in greedy for row in call["requests"]} == {"v0", "v1"}
     cards = [(run / adapter / "README.md").read_text() for adapter in adapters]
     for card, fact in zip(cards, ("accuracy: 0.25", "accuracy: 1.0", "iteration: 2")):
         assert f"\n- {fact}\n" in card
@@ -463,7 +445,8 @@ def test_04_goes_on_at_what_is_missing(trained, run, lost):
     with pytest.raises(SystemExit, match=r"otherwise \(rows was [^;]*\): give another"):
         trained(4, judge, flags)
     common.write_jsonl(run / "02_critiques" / "critiques.jsonl", rows)
-    shutil.copytree(folder / "iter1" / "adapter", run / "03_ift" / "adapter", dirs_exist_ok=True)
+    for path in (folder / "iter1" / "adapter").glob("*.safetensors"):
+        shutil.copy(path, run / "03_ift" / "adapter")
     with pytest.raises(SystemExit, match="start was"):
         trained(4, judge, flags)
 
