@@ -276,7 +276,7 @@ def test_recorded_lines_are_whole():
         if study_report.code_of(line) == study.CODE:
             assert line["setting"] in study.STUDIES[line["study"]]
         assert line["accuracies"].keys() == line["bootstrap"].keys()
-        assert line["accuracies"] or line["failure"]
+        assert line["commit"] and (line["accuracies"] or line["failure"])
         for name, accuracy in line["accuracies"].items():
             draws = line["bootstrap"][name]
             assert len(draws) == study.RESAMPLES
