@@ -48,13 +48,13 @@ def run_tests(folder, tests, log):
     os._exit(code)
 
 
-def outcome(folder, tests):
+def outcome(folder, tests, limit_s=LIMIT_S):
     """("passed" | "failed" | "no result", pytest's output)."""
     log = folder / "pytest.log"
     fork = multiprocessing.get_context("fork")
     process = fork.Process(target=run_tests, args=(folder, tests, log))
     process.start()
-    process.join(LIMIT_S)
+    process.join(limit_s)
     if process.is_alive():
         process.kill()
         process.join()
@@ -86,7 +86,7 @@ def main(args):
         skip = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache", ".venv")
         shutil.copytree(ROOT, copy, ignore=skip)
         tests = sorted({mutation["test"] for mutation in chosen})
-        found, output = outcome(copy, tests)
+        found, output = outcome(copy, tests, 10 * LIMIT_S)  # all together
         if found != "passed":
             sys.exit(f"{output}\nerror: the tests do not pass on the code as it is")
         for mutation, text in zip(chosen, texts):
