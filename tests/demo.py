@@ -1,4 +1,4 @@
-"""The whole method on the toy world, by the real command lines, in some seven minutes on two cores:
+"""The whole method on the toy world, by the real command lines, in some eight minutes on two cores:
 
     python tests/demo.py                     # everything lies in runs/demo
 
