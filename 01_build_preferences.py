@@ -14,8 +14,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
      the image?" is the only check.
 
 Reads  pictures (--images), for which the policy writes responses, or published pairs (--pairs).
-Writes 01_preferences/: answers.jsonl and detections.jsonl, which only grow; vocabulary.json,
-       contact_sheet.png, preferences.jsonl:
+Writes 01_preferences/: answers.jsonl and detections.jsonl, which only grow; classes.json,
+       vocabulary.json, contact_sheet.png, preferences.jsonl:
     {"id": "01011-0", "image": "images/01011.png", "prompt": "List the objects in the image.",
      "chosen": "yellow circle.", "rejected": "yellow circle, red cross.", "source": "sampled",
      "hallucinated": ["red cross"], "split": "validation", "evidence": [{"object": "red cross",

@@ -13,12 +13,12 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   4) what is trained is float32, also where the rest is bf16, which would round most updates away.
 
 Reads  02_critiques/critiques.jsonl; 01_preferences/preferences.jsonl (split "validation").
-Writes 03_ift[_TAG]/: adapter/ (plain PEFT; model/ with --lora-rank 0) with made_with.json in it;
+Writes 03_ift[_TAG]/: adapter/ (plain PEFT; model/ at --lora-rank 0) with made_with.json, README.md;
        answers.jsonl and validation.jsonl (judgements before and after); until it is done
        training.pt, from which an interrupted training goes on; metrics.jsonl, one line
        for each step, such as
     {"step": 1, "loss": 0.1839, "loss_critique": 0.1032, "loss_correct": 0.2422,
-     "bradley_terry": null, "grad_norm": 0.3713, "lr": 0.0004286, "tokens_per_s": 1923.7}
+     "bradley_terry": null, "grad_norm": 0.3713, "lr": 0.0004286}
 
     python 03_train_ift.py --run runs/demo --steps 150 --lr 3e-3
     python 03_train_ift.py                                       # one GPU
@@ -29,7 +29,6 @@ import copy
 import math
 import random
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -228,6 +227,20 @@ def prepared_ahead(prepare, steps):
             yield step, ready
 
 
+def losses_of_step(sums, n_critique, n_correct, settings):
+    """A step's losses for metrics.jsonl, in nats; "loss" is L_IFT, without Bradley-Terry.
+
+    sums: {"critique", "correct", "bradley_terry"} of the step; n_*: its supervised tokens. None
+    stands for what is not trained on."""
+    bradley_terry = sums["bradley_terry"] / settings["train_batch"]
+    return {
+        "loss": ift_loss(sums["critique"], n_critique, sums["correct"], n_correct, settings["lam"]),
+        "loss_critique": sums["critique"] / n_critique,  # nats per token
+        "loss_correct": sums["correct"] / n_correct if n_correct else None,
+        "bradley_terry": bradley_terry if settings["bt_weight"] else None,
+    }
+
+
 def train(model, tokenizer, prepare, folder, settings, save_every):
     """Minimise L_IFT in place (03, 04), by the steps, lr, lam, bt_weight, train_batch in settings.
 
@@ -238,8 +251,6 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
     optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
     lines = resume_training(folder / "training.pt", weights, optimizer, settings)
     bar = common.progress_bar(total=steps, desc="train", unit="step", initial=len(lines))
-    started = time.time()
-    n_trained = 0
     model.train()
     for step, batches in prepared_ahead(prepare, range(len(lines), steps)):
         # Every token of the step weighs the same, so they are counted before the first backward.
@@ -272,23 +283,11 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        sums = total(sums)
-        n_trained += n_critique + n_correct
-        line = {
-            "step": done,
-            # L_IFT, without the Bradley-Terry part, which has a column of its own
-            "loss": ift_loss(sums["critique"], n_critique, sums["correct"], n_correct, lam),
-            "loss_critique": sums["critique"] / n_critique,  # nats per token
-            "loss_correct": sums["correct"] / n_correct if lam else None,
-            "bradley_terry": sums["bradley_terry"] / settings["train_batch"] if bt_weight else None,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "tokens_per_s": n_trained / (time.time() - started),
-        }
-        lines.append(line)
+        losses = losses_of_step(total(sums), n_critique, n_correct, settings)
+        lines.append({"step": done, **losses, "grad_norm": grad_norm, "lr": lr})
         bar.update()
         if done % max(1, steps // 10) == 0:  # leaves ten lines on the screen
-            bar.write(f"step {done:>5} of {steps} | loss {line['loss']:.4g}")
+            bar.write(f"step {done} of {steps} | loss {losses['loss']:.4g}")
         if done % save_every == 0 or done == steps:
             common.write_jsonl(folder / "metrics.jsonl", lines)
             save_training(folder / "training.pt", lines, weights, optimizer, settings)

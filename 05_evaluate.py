@@ -197,8 +197,9 @@ def paired_differences(accuracies, last, pairs):
             if key in of_other:  # both decide this pair
                 gains.append(accuracy - of_other[key])
                 images.append(pairs[key]["image"])
-        low, high = cluster_bootstrap(gains, images)
-        differences[f"{last} - {name}"] = (fmean(gains), low, high)
+        if gains:
+            low, high = cluster_bootstrap(gains, images)
+            differences[f"{last} - {name}"] = (fmean(gains), low, high)
     return differences
 
 

@@ -39,7 +39,7 @@ SMALL = {
     "04": "--pool 14 --samples 6 --steps 4 --save-every 1 --train-batch 8 --retention 1",
     "05": "",
 }
-VOLATILE = ("seconds", "peak_gpu_gib", "tokens_per_s")
+VOLATILE = ("seconds", "peak_gpu_gib")
 n_chunks = multiprocessing.Value("i")  # chunks of kept rows and final names, counted in a fork
 n_names = multiprocessing.Value("i")
 

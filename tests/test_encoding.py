@@ -206,8 +206,6 @@ def test_goes_on_to_the_same_bits(tiny, pictures, tmp_path, monkeypatch, capsys,
         weight.data.fill_(0.5)  # whatever it starts from, the file holds all that matters
     found = train(again, tiny[1], pictures, tmp_path / "cut", **STEPS)
     assert f"training goes on after step {done}" in capsys.readouterr().out
-    for line in [*wanted, *found]:
-        del line["tokens_per_s"]
     assert found == wanted and len(found) == 5
     assert all(map(torch.equal, whole.parameters(), again.parameters()))
 

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections import Counter
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -123,7 +124,11 @@ def test_paired_differences_are_clustered_by_image():
         base += judgements(key, "A", "A")
         after += judgements(key, *("AB" if i // 5 % 2 else "BA"))
     of_judge = {"base": {**five.accuracy_per_pair(base[::-1]), "x": 0.0}}
-    of_judge |= {"after 03": {**five.accuracy_per_pair(after), "y": 1.0}, "blank image": {}}
+    of_judge |= {
+        "after 03": {**five.accuracy_per_pair(after), "y": 1.0},
+        "blank image": {},
+        "mute": {},
+    }
     ((name, found),) = five.paired_differences(of_judge, "after 03", pairs).items()
     assert name == "after 03 - base"
     gain = [0.5 if i // 5 % 2 else -0.5 for i in range(200)]
@@ -420,13 +425,20 @@ def test_what_fits_is_found_and_the_rest_is_made(made_run, judge):
     assert made_by() == (3 * 12, ["03_ift", MARGIN, RANDOM])
 
 
-def test_a_variant_stands_beside_the_others(made_run, judge):
+def test_a_variant_stands_beside_the_others(made_run, judge, monkeypatch):
     """--tag: all are in the table, each asked in its own style; the variant's last is looked at
     closely. Refused: one that was trained on held-out pictures."""
     put_adapter(made_run / "03_ift_bt", tag="bt", style="critique")
     judge.answer = lambda model, request, k: answer(CRITIQUES["A"], 0.8)
+    shown, warnings_of = {}, Mock(wraps=five.warnings_of)
+    monkeypatch.setattr(five, "warnings_of", warnings_of)
+    monkeypatch.setattr(five, "draw_reliability", lambda path, rows_of: shown.update(rows_of))
     report, _ = evaluate(made_run, "--tag", "bt", "--withhold", "blank")
     assert "warning: the interval of the best judge holds chance" in report
+    assert [*warnings_of.call_args.args[1]] == [*NAMES, "after 03, bt"]  # no rule, no condition
+    assert {name: rows[0]["condition"] for name, rows in shown.items()} == {
+        name: name for name in ("base", "after 03, bt")
+    }
     names = (*NAMES, "after 03, bt", "after 03, bt, blank image")
     assert {cells(report, name)[1] for name in names} == {"0.500"}
     assert "Judgements of after 03, bt" in report and "iteration 1, blank" not in report

@@ -11,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import torch
 from conftest import ROOT, WORLD, stage
 from PIL import Image
 
@@ -157,19 +158,22 @@ def test_the_judge_is_merged_and_asked_without_this_repository(tmp_path, monkeyp
     shutil.copytree(WORLD / "model", tmp_path / "base")
     model, processor = common.load_judge("base", device="cpu")
     targets = stage("03_train_ift").LORA_TARGETS
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(model, config)
     model.save_pretrained("adapter")
     replaced = {"Qwen/Qwen2-VL-7B-Instruct": "base", "bfloat16": "float32"}
     run_block("merge_and_unload", **replaced, **{"runs/7b/04_rejection/iter3/adapter": "adapter"})
     Image.new("RGB", (84, 84), "red").save("table.jpg")
-    run_block("do_sample=False")
-    written = capsys.readouterr().out.splitlines()[-1]
+    run_block("do_sample=False", **{"max_new_tokens=512": "max_new_tokens=8"})
+    written = capsys.readouterr().out
     text = common.build_judge_prompt("What is on the table?", "A cup.", "A cup and a spoon.")
     request = {"id": "0", "image": "table.jpg", "text": text}
     for adapter in ("adapter", None):
         loaded = common.load_judge("base", adapter, device="cpu")
-        [[answer]] = common.sample(*loaded, [request], temperature=0, max_new_tokens=512)
-        assert (answer["text"].splitlines()[-1] == written) == (adapter == "adapter")
+        [[answer]] = common.sample(*loaded, [request], temperature=0, max_new_tokens=8)
+        assert answer["text"].strip(), repr(answer)
+        assert written.endswith(f"\n{answer['text']}\n") == (adapter == "adapter")
 
 
 # ---- Findings made elsewhere ---------------------------------------------------------------------
