@@ -8,15 +8,15 @@
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) lambda = 1/3 by default, as in generative verifiers;
   2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is measured at each
-     validation, and trained on only if asked (--bt-weight);
+     validation, and trained on only if asked (--bt-weight). A verdict's likelihood is a mean over
+     critiques, and a loss on single critiques bounds its logarithm (arXiv 2510.15242);
   3) the vision tower stays frozen, with LoRA and with full fine-tuning (--lora-rank 0) alike;
   4) what is trained is float32, also where the rest is bf16, which would round most updates away.
 
 Reads  02_critiques/critiques.jsonl; 01_preferences/preferences.jsonl (split "validation").
 Writes 03_ift[_TAG]/: adapter/ (plain PEFT; model/ at --lora-rank 0) with made_with.json, README.md;
-       answers.jsonl and validation.jsonl (judgements before and after); until it is done
-       training.pt, from which an interrupted training goes on; metrics.jsonl, one line
-       for each step, such as
+       answers.jsonl, validation.jsonl (judgements before and after); until it is done training.pt,
+       from which an interrupted training goes on; metrics.jsonl, a line for each step, such as
     {"step": 1, "loss": 0.1839, "loss_critique": 0.1032, "loss_correct": 0.2422,
      "bradley_terry": null, "grad_norm": 0.3713, "lr": 0.0004286}
 
