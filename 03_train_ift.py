@@ -8,8 +8,8 @@
 Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) lambda = 1/3 by default, as in generative verifiers;
   2) the Bradley-Terry loss on the verdict's log-odds, -log sigmoid(+-r), is measured at each
-     validation, and trained on only if asked (--bt-weight). A verdict's likelihood is a mean over
-     critiques, and a loss on single critiques bounds its logarithm (arXiv 2510.15242);
+     validation, and trained on only if asked (--bt-weight): on single critiques, an upper bound
+     (Jensen) of the loss on their mean, whose gradient arXiv 2510.15242 estimates;
   3) the vision tower stays frozen, with LoRA and with full fine-tuning (--lora-rank 0) alike;
   4) what is trained is float32, also where the rest is bf16, which would round most updates away.
 
