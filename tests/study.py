@@ -127,10 +127,6 @@ class Lab:
         print(f"$ python {shlex.join(line)}", flush=True)
         call(run, run_stage, SCRIPTS[number], line[1:], is_weak)
 
-    def commands(self, numbers, run):
-        for number in numbers:
-            self.command(number, run)
-
     def build(self):
         """The world; its pictures come last, so where they are it is complete."""
         if (self.pictures / "truth.jsonl").exists():
@@ -152,7 +148,8 @@ class Lab:
         """Stages 01 to 03, one iteration of 04, and 05: what the settings start from."""
         self.build()
         if not (self.base / "05_evaluation" / "meta.json").exists():
-            self.commands(("01", "02", "03"), self.base)
+            for number in ("01", "02", "03"):
+                self.command(number, self.base)
             self.command("04", self.base, "--iterations", "1")
             self.command("05", self.base, "--withhold")
 
@@ -201,16 +198,14 @@ def share_samples(source, run, rule):
     give(source / "04_rejection", folder_of(run, rule), "iter1/answers.jsonl")
 
 
-def change_pairs(source, run, change):
-    """Writes the source's pairs, by change(row) -> row or None to leave it out, into the run."""
-    name = Path("01_preferences") / "preferences.jsonl"
-    rows = [change(row) for row in read_jsonl(source / name)]
-    write_jsonl(run / name, [row for row in rows if row])
-
-
-def without_findings(row):
-    """A pair to train on by the expert's label alone."""
-    return {**row, "evidence": []} if row["split"] == "train" else row
+def forget_findings(run):
+    """Leaves of the run's pairs to train on the expert's label alone."""
+    path = run / "01_preferences" / "preferences.jsonl"
+    rows = read_jsonl(path)
+    for row in rows:
+        if row["split"] == "train":
+            row["evidence"] = []
+    write_jsonl(path, rows)
 
 
 # ---- What is measured besides the judges ---------------------------------------------------------
@@ -410,20 +405,22 @@ def weighted(lab, run, weight):
     return judged, counts | selection_counts(run, "margin", lab.truth())
 
 
-def with_expert(lab, run, flags=(), expert=None, quality=None, findings=True):
+def with_expert(lab, run, expert=None, quality=None, findings=True):
     """Stages 01 to 03 with other findings; quality: of an expert made from the truth, as
     simulated_detections takes it; findings: does the judge learn from more than their labels?"""
+    flags = ()
     if quality:
         path = run.with_name(f"{run.name}.detections.jsonl")
         write_jsonl(path, simulated_detections(lab, *quality))
-        flags = (*flags, "--detections", str(path))
+        flags = ("--detections", str(path))
     if expert or quality:  # neither says what there is to see
         flags = (*flags, "--vocabulary", str(lab.base / "01_preferences" / "vocabulary.json"))
     copy_stages(lab.base, run, "01")
     lab.command("01", run, *flags, expert=expert)
     if not findings:
-        change_pairs(run, run, without_findings)
-    lab.commands(("02", "03"), run)
+        forget_findings(run)
+    for number in ("02", "03"):
+        lab.command(number, run)
     return lab.judge(run)[0], expert_counts(lab, run)
 
 
@@ -478,57 +475,69 @@ def without_checks(lab, run):
 # ---- A second distribution ----------------------------------------------------------------------
 UNSEEN = ("red star", "green ring", "blue heart", "yellow cross", "purple circle", "red diamond")
 UNSEEN += ("green triangle", "blue square")
-SPLITS = {"validation": 100, "train": 400}
 STRANGE = scenes.Style(noise=30, jitter=45, smallest=5.5, largest=12.5)
 
 
-def write_strange_pictures(folder, seed):
-    """Held-out pairs with 4-6 objects of other sizes on lighter grounds, one of them at least of a
-    kind that no training pair names."""
-    rng = np.random.default_rng([seed, 7])
-    (folder / "strange").mkdir(parents=True, exist_ok=True)
+def strange_scene(rng):
+    """4-6 objects of other sizes on a lighter ground, one of them at least of a kind that no
+    training pair names."""
+    kinds = scenes.sample_kinds(rng, int(rng.integers(3, 6)))
+    new = str(rng.choice([kind for kind in UNSEEN if kind not in kinds]))
+    scene = scenes.draw_scene(rng, [*kinds, new], STRANGE)
+    light = np.clip(scene.picture.astype(int) + rng.integers(20, 50, 3), 0, 255)
+    return scene._replace(picture=light.astype(np.uint8))
+
+
+def scene_of_known(rng, most):
+    """2 to `most` objects, of no kind in UNSEEN."""
+    n, kinds = int(rng.integers(2, most + 1)), UNSEEN
+    while set(kinds) & set(UNSEEN):
+        kinds = scenes.sample_kinds(rng, n)
+    return scenes.draw_scene(rng, kinds, scenes.USER)
+
+
+def true_pairs(folder, name, seed, draw):
+    """N_HELDOUT pairs, 1.5 a picture, of the scenes that draw(rng) makes; made once."""
+    path, rng = folder / f"{name}.jsonl", np.random.default_rng(seed)
+    (folder / name).mkdir(parents=True, exist_ok=True)
     pairs, i = [], 0
-    while len(pairs) < N_HELDOUT:
-        kinds = scenes.sample_kinds(rng, int(rng.integers(3, 6)))
-        new = str(rng.choice([kind for kind in UNSEEN if kind not in kinds]))
-        scene = scenes.draw_scene(rng, [*kinds, new], STRANGE)
-        light = np.clip(scene.picture.astype(int) + rng.integers(20, 50, 3), 0, 255)
-        name = f"strange/{i:05d}.png"
-        scenes.Image.fromarray(light.astype(np.uint8)).save(folder / name)
+    while not path.exists():
+        scene, image = draw(rng), f"{name}/{i:05d}.png"
+        scenes.Image.fromarray(scene.picture).save(folder / image)
         for k in range(1 + i % 2):
-            row_id = f"strange-{i:05d}-{k}"
-            how = {"is_shorter": len(pairs) % 2 == 0, "image": name, "objects": scene.objects}
-            pairs.append(scenes.fair_row(rng, rng, row_id=row_id, **how))
+            how = {"is_shorter": len(pairs) % 2 == 0, "image": image, "objects": scene.objects}
+            pairs.append(scenes.fair_row(rng, rng, row_id=f"{name}-{i:05d}-{k}", **how))
         i += 1
-    write_jsonl(folder / "strange.jsonl", pairs[:N_HELDOUT])
+        if len(pairs) >= N_HELDOUT:
+            write_jsonl(path, pairs[:N_HELDOUT])
+    return path
 
 
-def transfer(lab, run):
-    """Trained on pairs that name none of UNSEEN, judged on pictures of another kind."""
-    if not (lab.pictures / "strange.jsonl").exists():
-        write_strange_pictures(lab.pictures, lab.seed)
+def transfer(lab, run, most=None):
+    """Trained on pairs that name none of UNSEEN, judged on pictures of another kind. most: trained
+    without 04 on true pairs of pictures with 2 to so many objects."""
+    strange = true_pairs(lab.pictures, "strange", [lab.seed, 7], strange_scene)
     copy_stages(lab.base, run, "01")
-    n_left = {**SPLITS, "pool": 10**6}
-
-    def change(row):
-        named = {found["object"] for found in row["evidence"]}
-        if named & set(UNSEEN):
-            return None
-        split = next(name for name, n in n_left.items() if n > 0)
-        n_left[split] -= 1
-        return {**row, "split": split}
-
-    change_pairs(lab.base, run, change)
-    size = min(len(common.read_preferences(run, "pool")) // 2, 600)
-    lab.commands(("02", "03"), run)
-    lab.command("04", run, "--pool", str(size))
-    lab.command("04", run, "--pool", str(size), "--select", "random")
+    name = Path("01_preferences") / "preferences.jsonl"
+    source = lab.base / name
+    if most:
+        draw = partial(scene_of_known, most=most)
+        source = true_pairs(lab.pictures, f"known{most}", [lab.seed, most], draw)
+    rows = read_jsonl(source)
+    rows = [row for row in rows if not any(x["object"] in UNSEEN for x in row["evidence"])]
+    sizes = {"validation": 100, "train": 400, "pool": len(rows)}
+    write_jsonl(run / name, one.assign_splits(rows, sizes, lab.seed))
+    longest = ("--max-new-tokens", "256")  # up to 13 checks, which an ordinary critique has not
+    lab.command("02", run, *(longest if most else ()))
+    lab.command("03", run)
+    if not most:
+        size = str(min(len(common.read_preferences(run, "pool")) // 2, 600))
+        lab.command("04", run, "--pool", size)
+        lab.command("04", run, "--pool", size, "--select", "random")
     ordinary, _ = lab.judge(run)
-    strange = ("--pairs", str(lab.pictures / "strange.jsonl"), "--withhold", "blank")
-    strange += ("--max-new-tokens", "256")  # up to 13 checks, which an ordinary critique has not
-    judged, metrics = lab.judge(run, *strange)
+    judged, metrics = lab.judge(run, "--pairs", str(strange), "--withhold", "blank", *longest)
     counts = {}
-    for name in ("base", "after 03", "margin, iteration 2"):
+    for name in [x for x in ("base", "after 03", "margin, iteration 2") if x in judged]:
         measures = metrics["table"][name]
         counts[f"{name}, elsewhere: unparseable"] = measures["unparseable"]
         for rate in ("present_said_yes", "absent_said_no"):
@@ -601,7 +610,6 @@ def worths():
 def experts():
     settings = {
         "YOLO": with_expert,
-        "YOLO without a band": partial(with_expert, flags=("--present", ".25", "--absent", ".25")),
         "the policy's yes or no": partial(with_expert, expert="none"),
         "truth": partial(with_expert, quality=(1, 1)),
         "YOLO, labels alone": partial(with_expert, findings=False),
@@ -619,7 +627,7 @@ def experts():
 def trainings():
     settings = {"critique, lambda 1/3": trained}
     settings |= {style: partial(trained, style=style) for style in ("descriptive", "none")}
-    settings["none, 300 steps"] = partial(trained, style="none", flags=("--steps", "300"))
+    settings["none, 1300 steps"] = partial(trained, style="none", flags=("--steps", "1300"))
     for name, flag, values in (
         ("critique, {} steps", "--steps", ("30", "300")),
         ("lambda {}", "--lam", ("0", "0.1", "0.5", "1")),
@@ -637,7 +645,11 @@ STUDIES = {
     "expert": experts(),
     "training": trainings(),
     "components": {"without checks": without_checks},
-    "transfer": {"other pictures": transfer},
+    "transfer": {
+        "other pictures": transfer,
+        "trained on 2 to 4 objects": partial(transfer, most=4),
+        "trained on 2 to 6 objects": partial(transfer, most=6),
+    },
     "best": {"Best-of-N": best},
 }
 

@@ -106,3 +106,11 @@ def test_ablations_run(world, finished, tmp_path):
         run_here([*steps[name], *flags])
     table = metrics_of(tmp_path / "r")["table"]
     assert set(table) == {"shorter response", "base", "after 03"}
+
+
+# ---- Stages that are stopped a few times and started again ---------------------------------------
+def test_what_was_stopped_goes_on_to_the_same():
+    """python tests/faults.py tries more."""
+    lines = run(["tests/faults.py", "--kills", "3", "--others", "1"]).splitlines()
+    for number, line in zip(("01", "02", "03", "04", "05"), lines, strict=True):
+        assert line.startswith(f"stage {number}: 5 of 5 identical")

@@ -77,13 +77,10 @@ def test_a_refused_world_is_a_line_and_the_study_goes_on(tmp_path, monkeypatch):
 
 
 def test_contrast_is_of_whole_critiques(trained, pictures):
-    assert study.dpo_loss(torch.tensor([1.0, 11.0]), torch.tensor([1.0, 1.0])).tolist() == (
-        pytest.approx([math.log(2), math.log(1 + math.exp(-1))])
-    )
-    rows = [
-        {**row, "worst": other["response"]}
-        for row, other in zip(judged_rows(), judged_rows()[::-1])
-    ]
+    losses = study.dpo_loss(torch.tensor([1.0, 11.0]), torch.tensor([1.0, 1.0]))
+    assert losses.tolist() == pytest.approx([math.log(2), math.log(1 + math.exp(-1))])
+    worst = [row["response"] for row in judged_rows()[::-1]]
+    rows = [{**row, "worst": text} for row, text in zip(judged_rows(), worst)]
     found = study.gaps(*trained, rows, pictures)
     for row, gap in zip(rows, found.tolist(), strict=True):
         nll = []
@@ -101,15 +98,20 @@ PAIR = {"id": "p-0", "image": "0.png", "prompt": "What?", "split": "pool", "evid
 PAIR |= {"chosen": "red star.", "rejected": "red ring."}
 
 
-def test_changed_pairs_leave_the_source_and_the_other_splits(tmp_path):
-    name, source, run = "01_preferences/preferences.jsonl", tmp_path / "source", tmp_path / "run"
-    (source / "01_preferences").mkdir(parents=True)
+def test_forgotten_findings_are_those_of_the_pairs_to_train_on(tmp_path):
+    path = tmp_path / "01_preferences" / "preferences.jsonl"
     rows = [{**PAIR, "id": f"p{i}", "split": split} for i, split in enumerate(("pool", "train"))]
-    common.write_jsonl(source / name, rows)
-    study.give(source, run, "01_preferences")
-    study.change_pairs(source, run, study.without_findings)
-    assert study.read_jsonl(source / name) == rows
-    assert study.read_jsonl(run / name) == [rows[0], {**rows[1], "evidence": []}]
+    common.write_jsonl(path, rows)
+    study.forget_findings(tmp_path)
+    assert study.read_jsonl(path) == [rows[0], {**rows[1], "evidence": []}]
+
+
+@pytest.mark.parametrize("most", [4, 6])
+def test_pictures_of_known_kinds(most):
+    rng = np.random.default_rng(most)
+    objects = [study.scene_of_known(rng, most).objects for _ in range(60)]
+    assert {len(found) for found in objects} == set(range(2, most + 1))
+    assert not {thing["object"] for found in objects for thing in found} & set(study.UNSEEN)
 
 
 def test_the_expert_is_held_against_the_truth():
@@ -182,9 +184,8 @@ def test_an_interval_is_students_over_worlds_or_one_worlds_images():
     for n, quantile in enumerate(study_report.T, 2):  # a mean that is so many errors from zero
         shape = np.arange(n) - (n - 1) / 2
         error = shape.std(ddof=1) / n**0.5
-        assert study_report.p_value(cells_of(shape + quantile * error)) == pytest.approx(
-            0.05, abs=1e-4
-        )
+        p = study_report.p_value(cells_of(shape + quantile * error))
+        assert p == pytest.approx(0.05, abs=1e-4)
 
 
 def cells_of(values):
