@@ -343,7 +343,7 @@ def gaps(model, processor, rows, image_root):
     return sums[0] - sums[1]
 
 
-def train_by_contrast(lab, run, rule, steps=60, lr=3e-4, size=32):
+def train_by_contrast(lab, run, rule, steps=60, lr=3e-5, size=32):
     """DPO from the judge after 03 on c+ and c- of the questions that SFT gets at 40 %."""
     samples = read_jsonl(folder_of(lab.base, "margin") / "iter1" / "samples.jsonl")
     kept = four.choose(*margins_of(samples), rule, None, 0.4, lab.seed, 1)
