@@ -27,19 +27,26 @@ def of_setting(lines, study, setting):
     """{seed: the line recorded first}, without worlds that were refused; of the newest code."""
     found = {}
     for line in newest(lines, (study, setting)):
-        if (line["study"], line["setting"]) == (study, setting) and line["accuracies"]:
+        if place_of(line) == (study, setting):
             found.setdefault(line["seed"], line)
     return dict(sorted(found.items()))
 
 
 def newest(lines, *places):
-    """The lines of the newest code that has measured all places, each (study, setting, ...)."""
-    for code in sorted({code_of(line) for line in lines}, reverse=True):
-        found = [line for line in lines if code_of(line) == code]
-        measured = {(line["study"], line["setting"]) for line in found}
-        if all(place[:2] in measured for place in places):
-            return found
-    return []
+    """The lines of the newest code that has measured all places, each (study, setting, ...), in
+    FEW worlds or more; of the one with the most worlds where there is none."""
+    best, found = (0, 0), []
+    for code in {code_of(line) for line in lines}:
+        of_code = [line for line in lines if code_of(line) == code and line["accuracies"]]
+        worlds = [{x["seed"] for x in of_code if place_of(x) == place[:2]} for place in places]
+        n = min(FEW, len(set.intersection(*worlds)))
+        if n and (n, code) > best:
+            best, found = (n, code), of_code
+    return found
+
+
+def place_of(line):
+    return line["study"], line["setting"]
 
 
 def code_of(line):
@@ -91,10 +98,14 @@ def only(of_worlds, seeds):
 
 
 def where_03_took(lines, has_taken=True):
-    """The worlds in which stage 03 has taught the verdict to follow the checks, or the others."""
-    starts = of_setting(lines, *START)
-    follows = {seed: line["counts"]["after 03: verdict follows"] for seed, line in starts.items()}
-    return [seed for seed, share in follows.items() if (share >= FOLLOWS) == has_taken]
+    """The worlds in which stage 03 has taught the verdict to follow the checks, or those in which
+    it has not; one where processors differ in this is neither."""
+    kinds = {}
+    for line in newest(lines, START):
+        if place_of(line) == START:
+            share = line["counts"]["after 03: verdict follows"]
+            kinds.setdefault(line["seed"], set()).add(share >= FOLLOWS)
+    return [seed for seed, kind in kinds.items() if kind == {has_taken}]
 
 
 # ---- Intervals and verdicts ----------------------------------------------------------------------
@@ -131,17 +142,22 @@ def verdict_on(kind, of_worlds):
     """(verdict, p value by which it was reached, 1 without a decision) on a claim that the mean
     over worlds is above zero ("gains") or nothing ("no effect")."""
     if len(of_worlds) < FEW:
+        if kind == "no effect" and abs(average(of_worlds)) < NOTHING:
+            return "points to none", 1.0
         return "points up" if average(of_worlds) > 0 else "points down", 1.0
     low, high = interval(of_worlds)
+    p_values = [p_value(of_worlds, null) for null in (-NOTHING, 0, NOTHING)]
     is_nothing = low > -NOTHING and high < NOTHING
-    p_nothing = max(p_value(of_worlds, NOTHING), p_value(of_worlds, -NOTHING))
-    if kind == "no effect" and is_nothing:
+    p_nothing = max(p_values[0], p_values[2])
+    if kind == "gains":
+        if low > 0 or high < 0:
+            return ("holds" if low > 0 else "does not"), p_values[1]
+        return ("does not", p_nothing) if is_nothing else ("undecided", 1.0)
+    if is_nothing:
         return "holds", p_nothing
-    if low > 0:
-        return "holds" if kind == "gains" else "does not", p_value(of_worlds)
-    if high < 0:
-        return "does not", p_value(of_worlds)
-    return ("does not", p_nothing) if is_nothing else ("undecided", 1.0)
+    if low > NOTHING or high < -NOTHING:
+        return "does not", min(p_values[0], p_values[2])
+    return "undecided", 1.0
 
 
 def survive_holm(p_values, level=0.05):
@@ -199,9 +215,9 @@ def study_tables(lines, study):
         for condition in dict.fromkeys(name for line in found for name in line["accuracies"]):
             accuracies[f"{setting}: {condition}"] = cells(lines, study, setting, condition)
         for name in dict.fromkeys(name for line in found for name in line["counts"]):
-            value = mean_count(lines, study, setting, name)
-            if value is not None:
-                counts.append(f"| {setting}: {name} | {value:.3g} | {len(found)} |")
+            values = [line["counts"].get(name) for line in found]
+            if values := [value for value in values if value is not None]:
+                counts.append(f"| {setting}: {name} | {mean(values):.3g} | {len(values)} |")
     if accuracies:
         out = table(study, accuracies) + counts
     return out
@@ -333,7 +349,7 @@ def draw_worth(path, lines):
             x.append((mean_count(lines, *place[:2], "pairs kept") or 0) + 5 * (k - 1))
             gains.append(only(difference(lines, place, (*place[:2], "after 03")), took))
         draw_gains(axis, x, gains, k, names[k])
-    axis.set(xlabel="pairs trained on for three epochs, of 600 (right: all that pass)", xlim=0)
+    axis.set(xlabel="pairs of 600 trained on, 3 epochs or more (right: all that pass)", xlim=0)
     title = f"{len(took)} worlds in which 03 took, bars 95 %"
     save(axis, path, title, "accuracy gained over 03")
 
@@ -390,7 +406,6 @@ def draw_best_of_n(path, lines):
 
 def draw(lines, folder):
     draw_iterations(folder / "iterations.png", lines)
-    if any(line["study"] == "worth" for line in lines):
-        draw_worth(folder / "worth.png", lines)
+    draw_worth(folder / "worth.png", lines)
     draw_expert(folder / "expert_error.png", lines)
     draw_best_of_n(folder / "best_of_n.png", lines)

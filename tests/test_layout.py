@@ -292,7 +292,11 @@ IS_A = torch.tensor([True, False, True])
 CRITIQUE = "A: dog: yes\nB: dog: yes\nB: cat: no\nVerdict: A"
 CANDIDATES = [("A dog.", ["dog"]), ("A dog and a cat.", ["dog", "cat"])]
 
-FREE_PIECES = [
+SIZES = {"validation": 1, "heldout": 0, "train": 0, "pool": 1}
+FALSE = CRITIQUE.replace("A: dog: yes", "A: dog: no\nB: dog: no")
+REST = (True, QUESTION, STATUS, VOCABULARY, "critique")
+
+PIECES = [
     (ONE, "verify", (["dog", "cat", "bus"], FOUND, 0.5, 0.05, ["dog", "cat"])),
     (ONE, "pair_candidates", (CANDIDATES, STATUS)),
     (ONE, "check_given_pair", (["dog"], ["cat"], KNOWN)),
@@ -309,14 +313,6 @@ FREE_PIECES = [
     (FIVE, "verdict_probabilities", (JUDGED,)),
     (FIVE, "win_rates", (np.array([[0, 0.7], [0.3, 0]]), 2)),
     (FIVE, "expected_calibration_error", ([0.9, 0.7, 0.2], [True, False, False])),
-]
-
-
-SIZES = {"validation": 1, "heldout": 0, "train": 0, "pool": 1}
-FALSE = CRITIQUE.replace("A: dog: yes", "A: dog: no\nB: dog: no")
-REST = (True, QUESTION, STATUS, VOCABULARY, "critique")
-
-OTHER_PIECES = [
     (ONE, "assign_splits", ([{"image": "a"}, {"image": "b"}], SIZES, 0)),
     (TWO, "reason_to_drop", (CRITIQUE, *REST)),
     (TWO, "reason_to_drop", (FALSE, *REST)),
@@ -326,17 +322,11 @@ OTHER_PIECES = [
 ]
 
 
-@pytest.mark.parametrize("file, name, arguments", FREE_PIECES + OTHER_PIECES)
+@pytest.mark.parametrize("file, name, arguments", PIECES)
 def test_a_pasted_piece_does_the_same(file, name, arguments):
     original = getattr(importlib.import_module(file), name)
     result = paste(name, file)(*copy.deepcopy(arguments))
     assert repr(result) == repr(original(*copy.deepcopy(arguments)))
-
-
-def test_pieces_that_need_nothing():
-    for file, name, _ in FREE_PIECES:
-        assert set(needs(definitions(file)[name])) <= USUAL, name
-    assert needs(definitions(TWO)["reason_to_drop"])
 
 
 # ---- Headers and flags ---------------------------------------------------------------------------
