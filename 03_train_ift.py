@@ -121,7 +121,7 @@ def encode_supervised(processor, texts, images, responses, max_response_tokens=N
         rows.append(torch.tensor(ids[:max_response_tokens]))
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B,R)
-    # (comparing ids with the padding token would mask the stop token, too, where it is the same)
+    # (not by ids == padding token: where that is the stop token, too, it would be masked)
     targets = pad(rows, batch_first=True, padding_value=-100)  # (B,R)
     masked = torch.full_like(inputs["input_ids"], -100)  # (B,P): prompt and image tokens
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)  # (B,P+R), and so the next two
@@ -242,7 +242,7 @@ def losses_of_step(sums, n_critique, n_correct, settings):
 
 
 def train(model, tokenizer, prepare, folder, settings, save_every):
-    """Minimise L_IFT in place (03, 04), by the steps, lr, lam, bt_weight, train_batch in settings.
+    """Minimise L_IFT + bt_weight * Bradley-Terry in place (03, 04), by what settings name.
 
     prepare(step): its micro-batches. folder gets metrics.jsonl, one line a step, and every
     save_every steps training.pt, from which an interrupted training goes on."""
@@ -286,7 +286,7 @@ def train(model, tokenizer, prepare, folder, settings, save_every):
         losses = losses_of_step(total(sums), n_critique, n_correct, settings)
         lines.append({"step": done, **losses, "grad_norm": grad_norm, "lr": lr})
         bar.update()
-        if done % max(1, steps // 10) == 0:  # leaves ten lines on the screen
+        if done % max(1, steps // 10) == 0:  # leaves some ten lines on the screen
             bar.write(f"step {done} of {steps} | loss {losses['loss']:.4g}")
         if done % save_every == 0 or done == steps:
             common.write_jsonl(folder / "metrics.jsonl", lines)
@@ -339,7 +339,7 @@ def check_settings(path, saved, settings):
             changes.append(f"{name} was {saved.get(name)}, is {value}")
     if changes:
         why = "; ".join(changes)
-        stop(f"{path} was trained otherwise ({why}): give another --tag, or delete it")
+        stop(f"{path} was trained otherwise ({why}): give 03 and 04 another --tag, or delete it")
 
 
 def find_checkpoint(folder, settings=None):
@@ -506,12 +506,12 @@ def report_gain(earlier, later, why_none):
     if n:
         print(f"the verdict follows the checks in {part:.0%} of {n} critiques")
     if n and part < 0.85:
-        print("warning: the verdict does not read the checks: try --bt-weight 1, with a --tag")
+        print("warning: the verdict does not read the checks: try --bt-weight 1 --tag bt, 03 on")
 
 
 # ---- Arguments and main --------------------------------------------------------------------------
 def read_critiques(run):
-    """Stage 02's critiques (03, 04). Stops where one of their pictures is one to be judged by."""
+    """Stage 02's critiques (03, 04). Stops if one is of a picture in validation or heldout."""
     critiques = common.read_rows(Path(run) / "02_critiques" / "critiques.jsonl", common.Critique)
     unseen = set()
     for split in ("validation", "heldout"):
@@ -535,9 +535,9 @@ def add_training_arguments(parser, steps, lr):
     add("--save-every", type=whole(1), default=50, help="steps between two saves (%(default)s)")
     switch = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
     add("--checkpoint-activations", **switch, help="less memory, a third slower; on with cuda")
-    longest = "of a critique, longer ones are dropped, and of an answer, which is cut (%(default)s)"
+    longest = "of what is trained on: critiques are dropped, correct responses cut (%(default)s)"
     add("--max-response-tokens", type=whole(2), default=1024, help=longest)
-    add("--max-new-tokens", type=whole(1), default=512, help="of a critique (%(default)s)")
+    add("--max-new-tokens", type=whole(1), default=512, help="of a new critique (%(default)s)")
 
 
 # The arguments that decide what is trained; what else decides it joins them in `settings`.

@@ -11,8 +11,8 @@ Departures from the paper (arXiv 2506.13888), whose summary leaves these open:
   1) S is read from the judge's own log-odds at the verdict, in the pass that sampled the critique;
   2) a share of each epoch is stage 02's critiques (--replay), since a few hundred rows alone make
      the judge forget its format;
-  3) four controls of the same steps, --select low, random, best (see choose) and continue: stage
-     02's critiques, as in stage 03.
+  3) four controls of the same steps, --select low (smallest margins), random (pairs and critiques
+     by lot), best (pairs by lot, best critiques), continue (02's critiques, as in stage 03).
 
 Reads  01's pairs of split "pool", cut into disjoint iterations; 02's critiques; what 03 trained.
 Writes 04_rejection[_TAG][_<control>]/iter<t>/: answers.jsonl, samples.jsonl (all critiques),
@@ -61,8 +61,8 @@ def margin(confidences, passes):
 
 
 def select_by_margin(margins, threshold=None, retention=None):
-    """Ids in falling order of margin (ties: by id): those with margin >= threshold, or the first
-    part `retention` of all; then margin 0 is never kept, even if fewer remain.
+    """Ids in falling order of margin (ties: by id): all with margin >= threshold (0 included), or
+    the first part `retention` of all ids, of which those with margin 0 are left out.
 
     margins: {id: margin in [0,1]}; give one of the two rules, else ValueError.
 
@@ -92,7 +92,7 @@ def cut_pools(pairs, size, iterations):
         while end < len(pairs) and images[end] == images[end - 1]:
             end += 1  # 01 has left the pairs of an image together
         if end - start < 2:
-            stop(f"the pool of {len(pairs)} pairs is used up in iteration {t + 1} of {iterations}")
+            stop(f"the pool ({len(pairs)} pairs) is used up in iteration {t + 1} of {iterations}")
         pools.append(pairs[start:end])
         start = end
     return pools
@@ -141,7 +141,7 @@ def choose(margins, passing, select, threshold, retention, seed, iteration):
     question. Controls take as many eligible pairs: "low" the smallest margins, "best" any by lot,
     both with the critique with the largest S; "random" pairs and critiques by lot."""
     eligible = {key: value for key, value in margins.items() if (key, "ab") in passing}
-    if threshold is None:  # a share of the whole pool; its other pairs, of margin 0, are never kept
+    if threshold is None:  # a share of the whole pool, of which margin 0 is never kept
         pair_ids = select_by_margin(margins, retention=retention)
     else:
         pair_ids = select_by_margin(eligible, threshold=threshold)
@@ -172,7 +172,7 @@ def mix_in(selected, old, replay, seed):
 
 
 def draw_margins(path, margins, kept_ids, title):
-    """Histogram of the pool's margins, the kept ones in front, from the smallest kept one on."""
+    """Histogram of the pool's margins, the kept ones in front; a line at the smallest kept."""
     figure = Figure((6, 3.2), layout="tight")
     axis = figure.subplots()
     bins = [i / 25 for i in range(26)]
@@ -226,14 +226,14 @@ def parse_args(argv=None):
     parser = common.stage_parser(__doc__)
     add = parser.add_argument_group("sampling and selection").add_argument
     add("--iterations", type=whole(1), default=3, help="T, each with --steps steps (%(default)s)")
-    size = "fresh pairs per iteration; else an equal part, a third or 5,000 at most"
+    size = "fresh pairs per iteration; else a T-th of 01's pool, at most a third or 5,000"
     add("--pool", type=whole(2), help=size)
     add("--samples", type=whole(1), default=8, help="N, per pair and order (%(default)s)")
     add("--temperature", type=real(0, 100), default=1.0, help="of sampling (%(default)s)")
     add("--retention", type=real(0.001, 1), default=0.4, help="part of the pool (%(default)s)")
     add("--margin", type=real(0, 1), help="tau: keep the pairs with at least this margin instead")
     rules = ("margin", "low", "random", "best", "continue")
-    add("--select", choices=rules, default="margin", help="the rule, or a control")
+    add("--select", choices=rules, default="margin", help="the rule, or a control (see the header)")
     replay = "part of an epoch that is stage 02's (%(default)s)"
     add("--replay", type=real(0, 0.99), default=0.25, help=replay)
     three.add_training_arguments(parser, steps=125, lr=5e-5)
@@ -287,7 +287,7 @@ def main(args):
         seed = row_seed(args.seed, t)
         made_with = {**settings, "iteration": t, "start": judge.weights}
         made_with["rows"] = common.digest([pool, old])
-        trained = three.find_checkpoint(here, made_with)  # stops here, before any work
+        trained = three.find_checkpoint(here, made_with)  # stops here, before its work
         if t == 1:  # a later one starts from the judge that was validated last
             (folder / "meta.json").unlink(missing_ok=True)
             earlier, _ = three.validate(answers, judge, validation, "after 03", **validating)

@@ -126,10 +126,10 @@ def test_the_demos_table_is_the_demos():
 
 # ---- The text's numbers: sentences, and what stands in their braces ------------------------------
 SENTENCES = """
-demo {passing} of {written} pass; of {wrong_order} the verdict does not follow
+demo {passing} of {written} pass; in {wrong_order} the verdict does not follow
 is {largest}, the pool's largest
 finds a ring (confidence {sure[0]}) and a cross ({sure[1]}), both purple
-ends with P(label) = {best}, the worst, which checks a square that nobody named, with {worst}
+ends with P(label) = {best}, the least sure, which checks a square that nobody named, with {worst}
 is called better as A (P(A) = {asked[0]}) and as B ({asked[1]})
 03 ends at {took[0]} and 04 at {took[1]}
 gains {tenth_margin} by the largest margins, {tenth_random} at random, {tenth_low} by the smallest
