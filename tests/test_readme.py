@@ -131,15 +131,15 @@ is {largest}, the pool's largest
 finds a ring (confidence {sure[0]}) and a cross ({sure[1]}), both purple
 ends with P(label) = {best}, the least sure, which checks a square that nobody named, with {worst}
 is called better as A (P(A) = {asked[0]}) and as B ({asked[1]})
-03 ends at {took[0]} and 04 at {took[1]}
-gains {tenth_margin} by the largest margins, {tenth_random} at random, {tenth_low} by the smallest
-gain {fourth[0]}, {fourth[1]} and {fourth[2]}, all that pass {everything}
+In {n} worlds 03 ends at {ends[0]}, one iteration of 04 at {ends[1]}
+gains {tenth[0]} by the largest margins, {tenth[1]} at random, {tenth[2]} by the smallest
+gain {forty[0]}, {forty[1]} and {forty[2]}, all that pass {everything}
 in {deaf[0]} and {deaf[1]} of the critiques, elsewhere in {follows} or more
 though {checks:.0f} % of the checks were right
-all worlds come to {bt[0]}, and 04 takes them to {bt[1]}
+300 steps brought {longer[0]} and {longer[1]}, `--bt-weight 1` {bt[0]} and {bt[1]}
+04 then adds {adds[1]} instead of {adds[0]}, ECE after it is {ece[1]} instead of {ece[0]}
 the judge stays at {labels}
 {picks[0]} at random, {picks[1]} if the judge after 03 picks from 4, {picks[2]} from 16
-win {wins[0]:.0f} % of the first games against false ones, {wins[1]:.0f} % of the last
 it denies {absent:.0f} % of what is absent, but also {missed:.0f} % of what is there
 it judges {few} right, of those with more {many}
 after 03 {styles[0]}, or {styles[1]}, instead of {styles[2]}
@@ -176,7 +176,11 @@ def measured():
     def count(*where):
         return study_report.mean_count(OLD, *where)
 
-    full, judges = study_report.FULL, ("after 03", LAST)
+    def gain_of(name, setting, rule):
+        place = (name, setting, f"{rule}, iteration 1")
+        gain = study_report.difference(RESULTS, place, (name, setting, "after 03"))
+        return number(study_report.average(gain), "+")
+
     counts, table = DEMO["counts of 02"], DEMO["table"]
     x = {"passing": counts["kept"] + counts["repeated"]}
     x["written"] = f"{counts['critiques written']:,}"
@@ -190,19 +194,24 @@ def measured():
     balanced = [judge["balanced"] for judge in (usual, attacked)]
     assert balanced[0] == pytest.approx(balanced[1], abs=0.01)  # "nearly as right as before"
     x["lost"] = 100 * (1 - attacked["n_checks"] / usual["n_checks"])
-    took = study_report.where_03_took(OLD)
-    x["took"] = [span([worlds(*full, j)[seed] for seed in took]) for j in judges]
-    starts = study_report.of_setting(OLD, "start", "the demo's flags")
+    judges = ("after 03", "margin, iteration 1")
+    starts = [study_report.cells(RESULTS, *study_report.START, judge) for judge in judges]
+    x |= {"n": len(starts[0]), "ends": [span(v for v, _ in y.values()) for y in starts]}
+    took, failed = (study_report.where_03_took(OLD, has_taken) for has_taken in (True, False))
+    starts = study_report.of_setting(OLD, *study_report.START)
     follows = {seed: run["counts"]["after 03: verdict follows"] for seed, run in starts.items()}
-    x["deaf"] = [two(part) for seed, part in follows.items() if seed not in took]
+    x["deaf"] = [two(follows[seed]) for seed in failed]
     x["follows"] = two(min(follows[seed] for seed in took))
     x["checks"] = 100 * min(run["counts"]["after 03: checks right"] for run in starts.values())
-    x["bt"] = [span(worlds("training", "Bradley-Terry 1, and 04", y).values()) for y in judges]
+    for name, setting in (("longer", "critique, 300 steps"), ("bt", "Bradley-Terry 1")):
+        x[name] = [two(worlds("training", setting)[seed]) for seed in failed]
+    weights = ("weight 0", "weight 0.1")
+    x["adds"] = [gain_of("verdict", weight, "margin") for weight in weights]
+    ece = [study_report.mean_count(RESULTS, "verdict", y, f"{judges[1]}: ece") for y in weights]
+    x["ece"] = [number(value) for value in ece]
     x["labels"] = middle("expert", "YOLO, labels alone")
     best, picks = ("best", "N and votes"), ("4, random", "4, after 03", "16, after 03")
     x["picks"] = [two(count(*best, f"best of {n}: names nothing absent")) for n in picks]
-    wins = [f"best of 16, after 03: a true caption wins, round {k}" for k in (1, 4)]
-    x["wins"] = [100 * count(*best, name) for name in wins]
     names = ("absent_said_no", "present_said_yes", "right, up to 8 claims", "right, more claims")
     places = [f"{LAST}, elsewhere: {name}" for name in names]
     absent, present, few, many = (count("transfer", "other pictures", y) for y in places)
@@ -214,21 +223,15 @@ def measured():
     x["lams"] = [middle("training", y) for y in settings[:2]]
     x["said"] = [two(count("training", y, "captions hallucinate, greedy")) for y in settings]
     judges = ("after 03", "continue, iteration 2", LAST)
-    first, *later = (study_report.cells(OLD, *full, judge) for judge in judges)
+    first, *later = (study_report.cells(OLD, *study_report.FULL, judge) for judge in judges)
     gains = [study_report.average(study_report.minus(second, first)) for second in later]
     x["gains"] = [number(gain, "+") for gain in gains]
     x["wrong"] = [100 * count("expert", y, "expert: labels_wrong") for y in EXPERTS]
     x["experts"] = [middle("expert", y) for y in EXPERTS]
-
-    def gain_of(setting, condition):
-        place = ("worth", setting, f"{condition}, iteration 1")
-        gain = study_report.difference(RESULTS, place, ("worth", setting, "after 03"))
-        return number(study_report.average(gain), "+")
-
-    rules = ("margin", "random", "low")
-    x |= {f"tenth_{rule}": gain_of(f"{rule} 0.1", rule) for rule in rules}
-    x["fourth"] = [gain_of(f"{rule} 0.4", rule) for rule in rules]
-    x["everything"] = gain_of("all that pass", "margin")
+    for name, part in (("tenth", 0.1), ("forty", 0.4)):
+        rules = ("margin", "random", "low")
+        x[name] = [gain_of("worth", f"{rule} {part}", rule) for rule in rules]
+    x["everything"] = gain_of("worth", "all that pass", "margin")
     return x
 
 

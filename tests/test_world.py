@@ -62,16 +62,6 @@ def test_no_length_gives_the_better_response_away(tmp_path, seed):
     assert abs(np.sign(fewer).mean()) < 0.08  # .16 where a rejected one may name one more
 
 
-def test_an_absent_object_is_the_near_miss_that_it_is_called():
-    rng = np.random.default_rng(1)
-    same = {"colour": [0, 1], "shape": [1, 0], "other": [0, 0]}  # colour, shape
-    for _ in range(90):
-        present = scenes.sample_kinds(rng, 4)
-        absent, called = scenes.pick_absent(rng, present[0], present)
-        assert absent not in present
-        assert [a == b for a, b in zip(absent.split(), present[0].split())] == same[called]
-
-
 # ---- The shipped build --------------------------------------------------------------------------
 def test_the_shipped_world_is_whole_and_light():
     files = {path.name: path.stat().st_size for path in WORLD.rglob("*") if path.is_file()}
