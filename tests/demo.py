@@ -93,8 +93,8 @@ def last_screen(run):
         low, high = measures["interval"]
         interval = f"{low:.3f}-{high:.3f}"
         print(f"{name:34s} {measures['accuracy']:8.3f}  {interval:>13s}  {measures['both']:11.3f}")
-    print(f"\npictures: {run}/01_preferences/contact_sheet.png {run}/04_rejection/iter1/margins.png")
-    print(f"report:   {folder}/report.md")
+    print(f"\nlook at: {run}/01_preferences/contact_sheet.png {run}/04_rejection/iter1/margins.png")
+    print(f"report:  {folder}/report.md")
 
 
 def main():
