@@ -196,7 +196,7 @@ def measured():
     x["lost"] = 100 * (1 - attacked["n_checks"] / usual["n_checks"])
     judges = ("after 03", "margin, iteration 1")
     starts = [study_report.cells(RESULTS, *study_report.START, judge) for judge in judges]
-    x |= {"n": len(starts[0]), "ends": [span(v for v, _ in y.values()) for y in starts]}
+    x |= {"n": len(starts[0]), "ends": [span([v for v, _ in y.values()]) for y in starts]}
     took, failed = (study_report.where_03_took(OLD, has_taken) for has_taken in (True, False))
     starts = study_report.of_setting(OLD, *study_report.START)
     follows = {seed: run["counts"]["after 03: verdict follows"] for seed, run in starts.items()}
