@@ -506,7 +506,7 @@ def report_gain(earlier, later, why_none):
     if n:
         print(f"the verdict follows the checks in {part:.0%} of {n} critiques")
     if n and part < 0.85:
-        print("warning: the verdict does not read the checks: try --bt-weight 1 --tag bt, 03 on")
+        print("warning: the verdict does not read the checks: try --bt-weight 0.1, with a --tag")
 
 
 # ---- Arguments and main --------------------------------------------------------------------------
@@ -616,7 +616,7 @@ def main(args):
     # 3. report ------------------------------------------------------------------------------------
     (folder / "meta.json").unlink(missing_ok=True)
     common.write_jsonl(folder / "validation.jsonl", earlier + later)
-    report_gain(earlier, later, "try more --steps, or --bt-weight 1, with a --tag")
+    report_gain(earlier, later, "try more --steps, or --bt-weight 0.1, with a --tag")
     counts = {"critiques read": len(critiques), "validation pairs": len(validation)}
     counts |= common.read_json(trained / "made_with.json")["counts"]
     measures = {"before": measures_before, "after": measures_after}

@@ -456,7 +456,7 @@ def test_gain_is_against_the_iteration_before(capsys, trained, is_resumed):
     said = capsys.readouterr().out  # of 03
     assert "no gain beyond its interval: try more --steps" in said
     assert "the verdict follows the checks in 25% of 4 critiques" in said
-    assert "warning: the verdict does not read the checks: try --bt-weight 1" in said
+    assert "warning: the verdict does not read the checks: try --bt-weight 0.1" in said
     if is_resumed:
         trained(4, Judge(pool_judge), f"{FLAGS_04} --iterations 1")
         capsys.readouterr()
