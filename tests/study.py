@@ -14,11 +14,11 @@ seed. What settings share is made once (the study "start"), what is finished is 
 Rules of the tables (claims.tsv holds what is claimed), fixed before anything was run:
 a) An interval is Student's t over worlds, 95 %; images are resampled for a single world alone.
 b) A gain holds where its interval is above zero, "no effect" where it lies within +-.01; what
-   neither holds nor is refuted is undecided. Below five worlds nothing holds: it points up or down.
+   neither holds nor is refuted is undecided. Below five worlds nothing holds: it points somewhere.
 c) Worlds are of two kinds: 03 took where the verdict follows its checks in at least .85 after it,
    else it failed. Both are given.
 d) Nothing is corrected for the number of claims; stars mark what survives Holm's correction.
-e) No difference mixes processors, or codes that give other numbers.
+e) No difference mixes processors, or codes that give other numbers; a code counts from five worlds.
 
 The worlds are 0 1 2 4 5 6 7 8 and the first four of 9, 10, ... that the builder accepts; a refused
 one is a line with a "failure". 1001 to 1003 are for the final check alone. The default of
