@@ -535,7 +535,7 @@ def add_training_arguments(parser, steps, lr):
     add("--save-every", type=whole(1), default=50, help="steps between two saves (%(default)s)")
     switch = {"action": argparse.BooleanOptionalAction, "default": torch.cuda.is_available()}
     add("--checkpoint-activations", **switch, help="less memory, a third slower; on with cuda")
-    longest = "of what is trained on: critiques are dropped, correct responses cut (%(default)s)"
+    longest = "longer critiques are not trained on, correct responses are cut (%(default)s)"
     add("--max-response-tokens", type=whole(2), default=1024, help=longest)
     add("--max-new-tokens", type=whole(1), default=512, help="of a new critique (%(default)s)")
 

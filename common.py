@@ -719,7 +719,7 @@ def stage_args(run, stage):
     """The arguments that a complete stage was made with, from its meta.json."""
     path = Path(run) / stage / "meta.json"
     if not path.exists():
-        stop(f"{path.parent} is not complete: first run {stage[:2]}_*.py --run={run}, same --tag")
+        stop(f"{path.parent} is not complete: first run {stage[:2]}_*.py --run={run} (03: its tag)")
     args = read_json(path)["args"]
     if "image_root" in args:  # from the run directory, which may have been moved
         args["image_root"] = str(Path(run) / args["image_root"])

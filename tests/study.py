@@ -499,7 +499,7 @@ def true_pairs(folder, name, seed, draw):
     path, rng = folder / f"{name}.jsonl", np.random.default_rng(seed)
     (folder / name).mkdir(parents=True, exist_ok=True)
     pairs, i = [], 0
-    while not path.exists():
+    while not path.exists():  # it is written last
         scene, image = draw(rng), f"{name}/{i:05d}.png"
         scenes.Image.fromarray(scene.picture).save(folder / image)
         for k in range(1 + i % 2):

@@ -146,17 +146,15 @@ def verdict_on(kind, of_worlds):
             return "points to none", 1.0
         return "points up" if average(of_worlds) > 0 else "points down", 1.0
     low, high = interval(of_worlds)
-    p_values = [p_value(of_worlds, null) for null in (-NOTHING, 0, NOTHING)]
+    p_low, p_zero, p_high = (p_value(of_worlds, null) for null in (-NOTHING, 0, NOTHING))
     is_nothing = low > -NOTHING and high < NOTHING
-    p_nothing = max(p_values[0], p_values[2])
+    p_nothing = max(p_low, p_high)  # by the bound that is nearer
     if kind == "gains":
         if low > 0 or high < 0:
-            return ("holds" if low > 0 else "does not"), p_values[1]
+            return ("holds" if low > 0 else "does not"), p_zero
         return ("does not", p_nothing) if is_nothing else ("undecided", 1.0)
-    if is_nothing:
-        return "holds", p_nothing
-    if low > NOTHING or high < -NOTHING:
-        return "does not", min(p_values[0], p_values[2])
+    if is_nothing or low > NOTHING or high < -NOTHING:
+        return ("holds" if is_nothing else "does not"), p_nothing
     return "undecided", 1.0
 
 

@@ -131,7 +131,7 @@ is {largest}, the pool's largest
 finds a ring (confidence {sure[0]}) and a cross ({sure[1]}), both purple
 ends with P(label) = {best}, the least sure, which checks a square that nobody named, with {worst}
 is called better as A (P(A) = {asked[0]}) and as B ({asked[1]})
-In {n} worlds 03 took and ends at {ends[0]}, one iteration of 04 at {ends[1]}
+In {n} worlds 03 took: it ends at {ends[0]}, one iteration of 04 at {ends[1]}
 gains {tenth[0]} by the largest margins, {tenth[1]} at random, {tenth[2]} by the smallest
 gain {forty[0]}, {forty[1]} and {forty[2]}, all that pass {everything}
 {deaf} of the critiques, elsewhere in {follows} or more, though {checks:.0f} % of checks are right
