@@ -167,10 +167,8 @@ class Lab:
 
     def truth(self):
         """{image: sorted names of its objects}."""
-        truth = {}
-        for row in read_jsonl(self.pictures / "truth.jsonl"):
-            truth[row["image"]] = sorted({thing["object"] for thing in row["objects"]})
-        return truth
+        rows = read_jsonl(self.pictures / "truth.jsonl")
+        return {row["image"]: sorted({thing["object"] for thing in row["objects"]}) for row in rows}
 
 
 # ---- Runs that a study writes: a setting never changes those of another --------------------------

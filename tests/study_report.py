@@ -38,11 +38,15 @@ def newest(lines, *places):
     best, found = (0, 0), []
     for code in {code_of(line) for line in lines}:
         of_code = [line for line in lines if code_of(line) == code and line["accuracies"]]
-        worlds = [{x["seed"] for x in of_code if place_of(x) == place[:2]} for place in places]
+        worlds = [{x["seed"] for x in of_code if has(x, *place)} for place in places]
         n = min(FEW, len(set.intersection(*worlds)))
         if n and (n, code) > best:
             best, found = (n, code), of_code
     return found
+
+
+def has(line, study, setting, *conditions):
+    return place_of(line) == (study, setting) and line["accuracies"].keys() >= set(conditions)
 
 
 def place_of(line):
@@ -80,7 +84,7 @@ def difference(lines, place, other):
     """Cells of one place (study, setting, condition) minus another, or minus a number. Both of a
     world are of the same code and processor."""
     if isinstance(other, float):
-        found = cells(lines, *place)
+        found = cells(newest(lines, place), *place)
         return {seed: (value - other, draws - other) for seed, (value, draws) in found.items()}
     found, lines = {}, newest(lines, place, other)
     for processor in processors(lines):
@@ -323,7 +327,8 @@ def draw_gains(axis, x, gains, k, name):
 
 def draw_iterations(path, lines):
     """What each iteration has gained over stage 03, with controls, where 03 took."""
-    axis, took = axes((6.4, 3.6)), where_03_took(newest(lines, FULL))
+    lines = newest(lines, (*FULL, "margin, iteration 4"))
+    axis, took = axes((6.4, 3.6)), where_03_took(lines)
     for k, rule in enumerate(("margin", "random", "continue")):
         places = [(*FULL, f"{rule}, iteration {t}") for t in range(1, 5)]
         gains = [difference(lines, place, (*FULL, "after 03")) for place in places]

@@ -24,14 +24,8 @@ def test_the_verdict_alone_lets_false_checks_pass():
 
 
 def sample(pair_id, order, k, log_odds):
-    row = {
-        "pair_id": pair_id,
-        "order": order,
-        "label": "A",
-        "dropped": None,
-        "id": f"{pair_id}-{order}-{k}",
-    }
-    return {**row, "log_odds": log_odds}
+    row = {"pair_id": pair_id, "order": order, "label": "A", "dropped": None}
+    return {**row, "id": f"{pair_id}-{order}-{k}", "log_odds": log_odds}
 
 
 def test_margins_of_halves():
@@ -243,6 +237,11 @@ def test_a_difference_mixes_neither_processors_nor_codes():
     assert study_report.difference(lines[:2], a, b)[0][0] == pytest.approx(0.1)
     lines += lines_of(1, "p", {"a": 0.9, "b": 0.8}, seed=1)  # so few worlds of either: the more
     assert {study_report.code_of(line) for line in study_report.newest(lines, a, b)} == {1}
+    for seed in range(2, 7):  # five worlds of the newer, without what is compared
+        lines += lines_of(2, "p", {"a": 0.5}, seed=seed)
+    assert len(study_report.difference(lines, a, 0.5)) == 7
+    lines[0]["accuracies"]["y"], lines[0]["bootstrap"]["y"] = 0.9, [9000] * 100
+    assert [*study_report.difference(lines, (*a[:2], "y"), 0.5)] == [0]
 
 
 def test_both_kinds_of_worlds_stand_in_the_table():
