@@ -11,7 +11,7 @@ import pytest
 import study
 import study_report
 from conftest import ROOT, STAGES, stage
-from study_report import number
+from study_report import FULL, START, number
 
 from common import load_image, read_json, write_jsonl
 
@@ -21,8 +21,9 @@ PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
 EXPERTS = ("YOLO", "the policy's yes or no")
 FILES = ("common", *STAGES)
 RESULTS = study_report.read(ROOT / "assets" / "results.jsonl")
-NOW = study_report.where_03_took(RESULTS)
+NOW, FAILED = [study_report.where_03_took(RESULTS, has_taken) for has_taken in (True, False)]
 OLD = [line for line in RESULTS if "code" not in line]  # on the held-out pairs of before
+NEW = [line for line in RESULTS if "code" in line]
 DEMO = read_json(ROOT / "assets" / "demo.json")
 LAST = "margin, iteration 2"
 
@@ -132,11 +133,13 @@ finds a ring (confidence {sure[0]}) and a cross ({sure[1]}), both purple
 ends with P(label) = {best}, the least sure, which checks a square that nobody named, with {worst}
 is called better as A (P(A) = {asked[0]}) and as B ({asked[1]})
 In {n} worlds 03 took: it ends at {ends[0]}, one iteration of 04 at {ends[1]}
+; in {n_failed} it failed
 gains {tenth[0]} by the largest margins, {tenth[1]} at random, {tenth[2]} by the smallest
 gain {forty[0]}, {forty[1]} and {forty[2]}, all that pass {everything}
-{deaf} of the critiques, elsewhere in {follows} or more, though {checks:.0f} % of checks are right
+the judge stayed at {stayed}: the verdict followed the checks in {deaf} of the critiques
+elsewhere in {follows} or more, though {checks:.0f} % of the checks are right
 `--bt-weight .1` brought {mended}
-300 steps brought {longer[0]} and {longer[1]}, `--bt-weight 1` {bt[0]} and {bt[1]}
+03 continued {continued}, two iterations of 04 {iterated}
 04 then adds {adds[1]} instead of {adds[0]}
 the judge stays at {labels}
 {picks[0]} at random, {picks[1]} if the judge after 03 picks from 4, {picks[2]} from 16
@@ -146,7 +149,7 @@ after 03 {styles[0]}, or {styles[1]}, instead of {styles[2]}
 | {steps} in three worlds
 {lams[0]} and {lams[1]}: the same
 {said[0]} and {said[1]} hallucinate ({said[2]} at 1/3), {said[3]} of the
-{gains[0]} where margins gain {gains[1]}
+{gains[0]} where 03 took, margins {gains[1]}
 labels wrong {wrong[1]:.0f} instead of {wrong[0]:.0f} %
 accuracy {experts[1]} for {experts[0]}
 {usual} becomes {attacked}
@@ -166,20 +169,19 @@ def span(values):
 def measured():
     """{name in SENTENCES: number or text} from assets/demo.json and assets/results.jsonl."""
 
-    def worlds(study_name, setting, condition="after 03"):
-        found = study_report.cells(OLD, study_name, setting, condition)
-        return {seed: value for seed, (value, _) in found.items()}
+    def worlds(*setting):
+        return [value for value, _ in study_report.cells(OLD, *setting, "after 03").values()]
 
     def middle(*where):
-        return two(mean(worlds(*where).values()))
+        return two(mean(worlds(*where)))
 
     def count(*where):
         return study_report.mean_count(OLD, *where)
 
-    def gain_of(name, setting, rule):
-        place = (name, setting, f"{rule}, iteration 1")
-        gain = study_report.difference(RESULTS, place, (name, setting, "after 03"))
-        return number(study_report.average(study_report.only(gain, NOW)), "+")
+    def gain_of(name, setting, judge):  # over 03, where it took
+        places = [(name, setting, condition) for condition in (judge, "after 03")]
+        _, gain, _ = study_report.of_kinds(RESULTS, *places)
+        return number(study_report.average(gain), "+")
 
     counts, table = DEMO["counts of 02"], DEMO["table"]
     x = {"passing": counts["kept"] + counts["repeated"]}
@@ -194,21 +196,22 @@ def measured():
     balanced = [judge["balanced"] for judge in (usual, attacked)]
     assert balanced[0] == pytest.approx(balanced[1], abs=0.01)  # "nearly as right as before"
     x["lost"] = 100 * (1 - attacked["n_checks"] / usual["n_checks"])
-    judges = ("after 03", "margin, iteration 1")
-    starts = [study_report.cells(RESULTS, *study_report.START, judge) for judge in judges]
-    x |= {"n": len(NOW), "ends": [span([y[seed][0] for seed in NOW]) for y in starts]}
-    starts = study_report.of_setting(RESULTS, *study_report.START)
-    [failed] = study_report.where_03_took(RESULTS, False)
+    ends = [study_report.cells(RESULTS, *START, y) for y in ("after 03", "margin, iteration 1")]
+    x["ends"] = [span([cells[seed][0] for seed in NOW]) for cells in ends]
+    x["n"], x["n_failed"] = len(NOW), len(FAILED)
+    starts = study_report.of_setting(RESULTS, *START)
     follows = {seed: run["counts"]["after 03: verdict follows"] for seed, run in starts.items()}
-    x["deaf"], x["follows"] = two(follows[failed]), two(min(follows[seed] for seed in NOW))
-    mended = study_report.cells(RESULTS, "verdict", "weight 0.1", "after 03")
-    x["mended"] = two(mended[failed][0])
+    x["deaf"] = " and ".join(two(follows[seed]) for seed in FAILED)
+    x["follows"] = two(min(follows[seed] for seed in NOW))
     x["checks"] = 100 * min(run["counts"]["after 03: checks right"] for run in starts.values())
-    for name, setting in (("longer", "critique, 300 steps"), ("bt", "Bradley-Terry 1")):
-        failures = study_report.where_03_took(OLD, False)
-        x[name] = [two(worlds("training", setting)[seed]) for seed in failures]
-    weights = ("weight 0", "weight 0.1")
-    x["adds"] = [gain_of("verdict", weight, "margin") for weight in weights]
+    of_failed = {"stayed": ("verdict", "weight 0", "after 03"), "iterated": (*FULL, LAST)}
+    of_failed["mended"] = ("verdict", "weight 0.1", "after 03")
+    of_failed["continued"] = (*FULL, "continue, iteration 2")
+    for name, place in of_failed.items():
+        found = study_report.cells(NEW, *place)
+        x[name] = " and ".join(two(found[seed][0]) for seed in FAILED)
+    first = "margin, iteration 1"
+    x["adds"] = [gain_of("verdict", f"weight {y}", first) for y in ("0", "0.1")]
     x["labels"] = middle("expert", "YOLO, labels alone")
     best, picks = ("best", "N and votes"), ("4, random", "4, after 03", "16, after 03")
     x["picks"] = [two(count(*best, f"best of {n}: names nothing absent")) for n in picks]
@@ -218,20 +221,17 @@ def measured():
     x |= {"absent": 100 * absent, "missed": 100 * (1 - present), "few": two(few), "many": two(many)}
     third = "critique, lambda 1/3"
     x["styles"] = [middle("training", style) for style in ("descriptive", "none", third)]
-    x["steps"] = ", ".join(map(two, worlds("training", "critique, 30 steps").values()))
+    x["steps"] = ", ".join(map(two, worlds("training", "critique, 30 steps")))
     settings = ("lambda 0", "lambda 1", third, "nothing trained")
     x["lams"] = [middle("training", y) for y in settings[:2]]
     x["said"] = [two(count("training", y, "captions hallucinate, greedy")) for y in settings]
-    judges = ("after 03", "continue, iteration 2", LAST)
-    first, *later = (study_report.cells(OLD, *study_report.FULL, judge) for judge in judges)
-    gains = [study_report.average(study_report.minus(second, first)) for second in later]
-    x["gains"] = [number(gain, "+") for gain in gains]
+    x["gains"] = [gain_of(*FULL, y) for y in ("continue, iteration 2", LAST)]
     x["wrong"] = [100 * count("expert", y, "expert: labels_wrong") for y in EXPERTS]
     x["experts"] = [middle("expert", y) for y in EXPERTS]
     for name, part in (("tenth", 0.1), ("forty", 0.4)):
         rules = ("margin", "random", "low")
-        x[name] = [gain_of("worth", f"{rule} {part}", rule) for rule in rules]
-    x["everything"] = gain_of("worth", "all that pass", "margin")
+        x[name] = [gain_of("worth", f"{y} {part}", f"{y}, iteration 1") for y in rules]
+    x["everything"] = gain_of("worth", "all that pass", first)
     return x
 
 
