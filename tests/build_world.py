@@ -640,7 +640,7 @@ def lacking(measured):
     return "; ".join(said)
 
 
-def steer(trainer, rows, correcting_step, validation, corrections=4):
+def steer(trainer, rows, correcting_step, validation, corrections=8):
     """Changes the model and `rows.wrong_absent`: while the judge lacks something on validation
     scenes, raise or lower the rate of wrong facts and go on for a few steps. Exits if it still
     does in the end. -> [what was measured]"""

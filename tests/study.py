@@ -21,10 +21,10 @@ d) Nothing is corrected for the number of claims; stars mark what survives Holm'
 e) No difference mixes processors, or codes that give other numbers; a code counts from five worlds.
 
 The worlds are 0 1 2 4 5 6 7 8 and the first four of 9, 10, ... that the builder accepts; a refused
-one is a line with a "failure". 1001 to 1003 are for the final check alone. The default of
---bt-weight is the smallest of study "verdict" at which every world's verdict follows its checks in
-at least .85, and neither ECE nor the gain of 04 is worse than at 0 by more than .01 in the mean; 0
-where there is none.
+one is a line with a "failure" (to 12, 1001 to 1003: after four corrections, not eight). Those above
+1000 are for the final check alone. The default of --bt-weight is the smallest of study "verdict" at
+which every world's verdict follows its checks in at least .85, and neither ECE nor the gain of 04
+is worse than at 0 by more than .01 in the mean; 0 where there is none.
 """
 
 import argparse
