@@ -177,10 +177,10 @@ def number(value, sign=""):
     return f"{round(value, 3) + 0:{sign}.3f}".replace("0.", ".", 1)  # + 0: no -.000
 
 
-def shown(of_worlds, sign="+"):
-    """Mean (interval)."""
-    if not of_worlds:
-        return ""
+def shown(of_worlds, sign="+", fewest=1):
+    """Mean (interval, of the fewest worlds or more)."""
+    if len(of_worlds) < fewest:
+        return number(average(of_worlds), sign) if of_worlds else ""
     low, high = interval(of_worlds)
     return f"{number(average(of_worlds), sign)} ({number(low, sign)}, {number(high, sign)})"
 
@@ -202,10 +202,6 @@ def table(title, rows):
 
 
 # ---- The tables ----------------------------------------------------------------------------------
-def refused(lines):
-    return [f"World {x['seed']} was refused: {x['failure']}" for x in lines if "failure" in x]
-
-
 def study_tables(lines, study):
     """All that a study has measured: accuracies, then means of its counts. lines: of one code and
     processor."""
@@ -232,7 +228,10 @@ def tables(lines, final=()):
         of_code = [line for line in lines if code_of(line) == code]
         for processor in processors(of_code):
             part = [line for line in of_code if line["processor"] == processor]
-            out += ["", f"# Measured by code {code} on {processor}", *refused(part)]
+            out += ["", f"# Measured by code {code} on {processor}"]
+            out += [
+                f"World {x['seed']} was refused: {x['failure']}" for x in part if "failure" in x
+            ]
             for study in dict.fromkeys(line["study"] for line in part):
                 out += study_tables(part, study)
     return "\n".join(out)
@@ -263,7 +262,7 @@ def of_kinds(lines, place, other):
 def claims(lines, final=()):
     """The README's table, as lines of markdown; final: the lines of the final check's worlds.
 
-    Both kinds of worlds: mean, (number). Stars mark the verdicts that survive Holm's correction."""
+    Stars mark the verdicts that survive Holm's correction."""
     columns = ("claim", "paper", "here", "worlds", "where 03 took", "where it failed")
     out = heading([*columns, "final check", "verdict", "study"])[1:]
     decided, rows = [], []
@@ -273,7 +272,7 @@ def claims(lines, final=()):
             decided.append(verdict_on(kind, found))
             checked = difference(final, place, other).values()
             values = " ".join(number(value, "+") for value, _ in checked)
-            kinds = [f"{number(average(x), '+')} ({len(x)})" if x else "" for x in (took, failed)]
+            kinds = [f"{shown(x, fewest=FEW)} of {len(x)}" if x else "" for x in (took, failed)]
             rows.append(([claim, paper, shown(found), str(len(found)), *kinds, values], place[0]))
     stars = survive_holm([p for _, p in decided])
     for (row, study), (verdict, _), star in zip(rows, decided, stars):

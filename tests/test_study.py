@@ -262,7 +262,7 @@ def test_both_kinds_of_worlds_stand_in_the_table():
     *_, row = study_report.claims(lines[:10], lines[10:])
     columns = [column.strip() for column in row.split("|")]
     assert columns[3].startswith("+.120 (") and columns[4] == "5"
-    assert columns[5:9] == ["+.110 (3)", "+.135 (2)", "+.110", "holds \\*"]
+    assert columns[5:9] == ["+.110 of 3", "+.135 of 2", "+.110", "holds \\*"]
 
 
 def test_every_study_has_its_table(capsys):
