@@ -138,8 +138,8 @@ gains {tenth[0]} by the largest margins, {tenth[1]} at random, {tenth[2]} by the
 gain {forty[0]}, {forty[1]} and {forty[2]}, all that pass {everything}
 the verdict followed the checks in {deaf} of the critiques, in the others in {follows} or more
 though {checks:.0f} % of the checks are right: the judge stayed at {stayed}
-`--bt-weight .1` brought {mended}
-two iterations of 03 continued {continued}, of margins {iterated}
+`--bt-weight .1` {mended}: with it 04 adds
+iterations of 03 continued brought {continued}, of margins {iterated}
 04 adds {adds[1]} instead of {adds[0]} and ends {higher} higher
 the judge stays at {labels}
 {picks[0]} at random, {picks[1]} if the judge after 03 picks from 4, {picks[2]} from 16
