@@ -771,6 +771,7 @@ def main(args):
     if args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"error: {args.out} is not empty; name a folder that is not there yet")
     start = time.time()
+    transformers.logging.set_verbosity_error()  # as the stages do
     torch.set_num_threads(1)  # the other core belongs to the expert until it is done
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(1, mp_context=spawn) as pool:
