@@ -174,7 +174,7 @@ def survive_holm(p_values, level=0.05):
 
 # ---- Lines of tables -----------------------------------------------------------------------------
 def number(value, sign=""):
-    return f"{round(value, 3) + 0:{sign}.3f}".replace("0.", ".", 1)  # + 0: no -.000
+    return f"{round(value, 9) + 0:{sign}.3f}".replace("0.", ".", 1)  # -.000: just below zero
 
 
 def shown(of_worlds, sign="+", fewest=1):
