@@ -1,6 +1,6 @@
 """Every claim, measured on worlds where the truth is known.
 
-    python tests/study.py worth --seeds 0 1        # some 25 minutes of a core a world
+    python tests/study.py worth --seeds 0 1        # some 30 minutes of a core a world
     python tests/study.py --table                  # all tables, from assets/results.jsonl alone
 
 A study is a list of named settings, a setting a list of ordinary command lines on the world of one
