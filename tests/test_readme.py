@@ -22,8 +22,8 @@ EXPERTS = ("YOLO", "the policy's yes or no")
 FILES = ("common", *STAGES)
 RESULTS, FINAL = [study_report.read(ROOT / "assets/results.jsonl", x) for x in (False, True)]
 NOW, FAILED = [study_report.where_03_took(RESULTS, has_taken) for has_taken in (True, False)]
-OLD = [line for line in RESULTS if "code" not in line]  # on the held-out pairs of before
 NEW = [line for line in RESULTS if "code" in line]
+OLD = [x for x in RESULTS if x not in NEW or x["study"] == "training"]  # with earlier pairs
 DEMO = read_json(ROOT / "assets" / "demo.json")
 LAST = "margin, iteration 2"
 
@@ -145,7 +145,7 @@ the judge stays at {labels}
 {picks[0]} at random, {picks[1]} if the judge after 03 picks from 4, {picks[2]} from 16
 it denies {absent:.0f} % of what is absent, but also {missed:.0f} % of what is there
 it judges {few} right, of those with more {many}
-after 03 {styles[0]}, or {styles[1]}, instead of {styles[2]}
+{styles[0]}, or {styles[1]} (in world 0 {styles[2]} by as many words), instead of {styles[3]}
 | {steps} in three worlds
 {lams[0]} and {lams[1]}: the same
 base {said[3]}, `--lam` 0, 1/3, 1: {said[0]}, {said[2]}, {said[1]}
@@ -219,8 +219,8 @@ def measured():
     places = [f"{LAST}, elsewhere: {name}" for name in names]
     absent, present, few, many = (count("transfer", "other pictures", y) for y in places)
     x |= {"absent": 100 * absent, "missed": 100 * (1 - present), "few": two(few), "many": two(many)}
-    third = "critique, lambda 1/3"
-    x["styles"] = [middle("training", style) for style in ("descriptive", "none", third)]
+    third, verdicts = "critique, lambda 1/3", ("none", "none, 1300 steps")
+    x["styles"] = [middle("training", y) for y in ("descriptive", *verdicts, third)]
     x["steps"] = ", ".join(map(two, worlds("training", "critique, 30 steps")))
     settings = ("lambda 0", "lambda 1", third, "nothing trained")
     x["lams"] = [middle("training", y) for y in settings[:2]]
