@@ -326,16 +326,16 @@ def draw_gains(axis, x, gains, k, name):
 
 def draw_iterations(path, lines):
     """What each iteration has gained over stage 03, with controls, where 03 took."""
-    lines = newest(lines, (*FULL, "margin, iteration 4"))
-    axis, took = axes((6.4, 3.6)), where_03_took(lines)
+    last = (*FULL, "margin, iteration 4")
+    lines, axis = newest(lines, last), axes((6.4, 3.6))
+    took = only(cells(lines, *last), where_03_took(lines))  # the same worlds at each iteration
     for k, rule in enumerate(("margin", "random", "continue")):
         places = [(*FULL, f"{rule}, iteration {t}") for t in range(1, 5)]
         gains = [difference(lines, place, (*FULL, "after 03")) for place in places]
         x = [t + 0.06 * (k - 1) for t in range(1, 5)]
         name = ("margins", "random pairs", "stage 03 continued")[k]
         draw_gains(axis, x, [only(gain, took) for gain in gains], k, name)
-    axis.set_xticks(range(1, 5))
-    axis.set_xlabel("iteration of stage 04")
+    axis.set(xticks=range(1, 5), xlabel="iteration of stage 04")
     save(axis, path, f"{len(took)} worlds in which 03 took, bars 95 %", "accuracy gained over 03")
 
 
