@@ -145,7 +145,7 @@ the judge stays at {labels}
 {picks[0]} at random, {picks[1]} if the judge after 03 picks from 4, {picks[2]} from 16
 it denies {absent:.0f} % of what is absent, but also {missed:.0f} % of what is there
 it judges {few} right, of those with more {many}
-{styles[0]}, or {styles[1]} (in world 0 {styles[2]} by as many words), instead of {styles[3]}
+{styles[0]}, or {styles[1]} (in world 0 {styles[2]} by so many), instead of {styles[3]}
 | {steps} in three worlds
 {lams[0]} and {lams[1]}: the same
 base {said[3]}, `--lam` 0, 1/3, 1: {said[0]}, {said[2]}, {said[1]}
